@@ -1,0 +1,47 @@
+# flashddpm: `make help` lists what there is.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= samples.png
+ARGS   ?=
+# Nothing may put the checkout on sys.path (see CONTRIBUTING.md, "Names").
+export PYTHONSAFEPATH := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help sample test test-gpu lint bench bench-gpu clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras, renewed when the packaging files change.
+$(VENV)/installed-%: setup.py pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--config-settings editable_mode=strict -e "$(if $(filter base,$*),.,.[$*])"
+	@touch $@
+
+sample: $(VENV)/installed-base ## draw samples.png with the bundled model
+	$(BIN)/flashddpm sample --out $(OUT) $(ARGS)
+
+test: $(VENV)/installed-test ## install and run the whole suite (no GPU needed)
+	$(BIN)/pytest -m "not gpu and not slow" $(ARGS)
+
+test-gpu: $(VENV)/installed-test ## the suite on an NVIDIA GPU, gpu-marked tests included
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/installed-dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed-bench ## benchmarks on the CPU, against diffusers
+	$(BIN)/python -m flashddpm.benchmarks --device cpu $(ARGS)
+
+bench-gpu: $(VENV)/installed-bench ## the same on an NVIDIA GPU
+	$(BIN)/python -m flashddpm.benchmarks --device cuda $(ARGS)
+
+clean: ## remove the venv, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

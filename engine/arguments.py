@@ -1,0 +1,124 @@
+"""Checks of arguments: each refuses with the argument's name, its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def one_of(name: str, value: Any, allowed: Collection[str]) -> str:
+    """Return ``value`` if it is one of ``allowed``."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+    return value
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """Return ``value`` as an int in [low, high]; booleans and fractions are no ints."""
+    limits = f"at least {low}" if high is None else f"in {low}..{high}"
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r}: must be an integer {limits}") from None
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name}={number}: must be {limits}")
+    return number
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """Return ``value`` as a finite float in [low, high]."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        result = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r}: must be a number") from None
+    if not math.isfinite(result) or not low <= result <= high:
+        raise ValueError(f"{name}={value!r}: must be a finite number in [{low:g}, {high:g}]")
+    return result
+
+
+def seed_list(seeds: int | Iterable[int] | Tensor) -> list[int]:
+    """Return seeds as signed 64-bit ints; any int in [-2^63, 2^64) maps to its low 64 bits."""
+    if isinstance(seeds, Tensor):
+        if seeds.is_floating_point() or seeds.is_complex() or seeds.dtype is torch.bool:
+            raise ValueError(f"seeds={seeds.dtype} tensor: must hold 64-bit integers")
+        seeds = seeds.reshape(-1).tolist()
+    if isinstance(seeds, str):
+        raise ValueError(f"seeds={seeds!r}: must be integers in [-2^63, 2^64)")
+    try:
+        items = [seeds] if not isinstance(seeds, Iterable) else list(seeds)
+    except TypeError:
+        raise ValueError(f"seeds={seeds!r}: must be integers in [-2^63, 2^64)") from None
+    if not items:
+        raise ValueError("seeds=[]: must name at least one seed")
+    result = []
+    for item in items:
+        try:
+            if isinstance(item, bool):
+                raise TypeError
+            value = operator.index(item)
+        except TypeError:
+            raise ValueError(f"seeds: {item!r} is not an integer in [-2^63, 2^64)") from None
+        if not -(2**63) <= value < 2**64:
+            raise ValueError(f"seeds: {value} is not in [-2^63, 2^64)")
+        result.append(value - 2**64 if value >= 2**63 else value)
+    return result
+
+
+def label_list(
+    labels: int | Iterable[int] | Tensor | None, count: int, num_classes: int | None
+) -> list[int] | None:
+    """Return one label in 0..num_classes-1 for each of ``count`` images, or None for none."""
+    if labels is None:
+        return None
+    if num_classes is None:
+        raise ValueError(f"labels={labels!r}: this model is unconditional and takes no labels")
+    if isinstance(labels, Tensor):
+        labels = labels.reshape(-1).tolist()
+    items = list(labels) if isinstance(labels, Iterable) else [labels] * count
+    if len(items) != count:
+        raise ValueError(f"labels: {len(items)} labels for {count} seeds; give one each, or one int")
+    return [integer("labels", item, 0, num_classes - 1) for item in items]
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return the device; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: an unknown device, or CUDA where there is none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        result = torch.device(device)
+    except (RuntimeError, TypeError):
+        result = None
+    if result is None or result.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={str(device)!r}: must be auto, cpu, cuda or cuda:N")
+    if result.type == "cuda":
+        available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if available == 0:
+            raise ValueError(f"device={str(device)!r}: no CUDA device is available; use cpu or auto")
+        if (result.index or 0) >= available:
+            raise ValueError(f"device={str(device)!r}: only {available} CUDA device(s) available")
+    return result
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, default: torch.dtype) -> torch.dtype:
+    """Return the dtype of the network: float32, bfloat16 or float16."""
+    if dtype is None:
+        return default
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    return DTYPES[one_of("dtype", str(dtype).removeprefix("torch."), DTYPES)]

@@ -1,0 +1,179 @@
+r"""The forward process: q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I)   (S1, S2).
+
+alpha_t = 1 - beta_t, abar_t = prod_{s<=t} alpha_s, t = 0..T-1 (Ho et al. 2020, section 2).
+The posterior q(x_{t-1} | x_t, x_0) (S5; eq. 6-7 there) has the mean
+sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0 + sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t and the
+variance (1 - abar_{t-1}) / (1 - abar_t) beta_t, with abar_{-1} = 1.
+
+All tables are float64 NumPy arrays of shape [T].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from flashddpm import arguments
+
+Table = NDArray[np.float64]
+
+MAX_TIMESTEPS = 100_000
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+
+
+def linear(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
+    """betas evenly spaced (Ho et al. 2020, section 4)."""
+    return np.linspace(start, end, T)
+
+
+def scaled_linear(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
+    """sqrt(beta) evenly spaced (Rombach et al. 2022)."""
+    return np.linspace(math.sqrt(start), math.sqrt(end), T) ** 2
+
+
+def squaredcos_cap_v2(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
+    """abar = cos^2((t/T + 0.008) / 1.008 pi/2), beta capped at 0.999 (Nichol & Dhariwal 2021).
+
+    ``start`` and ``end`` do not enter.
+    """
+    abar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
+
+
+def sigmoid(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
+    """beta follows a logistic curve over [-6, 6] (GeoDiff, Xu et al. 2022), as diffusers has it."""
+    return 1 / (1 + np.exp(-np.linspace(-6, 6, T))) * (end - start) + start
+
+
+def rescale_zero_terminal_snr(betas: ArrayLike) -> Table:
+    """Shift and scale sqrt(abar) so that the last is 0, the first kept (Lin et al. 2023, alg. 1)."""
+    root = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    abar = root**2
+    return 1 - np.concatenate([abar[:1], abar[1:] / abar[:-1]])
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The tables of a forward process, from its ``betas``, float64 [T].
+
+    Raises:
+        ValueError: not 1 <= T <= 100000, a beta that is not finite or not in (0, 1], or 1 before
+            the last, or betas so small that abar does not strictly decrease in float64.
+    """
+
+    betas: Table
+
+    def __post_init__(self) -> None:
+        try:
+            betas = np.array(self.betas, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ValueError("betas: must be a list of numbers") from None
+        if betas.ndim != 1 or not 1 <= betas.size <= MAX_TIMESTEPS:
+            raise ValueError(f"betas of shape {betas.shape}: must be one row of 1..{MAX_TIMESTEPS}")
+        good = np.isfinite(betas) & (betas > 0) & (betas <= 1)
+        good[:-1] &= betas[:-1] < 1
+        if not good.all():
+            t = int(np.argmin(good))
+            raise ValueError(
+                f"betas[{t}]={betas[t]}: must be finite and in (0, 1); 1 is allowed at the last only"
+            )
+        betas.setflags(write=False)
+        object.__setattr__(self, "betas", betas)
+        if not (np.diff(self.alphas_cumprod, prepend=1.0) < 0).all():
+            raise ValueError("betas: alphas_cumprod must strictly decrease; some beta is too small")
+
+    @classmethod
+    def create(
+        cls,
+        beta_schedule: str = "linear",
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        *,
+        rescale_betas_zero_snr: bool = False,
+    ) -> NoiseSchedule:
+        """Return one of the named schedules, under diffusers' names and defaults."""
+        arguments.one_of("beta_schedule", beta_schedule, BETA_SCHEDULES)
+        T = arguments.integer("num_train_timesteps", num_train_timesteps, 1, MAX_TIMESTEPS)
+        start = arguments.number("beta_start", beta_start, 0, 1)
+        end = arguments.number("beta_end", beta_end, 0, 1)
+        make = {
+            "linear": linear,
+            "scaled_linear": scaled_linear,
+            "squaredcos_cap_v2": squaredcos_cap_v2,
+            "sigmoid": sigmoid,
+        }[beta_schedule]
+        return cls._finish(make(T, start, end), rescale_betas_zero_snr)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """Return the schedule that a diffusers scheduler_config.json describes.
+
+        Keys read: num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas,
+        rescale_betas_zero_snr.
+        """
+        rescale = bool(config.get("rescale_betas_zero_snr", False))
+        trained: Sequence[float] | None = config.get("trained_betas")
+        if trained is not None:
+            return cls._finish(np.asarray(trained, np.float64), rescale)
+        return cls.create(
+            config.get("beta_schedule", "linear"),
+            config.get("num_train_timesteps", 1000),
+            config.get("beta_start", 1e-4),
+            config.get("beta_end", 0.02),
+            rescale_betas_zero_snr=rescale,
+        )
+
+    @classmethod
+    def _finish(cls, betas: Table, rescale: bool) -> NoiseSchedule:
+        schedule = cls(betas)
+        if not rescale:
+            return schedule
+        if len(schedule) == 1:
+            raise ValueError("rescale_betas_zero_snr=True: needs at least 2 timesteps")
+        return cls(rescale_zero_terminal_snr(schedule.betas))
+
+    def __len__(self) -> int:
+        return self.betas.size
+
+    @cached_property
+    def alphas(self) -> Table:
+        """alpha_t = 1 - beta_t   (S1)."""
+        return 1 - self.betas
+
+    @cached_property
+    def alphas_cumprod(self) -> Table:
+        """abar_t = prod_{s<=t} alpha_s   (S3, S4)."""
+        return np.cumprod(self.alphas)
+
+    @cached_property
+    def alphas_cumprod_prev(self) -> Table:
+        """abar_{t-1}, with abar_{-1} = 1."""
+        return np.concatenate([[1.0], self.alphas_cumprod[:-1]])
+
+    @cached_property
+    def snr(self) -> Table:
+        """SNR_t = abar_t / (1 - abar_t)."""
+        return self.alphas_cumprod / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_mean_coef_x0(self) -> Table:
+        """Coefficient of x_0 in the posterior's mean   (S5)."""
+        return np.sqrt(self.alphas_cumprod_prev) * self.betas / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_mean_coef_xt(self) -> Table:
+        """Coefficient of x_t in the posterior's mean   (S5)."""
+        return np.sqrt(self.alphas) * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_variance(self) -> Table:
+        """beta~_t, the posterior's variance   (S5); 0 at t = 0."""
+        return (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod) * self.betas
