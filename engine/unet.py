@@ -109,10 +109,6 @@ class UNetConfig:
                     f"block_out_channels={channels}: must be a multiple of "
                     f"norm_num_groups={self.norm_num_groups}"
                 )
-            if self.attention_head_dim and channels % self.attention_head_dim:
-                raise ValueError(
-                    f"attention_head_dim={self.attention_head_dim}: must divide {channels} channels"
-                )
         if self.block_out_channels[0] // 2 - self.freq_shift <= 0:
             raise ValueError(
                 f"freq_shift={self.freq_shift}: must be below half of "
@@ -206,7 +202,10 @@ class Attention(nn.Module):
         self.group_norm = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
         self.to_qkv = nn.Linear(channels, 3 * channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-        self.heads = channels // (config.attention_head_dim or channels)
+        head_dim = config.attention_head_dim or channels
+        if channels % head_dim:
+            raise ValueError(f"attention_head_dim={head_dim}: must divide {channels} channels")
+        self.heads = channels // head_dim
         self.scale = scale
         zero_(self.to_out[0])
         self.register_state_dict_post_hook(_split_qkv)

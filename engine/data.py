@@ -1,0 +1,109 @@
+"""Training data: IDX files of 8-bit images (LeCun's format, as MNIST's), plain or gzipped."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashddpm.errors import DataError
+
+IMAGES, LABELS = "images-idx3", "labels-idx1"
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images and labels in memory.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N], or None.
+        num_classes: 1 + the largest label, or None.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    num_classes: int | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Return the uint8 array in an IDX file.
+
+    Raises:
+        DataError: the file cannot be read, is no IDX file of bytes, or is shorter or longer than
+            its header says.
+    """
+    try:
+        raw = path.read_bytes()
+        content = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08" or not 1 <= content[3] <= 4:
+        raise DataError(f"{path}: is not an IDX file of bytes (it must start with 00 00 08)")
+    start = 4 + 4 * content[3]
+    shape = tuple(int(n) for n in np.frombuffer(content[4:start], ">u4"))
+    if len(shape) != content[3] or len(content) - start != np.prod(shape, dtype=np.float64):
+        raise DataError(f"{path}: holds {len(content) - start} bytes; its header says {shape}")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def find_images(data: str | PathLike[str]) -> Path:
+    """Return the IDX file of images that ``data`` names: itself, or the training one in a folder.
+
+    Raises:
+        DataError: there is none, or more than one.
+    """
+    path = Path(data)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder")
+    found = sorted(f for f in path.iterdir() if IMAGES in f.name)
+    training = [f for f in found if "train" in f.name] or found
+    if len(training) != 1:
+        names = ", ".join(f.name for f in found) or "none"
+        raise DataError(f"{path}: must hold one *{IMAGES}* file to train on; found {names}")
+    return training[0]
+
+
+def load_idx(data: str | PathLike[str], multiple: int = 1) -> ImageData:
+    """Load images, and labels from the file beside them if it exists.
+
+    Args:
+        data: an IDX file of images, or a folder with one (train-images-idx3-ubyte[.gz]).
+        multiple: height and width must be multiples of this (2 to the number of down-samplings).
+
+    Raises:
+        DataError: naming the file and what is wrong with it.
+    """
+    path = find_images(data)
+    images = read_idx(path)
+    if images.ndim != 3 or 0 in images.shape:
+        raise DataError(f"{path}: has shape {images.shape}; must be [N, H, W] and not empty")
+    if images.shape[1] % multiple or images.shape[2] % multiple:
+        raise DataError(
+            f"{path}: images are {images.shape[1]}x{images.shape[2]}; "
+            f"height and width must be multiples of {multiple}"
+        )
+    tensor = torch.from_numpy(images.copy())[:, None]
+    beside = path.with_name(path.name.replace(IMAGES, LABELS))
+    if beside == path or not beside.exists():
+        return ImageData(tensor, None, None)
+    labels = read_idx(beside)
+    if labels.shape != images.shape[:1]:
+        raise DataError(f"{beside}: has shape {labels.shape}; must be ({len(images)},)")
+    return ImageData(tensor, torch.from_numpy(labels.astype(np.int64)), int(labels.max()) + 1)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Return uint8 images as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1

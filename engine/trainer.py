@@ -1,0 +1,318 @@
+r"""Training: the simple objective of Ho et al. 2020 (eq. 14, S7) on any of the three targets.
+
+A step is: images -> ``add_noise`` (x_t; noise in registers) -> U-Net -> ``diffusion_loss`` (the same
+noise drawn again) -> clipping -> AdamW -> exponential moving average of the weights. Which images,
+timesteps, noise and dropped labels a step uses is a pure function of (seed, step), so a resumed run
+goes on exactly where it stopped.
+
+OUT is a model folder in diffusers' layout holding the averaged weights; beside them stand
+``trainer.safetensors`` (everything needed to go on), ``train_config.json`` and ``metrics.jsonl``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from flashddpm import arguments
+from flashddpm.checkpoint import Conditioning, read_tensors, save_model, write_atomic, write_json
+from flashddpm.data import ImageData, to_float
+from flashddpm.errors import CheckpointError
+from flashddpm.parameterization import (
+    LOSS_WEIGHTINGS,
+    PREDICTION_TYPES,
+    noising_rows,
+    target_rows,
+)
+from flashddpm.schedule import BETA_SCHEDULES, NoiseSchedule
+from flashddpm.unet import UNet, UNetConfig
+
+STATE = "trainer.safetensors"
+LR_SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a run depends on besides its data."""
+
+    steps: int
+    batch_size: int = 64
+    seed: int = 0
+    learning_rate: float = 5e-4
+    lr_schedule: str = "constant"
+    warmup_steps: int = 200
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+    label_dropout: float = 0.1
+    precision: str = "float32"
+    prediction_type: str = "epsilon"
+    loss_weighting: str = "constant"
+    beta_schedule: str = "linear"
+    num_train_timesteps: int = 1000
+    block_out_channels: tuple[int, ...] = (32, 64, 96)
+    layers_per_block: int = 1
+    attention_head_dim: int = 32
+    norm_num_groups: int = 8
+    save_every: int = 500
+    sample_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in {
+            "steps": 1,
+            "batch_size": 1,
+            "warmup_steps": 0,
+            "save_every": 1,
+            "sample_every": 0,
+        }.items():
+            arguments.integer(name, getattr(self, name), low)
+        arguments.seed_list(self.seed)
+        arguments.number("learning_rate", self.learning_rate, 0)
+        arguments.number("grad_clip", self.grad_clip, 0)
+        arguments.number("ema_decay", self.ema_decay, 0, 1)
+        arguments.number("label_dropout", self.label_dropout, 0, 1)
+        arguments.one_of("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        arguments.one_of("precision", self.precision, ("float32", "bfloat16"))
+        arguments.one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        arguments.one_of("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
+        arguments.one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
+
+    def unet_config(self, data: ImageData) -> UNetConfig:
+        """Return the network for these images: attention at the lowest resolution only."""
+        levels = len(self.block_out_channels)
+        _, C, H, W = data.images.shape
+        plain = levels - 1
+        return UNetConfig(
+            sample_size=H if H == W else (H, W),
+            in_channels=C,
+            out_channels=C,
+            down_block_types=(*["DownBlock2D"] * plain, "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", *["UpBlock2D"] * plain),
+            block_out_channels=self.block_out_channels,
+            layers_per_block=self.layers_per_block,
+            attention_head_dim=self.attention_head_dim,
+            norm_num_groups=self.norm_num_groups,
+            num_class_embeds=None if data.num_classes is None else data.num_classes + 1,
+        )
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """Return the keys of scheduler_config.json."""
+        return {
+            "_class_name": "DDPMScheduler",
+            "num_train_timesteps": self.num_train_timesteps,
+            "beta_schedule": self.beta_schedule,
+            "beta_start": 1e-4,
+            "beta_end": 0.02,
+            "prediction_type": self.prediction_type,
+            "variance_type": "fixed_small",
+            "clip_sample": True,
+            "clip_sample_range": 1.0,
+            "timestep_spacing": "trailing",
+        }
+
+
+class Trainer:
+    """A run: its network, averaged weights, optimizer and position.
+
+    Args:
+        config: the run's settings.
+        data: images and labels; with labels, the network is class-conditional and has one more
+            class, the null class, that labels are dropped to.
+        out: the run's folder.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ValueError: settings or a device that cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: ImageData,
+        out: str | PathLike[str],
+        device: str | torch.device = "auto",
+    ) -> None:
+        self.config, self.data, self.out = config, data, Path(out)
+        self.device = arguments.resolve_device(device)
+        self.schedule = NoiseSchedule.create(config.beta_schedule, config.num_train_timesteps)
+        self.noising = self._table(noising_rows(self.schedule))
+        self.targets = self._table(
+            target_rows(self.schedule, config.prediction_type, config.loss_weighting)
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            unet = UNet(config.unet_config(data))
+        self.unet = unet.to(self.device, memory_format=torch.channels_last).train()
+        self.params = dict(self.unet.named_parameters())
+        self.ema = {name: p.detach().clone() for name, p in self.params.items()}
+        self.optimizer = torch.optim.AdamW(
+            self.params.values(), lr=config.learning_rate, weight_decay=0.0, fused=True
+        )
+        self.step = 0
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def _table(self, rows: Any) -> Tensor:
+        return torch.tensor(rows, dtype=torch.float32, device=self.device)
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """The labels that the model takes."""
+        return Conditioning(self.data.num_classes, self.data.num_classes)
+
+    def draw(self, step: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        """Return what a step trains on: x0 [B, C, H, W], labels, t, seeds and keys [B].
+
+        The key is the number of the image in the run; the timestep and whether the label is
+        dropped are counted noise of that key.
+        """
+        from flashddpm.kernels import reference
+        from flashddpm.kernels.contract import Purpose
+
+        B, config = self.config.batch_size, self.config
+        keys = torch.arange(step * B, (step + 1) * B)
+        seeds = torch.full_like(keys, arguments.seed_list(config.seed)[0])
+        word = reference.philox_words(seeds, keys, Purpose.TIMESTEP, 1)[0][:, 0]
+        t = (word * len(self.schedule)) >> 32
+        index = torch.stack([self._image(int(key)) for key in keys])
+        x0 = to_float(self.data.images[index]).to(self.device)
+        x0 = x0.contiguous(memory_format=torch.channels_last)
+        labels = None
+        if self.data.labels is not None:
+            word = reference.philox_words(seeds, keys, Purpose.LABEL_DROPOUT, 1)[0][:, 0]
+            drop = word < config.label_dropout * 2.0**32
+            labels = torch.where(drop, self.data.num_classes, self.data.labels[index])
+            labels = labels.to(self.device)
+        return x0, labels, t.to(self.device), seeds.to(self.device), keys.to(self.device)
+
+    def _image(self, key: int) -> Tensor:
+        """Return the index of image number ``key``: every epoch is a permutation of its own."""
+        epoch, position = divmod(key, len(self.data))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed((self.config.seed + epoch * 0x9E3779B9) % 2**63)
+            self._order = torch.randperm(len(self.data), generator=generator)
+            self._epoch = epoch
+        return self._order[position]
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then constant or half a cosine down to 0."""
+        config = self.config
+        rate = config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+        if config.lr_schedule == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        return rate
+
+    def train_step(self) -> Tensor:
+        """Take one step and return its loss, a scalar on the device."""
+        from flashddpm import kernels
+
+        config = self.config
+        x0, labels, t, seeds, keys = self.draw(self.step)
+        with torch.autocast(self.device.type, torch.bfloat16, config.precision == "bfloat16"):
+            x_t = kernels.add_noise(x0, t, seeds, keys, self.noising)
+            out = self.unet(x_t, t, labels)
+        loss = kernels.diffusion_loss(out, x0, t, seeds, keys, self.targets).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if config.grad_clip:
+            nn.utils.clip_grad_norm_(self.params.values(), config.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        self.optimizer.step()
+        decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
+        averages = list(self.ema.values())
+        torch._foreach_lerp_(averages, list(self.params.values()), 1 - decay)
+        self.step += 1
+        return loss.detach()
+
+    def averaged_unet(self) -> UNet:
+        """Return a U-Net with the averaged weights, in evaluation mode."""
+        unet = UNet(self.unet.config).to(self.device, memory_format=torch.channels_last)
+        for name, parameter in unet.named_parameters():
+            parameter.data.copy_(self.ema[name])
+        return unet.eval().requires_grad_(False)
+
+    def save(self) -> None:
+        """Write the run: model folder first, then the state to go on from, atomically."""
+        unet = self.averaged_unet()
+        scheduler = self.config.scheduler_config()
+        save_model(self.out, unet.config, unet.state_dict(), scheduler, self.conditioning)
+        write_json(self.out / "train_config.json", dataclasses.asdict(self.config))
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.params.items():
+            tensors[f"model.{name}"] = parameter.detach()
+            tensors[f"ema.{name}"] = self.ema[name]
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{key}.{name}"] = self.optimizer.state[parameter][key]
+        tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+        metadata = {"step": str(self.step), "config": json.dumps(dataclasses.asdict(self.config))}
+        write_atomic(self.out / STATE, safetensors.torch.save(tensors, metadata))
+
+    def resume(self) -> None:
+        """Go on from the state in the run's folder.
+
+        Raises:
+            CheckpointError: no state there, or one of another network.
+        """
+        path = self.out / STATE
+        tensors = read_tensors(path)
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        expected = {f"{kind}.{name}" for kind in ("model", "ema", "exp_avg", "exp_avg_sq")
+                    for name in self.params}
+        wrong = sorted(expected.symmetric_difference(tensors))
+        wrong += [key for key in expected & set(tensors)
+                  if tensors[key].shape != self.params[key.split(".", 1)[1]].shape]
+        if wrong or "step" not in metadata:
+            raise CheckpointError(f"{path}: is of another network: {', '.join(wrong[:5])} differ")
+        self.step = int(metadata["step"])
+        for name, parameter in self.params.items():
+            parameter.data.copy_(tensors[f"model.{name}"])
+            self.ema[name].copy_(tensors[f"ema.{name}"])
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.step), device=self.device),
+                **{key: torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"])
+                   for key in ("exp_avg", "exp_avg_sq")},
+            }
+
+    def log(self, loss: float, images_per_second: float) -> None:
+        """Append a line to metrics.jsonl."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        line = {"step": self.step, "loss": loss, "images_per_second": images_per_second}
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def run(self, progress: bool = True, log_every: int = 50) -> None:
+        """Train to ``config.steps``, saving on the way, at the end and on Ctrl-C."""
+        from tqdm import tqdm
+
+        config = self.config
+        bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=not progress)
+        total, count, start = torch.zeros((), device=self.device), 0, time.perf_counter()
+        try:
+            while self.step < config.steps:
+                total += self.train_step()
+                count += 1
+                bar.update()
+                if self.step % log_every == 0 or self.step == config.steps:
+                    loss = float(total) / count
+                    rate = count * config.batch_size / (time.perf_counter() - start)
+                    bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+                    self.log(loss, rate)
+                    total.zero_()
+                    count, start = 0, time.perf_counter()
+                if self.step % config.save_every == 0 and self.step < config.steps:
+                    self.save()
+        finally:
+            bar.close()
+            self.save()
