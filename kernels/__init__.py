@@ -1,2 +1,36 @@
-"""The fused kernels of denoising diffusion, usable alone."""
-from flashddpm.kernels.reference import add_noise, diffusion_loss
+"""The fused kernels of denoising diffusion, usable alone.
+
+On CUDA tensors they are Triton kernels; on CPU tensors, and where Triton is not installed, the
+same functions run in plain PyTorch (``flashddpm.kernels.reference``), with the same noise.
+"""
+
+from flashddpm.kernels import reference
+from flashddpm.kernels.contract import Column, Purpose
+
+try:
+    import triton  # noqa: F401  (only to learn whether it is there)
+except ImportError:
+    from flashddpm.kernels.reference import (
+        add_noise,
+        advance,
+        denoise_step,
+        diffusion_loss,
+        philox,
+    )
+else:
+    from flashddpm.kernels.add_noise import add_noise
+    from flashddpm.kernels.advance import advance
+    from flashddpm.kernels.denoise_step import denoise_step
+    from flashddpm.kernels.diffusion_loss import diffusion_loss
+    from flashddpm.kernels.philox import philox
+
+__all__ = [
+    "Column",
+    "Purpose",
+    "add_noise",
+    "advance",
+    "denoise_step",
+    "diffusion_loss",
+    "philox",
+    "reference",
+]

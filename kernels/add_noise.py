@@ -1,0 +1,125 @@
+r"""Fused forward noising, x_t = a x_0 + b eps with (a, b) = rows[t]   (S4; one step of it, S2).
+
+eps is drawn in registers. Reads one image and writes one: 2 x itemsize bytes an element.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashddpm.kernels import reference
+from flashddpm.kernels.contract import Purpose
+from flashddpm.kernels.launch import (
+    OPTIONS,
+    block_size,
+    channels_last,
+    check_image,
+    check_table,
+    check_vector,
+    empty_channels_last,
+    runs_triton,
+)
+from flashddpm.kernels.philox import draw
+
+
+@triton.jit
+def _add_noise_kernel(
+    x_t,  # [B, n], written
+    x0,  # [B, n]
+    t,  # int64 [B], row of each image
+    seeds,  # int64 [B]
+    keys,  # int64 [B]
+    rows,  # float32 [T, 2]
+    n,  # elements of an image
+    PURPOSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(n, BLOCK)
+    pid = tl.program_id(0).to(tl.int64)
+    sample = pid // blocks
+    block = pid % blocks
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < n - block * BLOCK
+    start = sample * n + block * BLOCK
+
+    row = tl.load(t + sample)
+    a = tl.load(rows + row * 2)
+    b = tl.load(rows + row * 2 + 1)
+    signal = tl.zeros([BLOCK], tl.float32)
+    if a != 0:
+        signal = a * tl.load(x0 + start + offsets, mask=mask, other=0).to(tl.float32)
+    noise = tl.zeros([BLOCK], tl.float32)
+    if b != 0:
+        noise = b * draw(tl.load(seeds + sample), tl.load(keys + sample), block, PURPOSE, BLOCK)
+    tl.store(x_t + start + offsets, (signal + noise).to(x_t.dtype.element_ty), mask=mask)
+
+
+@torch.library.custom_op("flashddpm::add_noise", mutates_args=())
+def _add_noise(
+    x0: Tensor, t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor, purpose: int
+) -> Tensor:
+    x_t = empty_channels_last(x0)
+    if not runs_triton(x0):
+        return x_t.copy_(reference.add_noise(x0, t, seeds, keys, rows, purpose))
+    if x0.numel():
+        n = x0[0].numel()
+        block = block_size(n)
+        grid = (len(x0) * triton.cdiv(n, block),)
+        _add_noise_kernel[grid](
+            x_t, channels_last(x0), t, seeds, keys, rows, n, purpose, block, **OPTIONS
+        )
+    return x_t
+
+
+@_add_noise.register_fake
+def _add_noise_fake(
+    x0: Tensor, t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor, purpose: int
+) -> Tensor:
+    return empty_channels_last(x0)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x0, t, _, _, rows, _ = inputs
+    ctx.save_for_backward(t, rows)
+
+
+def _backward(ctx, grad: Tensor):
+    """d x_0 = a d x_t."""
+    t, rows = ctx.saved_tensors
+    a = rows[t, 0].reshape(-1, 1, 1, 1)
+    return (a * grad.float()).to(grad.dtype), None, None, None, None, None
+
+
+_add_noise.register_autograd(_backward, setup_context=_setup_context)
+
+
+def add_noise(
+    x0: Tensor,
+    t: Tensor,
+    seeds: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    purpose: int = Purpose.TRAINING,
+) -> Tensor:
+    """Return x_t = rows[t, 0] x0 + rows[t, 1] eps, channels-last, in x0's dtype   (S2, S4).
+
+    Computed in float32 whatever the dtype. Differentiable with respect to x0.
+
+    Args:
+        x0: [B, C, H, W], float32, float16 or bfloat16, any layout.
+        t: int64 [B], the row of each image, in [0, T): not checked, for that would wait.
+        seeds, keys: int64 [B], of the noise.
+        rows: float32 [T, 2].
+        purpose: what the noise is for.
+
+    Raises:
+        ValueError: a shape, dtype, layout or device that does not fit.
+    """
+    check_image("x0", x0)
+    for name, vector in (("t", t), ("seeds", seeds), ("keys", keys)):
+        check_vector(name, vector, len(x0), torch.int64, x0)
+    check_table("rows", rows, 2, x0)
+    return _add_noise(x0, t, seeds, keys, rows, int(purpose))

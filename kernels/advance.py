@@ -1,0 +1,56 @@
+r"""Move every slot to its next row: idx[s] = next[idx[s]].
+
+A launch of its own, after ``denoise_step``: nothing moves an index while another program of the
+same sample may still read it. Reads 16 bytes and writes 8 a slot.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashddpm.kernels import reference
+from flashddpm.kernels.launch import OPTIONS, check_vector, runs_triton
+
+
+@triton.jit
+def _advance_kernel(
+    idx,  # int64 [S], read and written
+    next,  # int64 [R]
+    S,
+    BLOCK: tl.constexpr,
+):
+    slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = slot < S
+    row = tl.load(idx + slot, mask=mask, other=0)
+    tl.store(idx + slot, tl.load(next + row, mask=mask, other=0), mask=mask)
+
+
+@torch.library.custom_op("flashddpm::advance", mutates_args=("idx",))
+def _advance(idx: Tensor, next: Tensor) -> None:
+    if not runs_triton(idx):
+        reference.advance(idx, next)
+    elif idx.numel():
+        _advance_kernel[(triton.cdiv(len(idx), 128),)](idx, next, len(idx), 128, **OPTIONS)
+
+
+@_advance.register_fake
+def _advance_fake(idx: Tensor, next: Tensor) -> None:
+    return None
+
+
+def advance(idx: Tensor, next: Tensor) -> None:
+    """Set idx[s] = next[idx[s]] for every slot, in place.
+
+    Args:
+        idx: int64 [S].
+        next: int64 [R]; entries of idx must lie in [0, R): not checked, for that would wait.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    check_vector("idx", idx, idx.numel(), torch.int64, idx)
+    check_vector("next", next, next.numel(), torch.int64, idx)
+    _advance(idx, next)
