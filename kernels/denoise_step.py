@@ -83,9 +83,10 @@ def _denoise_step_kernel(
     if uncond >= 0:
         u = tl.load(out + uncond * n + start + offsets, mask=mask, other=0).to(tl.float32)
         o = u + tl.load(guidance + slot) * (o - u)
-    if tl.load(nonfinite + slot) == 0:
-        finite = tl.abs(o) < float("inf")  # false for NaN too
-        tl.store(nonfinite + slot + offsets * 0, i.to(tl.int32), mask=mask & (finite == 0))
+    bad = tl.where(tl.abs(o) < float("inf"), 0, 1)  # NaN compares false
+    if tl.max(bad, axis=0) != 0:
+        if tl.load(nonfinite + slot) == 0:
+            tl.store(nonfinite + slot, i.to(tl.int32))
 
     x_t = tl.load(x + slot * x_stride + start + offsets, mask=mask, other=0)
     x0 = tl.zeros([BLOCK], tl.float32)
