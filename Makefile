@@ -7,6 +7,10 @@ ARGS   ?=
 # Nothing may put the checkout on sys.path (see CONTRIBUTING.md, "Names").
 export PYTHONSAFEPATH := 1
 
+PACKAGE_DIRS := $(shell find engine kernels benchmarks -type d -not -name __pycache__)
+NEEDS_GPU = $(BIN)/python -c "import sys, torch; \
+	sys.exit(None if torch.cuda.is_available() else '$@ needs an NVIDIA GPU: torch sees none')"
+
 .DEFAULT_GOAL := help
 .PHONY: help sample test test-gpu lint bench bench-gpu clean
 
@@ -16,8 +20,9 @@ help: ## this list
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp per set of extras, renewed when the packaging files change.
-$(VENV)/installed-%: setup.py pyproject.toml | $(BIN)/python
+# One stamp per set of extras. A strict editable install is a tree of links to files, so it is
+# renewed when the packaging files change and when a file comes or goes in a package's folder.
+$(VENV)/installed-%: setup.py pyproject.toml $(PACKAGE_DIRS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--config-settings editable_mode=strict -e "$(if $(filter base,$*),.,.[$*])"
 	@touch $@
@@ -29,6 +34,7 @@ test: $(VENV)/installed-test ## install and run the whole suite (no GPU needed)
 	$(BIN)/pytest -m "not gpu and not slow" $(ARGS)
 
 test-gpu: $(VENV)/installed-test ## the suite on an NVIDIA GPU, gpu-marked tests included
+	@$(NEEDS_GPU)
 	$(BIN)/pytest $(ARGS)
 
 lint: $(VENV)/installed-dev ## ruff and mypy
@@ -40,6 +46,7 @@ bench: $(VENV)/installed-bench ## benchmarks on the CPU, against diffusers
 	$(BIN)/python -m flashddpm.benchmarks --device cpu $(ARGS)
 
 bench-gpu: $(VENV)/installed-bench ## the same on an NVIDIA GPU
+	@$(NEEDS_GPU)
 	$(BIN)/python -m flashddpm.benchmarks --device cuda $(ARGS)
 
 clean: ## remove the venv, builds and caches

@@ -8,8 +8,20 @@ from pathlib import Path
 
 from setuptools import setup
 
-TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-timeout>=2.3", "hypothesis>=6.100", "diffusers>=0.35"]
-BENCH = ["pytest-benchmark>=5", "nvidia-ml-py>=12", "matplotlib>=3.8", "diffusers>=0.35"]
+DIFFUSERS = "diffusers>=0.35"
+PYTEST_BENCHMARK = "pytest-benchmark>=5"
+TEST = [
+    DIFFUSERS,
+    PYTEST_BENCHMARK,
+    "hypothesis>=6.100",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    # tests/packaging builds and installs the package.
+    "pip>=23",
+    "setuptools>=77",
+]
+BENCH = [DIFFUSERS, PYTEST_BENCHMARK, "matplotlib>=3.8", "nvidia-ml-py>=12"]
+LINT = ["build>=1.2", "mypy>=1.11", "pre-commit>=3.8", "ruff>=0.6"]
 
 setup(
     name="flashddpm",
@@ -17,7 +29,7 @@ setup(
     description="A performance engine for denoising diffusion probabilistic models",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     package_dir={
@@ -26,7 +38,7 @@ setup(
         "flashddpm.benchmarks": "benchmarks",
     },
     packages=["flashddpm", "flashddpm.kernels", "flashddpm.benchmarks"],
-    package_data={"flashddpm": ["py.typed", "models/*/*", "models/*/*/*"]},
+    package_data={"flashddpm": ["py.typed", "models/**/*"]},
     install_requires=[
         "torch>=2.11",
         'triton>=3.6; platform_system == "Linux"',
@@ -36,11 +48,7 @@ setup(
         "tqdm>=4.66",
         "typer>=0.12",
     ],
-    extras_require={
-        "test": TEST,
-        "bench": BENCH,
-        "dev": sorted({*TEST, *BENCH, "ruff>=0.6", "mypy>=1.11", "pre-commit>=3.8", "build>=1.2"}),
-    },
+    extras_require={"test": TEST, "bench": BENCH, "dev": sorted({*TEST, *BENCH, *LINT})},
     entry_points={"console_scripts": ["flashddpm = flashddpm.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
@@ -49,5 +57,6 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

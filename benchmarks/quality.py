@@ -34,12 +34,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
+
 from flashddpm import arguments
 from flashddpm.checkpoint import read_json, read_tensors, write_atomic, write_json
 from flashddpm.data import ImageData, load_idx, to_float
 from flashddpm.errors import CheckpointError, DataError
-from safetensors.torch import save
-from torch import Tensor, nn
 
 FEATURES = 64
 BATCH = 128
@@ -142,7 +143,8 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     (S_a S_b)^(1/2) has the trace of (R S_b R)^(1/2) with R = S_a^(1/2), which is symmetric.
 
     Args:
-        features_a, features_b: [N_a, D] and [N_b, D], each with more rows than columns.
+        features_a: [N_a, D], N_a > D.
+        features_b: [N_b, D], N_b > D.
 
     Raises:
         ValueError: too few rows for a covariance of full rank, unequal D, or not finite.
@@ -192,20 +194,19 @@ def share(predicted: Tensor, labels: Tensor, num_classes: int) -> tuple[float, l
 
 
 def measure(
-    model: Classifier, drawn: Tensor, wanted: Tensor, train: ImageData, test: ImageData
+    model: Classifier, drawn: Tensor, wanted: Tensor, reference: Tensor, test: ImageData
 ) -> dict[str, Any]:
     """Return the numbers of the module docstring.
 
     Args:
         model: a trained classifier.
-        drawn: the model's images, uint8 [N, C, H, W], as many of each class.
+        drawn: the model's images, uint8 [N, C, H, W].
         wanted: the classes that were asked for, [N].
-        train: real images, of which as many are taken for comparison.
+        reference: real images to compare with, as many.
         test: real images that the classifier was not trained on.
     """
-    assert train.labels is not None and test.labels is not None
-    classes = int(train.labels.max()) + 1
-    reference = train.images[fixed_draw(train.labels, len(drawn) // classes)]
+    assert test.labels is not None
+    classes = model.last.out_features
     test_classes, test_features = judge(model, test.images)
     drawn_classes, drawn_features = judge(model, drawn)
     accuracy, accuracy_by_class = share(test_classes, test.labels, classes)
@@ -254,7 +255,7 @@ def draw_images(folder: Path, settings: Settings, num_classes: int) -> tuple[Ten
 
 def find_test_images(folder: Path) -> Path:
     """Return the one file of test images in a folder."""
-    found = sorted(folder.glob("t*k-images-idx3-ubyte*"))
+    found = sorted(folder.glob("t10k-images-idx3-ubyte*"))
     if len(found) != 1:
         raise DataError(f"{folder}: must hold one t10k-images-idx3-ubyte[.gz]; found {len(found)}")
     return found[0]
@@ -273,8 +274,8 @@ def commit() -> str | None:
     here = Path(__file__).resolve()
 
     def git(*command: str) -> str:
-        arguments = ["git", "-C", str(here.parent), *command]
-        return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.strip()
+        line = ["git", "-C", str(here.parent), *command]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", here.name)
@@ -283,10 +284,11 @@ def commit() -> str | None:
         return None
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     """Return what the numbers may depend on besides their inputs."""
     from importlib.metadata import version
 
+    used = arguments.resolve_device(device)
     return {
         "commit": commit(),
         "command": shlex.join(["python", "-m", "flashddpm.benchmarks.quality", *sys.argv[1:]]),
@@ -294,7 +296,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "flashddpm": version("flashddpm"),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(used) if used.type == "cuda" else "cpu",
     }
 
 
@@ -325,10 +327,9 @@ def class_names(folder: Path, num_classes: int) -> list[str]:
     """Return the names in the model's flashddpm.json, or the numbers."""
     path = folder / "flashddpm.json"
     names = read_json(path).get("class_names") if path.exists() else None
-    numbers = [str(label) for label in range(num_classes)]
-    return (
-        list(map(str, names)) if isinstance(names, list) and len(names) == num_classes else numbers
-    )
+    if not isinstance(names, list) or len(names) != num_classes:
+        return [str(label) for label in range(num_classes)]
+    return [str(name) for name in names]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -354,19 +355,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def run(args: argparse.Namespace) -> None:
     """Measure a model, print a table and write JSON."""
-    args = parse(argv)
     settings = Settings(**{name: getattr(args, name) for name in vars(Settings())})
     train, test = load_labelled(args.data), load_labelled(find_test_images(args.data))
     assert train.labels is not None and train.num_classes is not None
     arguments.integer("epochs", args.epochs, 1)
-    smallest = (FEATURES // train.num_classes + 1) * train.num_classes
-    arguments.integer("num_images", settings.num_images, smallest)
-    if settings.num_images % train.num_classes:
-        raise ValueError(
-            f"num_images={settings.num_images}: must be a multiple of {train.num_classes} classes"
-        )
+    classes = train.num_classes
+    arguments.integer("num_images", settings.num_images, FEATURES + 1)
+    if settings.num_images % classes:
+        raise ValueError(f"num_images={settings.num_images}: must be a multiple of {classes}")
+    reference = train.images[fixed_draw(train.labels, settings.num_images // classes)]
 
     if args.classifier is not None and args.classifier.exists():
         model = load_classifier(args.classifier, train.images, train.labels)
@@ -376,13 +375,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_atomic(args.classifier, save(model.state_dict()))
 
     start = time.perf_counter()
-    drawn, wanted = draw_images(args.model, settings, train.num_classes)
+    drawn, wanted = draw_images(args.model, settings, classes)
     seconds = time.perf_counter() - start
-    result = measure(model, drawn, wanted, train, test)
-    print(table(result, class_names(args.model, train.num_classes)))
+    result = measure(model, drawn, wanted, reference, test)
+    print(table(result, class_names(args.model, classes)))
     if args.out is not None:
-        record = {**result, **vars(settings), "seconds_to_draw": seconds, **environment()}
-        write_json(args.out, record)
+        drawing = {**vars(settings), "seconds_to_draw": seconds}
+        write_json(args.out, {**result, **drawing, **environment(settings.device)})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; a bad argument or file is one line and exit status 1."""
+    args = parse(argv)
+    try:
+        run(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -32,16 +32,24 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     return number
 
 
+def boolean(name: str, value: Any) -> bool:
+    """Return ``value`` if it is True or False; 0, 1 and strings are not."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: must be true or false")
+    return value
+
+
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     """Return ``value`` as a finite float in [low, high]."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, (bool, str, bytes)):
             raise TypeError
         result = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise ValueError(f"{name}={value!r}: must be a number") from None
     if not math.isfinite(result) or not low <= result <= high:
-        raise ValueError(f"{name}={value!r}: must be a finite number in [{low:g}, {high:g}]")
+        limits = "" if low == -high == -math.inf else f" in [{low:g}, {high:g}]"
+        raise ValueError(f"{name}={value!r}: must be a finite number{limits}")
     return result
 
 
@@ -51,7 +59,7 @@ def seed_list(seeds: int | Iterable[int] | Tensor) -> list[int]:
         if seeds.is_floating_point() or seeds.is_complex() or seeds.dtype is torch.bool:
             raise ValueError(f"seeds={seeds.dtype} tensor: must hold 64-bit integers")
         seeds = seeds.reshape(-1).tolist()
-    if isinstance(seeds, str):
+    if isinstance(seeds, (str, bytes)):
         raise ValueError(f"seeds={seeds!r}: must be integers in [-2^63, 2^64)")
     try:
         items = [seeds] if not isinstance(seeds, Iterable) else list(seeds)
@@ -82,10 +90,12 @@ def label_list(
     if num_classes is None:
         raise ValueError(f"labels={labels!r}: this model is unconditional and takes no labels")
     if isinstance(labels, Tensor):
-        labels = labels.reshape(-1).tolist()
+        labels = labels.reshape(-1).tolist() if labels.ndim else labels.tolist()
     items = list(labels) if isinstance(labels, Iterable) else [labels] * count
     if len(items) != count:
-        raise ValueError(f"labels: {len(items)} labels for {count} seeds; give one each, or one int")
+        raise ValueError(
+            f"labels: {len(items)} labels for {count} seeds; give one each, or one int"
+        )
     return [integer("labels", item, 0, num_classes - 1) for item in items]
 
 
@@ -106,7 +116,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if result.type == "cuda":
         available = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if available == 0:
-            raise ValueError(f"device={str(device)!r}: no CUDA device is available; use cpu or auto")
+            raise ValueError(
+                f"device={str(device)!r}: no CUDA device is available; use cpu or auto"
+            )
         if (result.index or 0) >= available:
             raise ValueError(f"device={str(device)!r}: only {available} CUDA device(s) available")
     return result

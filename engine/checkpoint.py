@@ -29,6 +29,8 @@ from flashddpm.unet import UNet, UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MAX_JSON = 1 << 20
+MAX_HEADER = 4 << 20
+STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")
 
 
@@ -53,6 +55,12 @@ def write_atomic(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself must reach the disk; Windows opens no folders
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -60,16 +68,24 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return value
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object.
 
     Raises:
-        CheckpointError: missing, larger than 1 MiB, not JSON, or not an object.
+        CheckpointError: missing, larger than 1 MiB, not JSON, not an object, or with a key twice.
     """
     try:
         if path.stat().st_size > MAX_JSON:
             raise CheckpointError(f"{path}: is larger than {MAX_JSON} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=_unique)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -85,13 +101,18 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """Return the tensors of a safetensors file.
 
     Raises:
-        CheckpointError: missing or broken.
+        CheckpointError: missing, broken, or with a header larger than 4 MiB.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: is missing")
     try:
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > MAX_HEADER:
+            raise ValueError(f"its header claims {header} bytes, more than {MAX_HEADER}")
         return safetensors.torch.load_file(path, device)
-    except (OSError, safetensors.SafetensorError) as error:
+    # Shapes and dtypes that torch has not end in errors of its own.
+    except (OSError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
@@ -130,14 +151,15 @@ def load_unet(folder: str | PathLike[str], device: torch.device, dtype: torch.dt
         for key, shape in expected.items()
         if key in state and tuple(state[key].shape) != shape
     ]
-    wrong += [
-        f"{key} holds {value.dtype}, must hold finite floating-point numbers"
-        for key, value in state.items()
-        if not value.is_floating_point() or not bool(value.isfinite().all())
-    ]
+    for key, value in state.items():
+        if value.dtype not in STORED:
+            wrong.append(f"{key} holds {value.dtype}, must hold floating-point numbers")
+        elif not bool(value.to(dtype).isfinite().all()):
+            wrong.append(f"{key} holds numbers that are not finite in {dtype}")
     if wrong:
         raise CheckpointError(f"{weights}: does not match config.json: " + "; ".join(wrong))
-    state = {key: value.to(device, dtype) for key, value in state.items()}
+    # A copy: what safetensors returns is the mapped file, which another program may change.
+    state = {key: value.to(device, dtype, copy=True) for key, value in state.items()}
     unet.load_state_dict(state, assign=True)
     return unet.eval().requires_grad_(False)
 
@@ -148,7 +170,9 @@ def load_scheduler_config(folder: str | PathLike[str]) -> dict[str, Any]:
     config = read_json(path)
     name = config.get("_class_name", "DDPMScheduler")
     if name not in SCHEDULERS:
-        raise CheckpointError(f"{path}: _class_name={name!r}: must be one of {', '.join(SCHEDULERS)}")
+        raise CheckpointError(
+            f"{path}: _class_name={name!r}: must be one of {', '.join(SCHEDULERS)}"
+        )
     return config
 
 

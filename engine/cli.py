@@ -1,18 +1,290 @@
-"""cli."""
-import typer
-from pathlib import Path
-app = typer.Typer()
+"""The command line: ``flashddpm sample``, ``train`` and ``info``."""
 
-@app.callback()
-def _root() -> None: ...
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from flashddpm.sampler import Sampler
+
+app = typer.Typer(
+    help="Sample and train denoising diffusion models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+USAGE, INTERRUPTED = 2, 130
+MAX_FRAMES = 60
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+Option = typer.Option
+
+
+def main() -> None:
+    """Run the command line: bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, FloatingPointError, OSError) as error:
+        _fail(" ".join(str(error).split()), USAGE)
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"flashddpm: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
+    """Return the seeds that the options name: "7", "1,2,5", "0:64", or one and a count.
+
+    Raises:
+        ValueError: not of that form, or another number of seeds than of images.
+    """
+    from flashddpm import arguments
+
+    if num_images is not None:
+        arguments.integer("num_images", num_images, 1)
+    if seeds is None:
+        return list(range(64 if num_images is None else num_images))
+    result: list[int] = []
+    try:
+        for part in seeds.split(","):
+            low, colon, high = part.partition(":")
+            result += range(int(low), int(high)) if colon else [int(low)]
+    except ValueError:
+        raise ValueError(
+            f"seeds={seeds!r}: must be integers and ranges, such as 7 or 1,2,5 or 0:64"
+        ) from None
+    if len(result) == 1 and num_images is not None:
+        result = list(range(result[0], result[0] + num_images))
+    if num_images is not None and len(result) != num_images:
+        raise ValueError(f"seeds={seeds!r}: {len(result)} seeds for num_images={num_images}")
+    return arguments.seed_list(result)
+
+
+def parse_labels(labels: str | None, sampler: Sampler, count: int) -> list[int] | None:
+    """Return a label for each image; without the option, the classes in turn.
+
+    Raises:
+        ValueError: no number or class name, or another number of labels than 1 or ``count``.
+    """
+    classes, names = sampler.conditioning.num_classes, sampler.conditioning.class_names or ()
+    if labels is None:
+        return None if classes is None else [i % classes for i in range(count)]
+    if labels == "none":
+        return None
+    lower = [name.lower() for name in names]
+    result = []
+    for part in (part.strip() for part in labels.split(",")):
+        if part.lower() in lower:
+            result.append(lower.index(part.lower()))
+        elif part.lstrip("-").isdigit():
+            result.append(int(part))
+        else:
+            known = f" or one of {', '.join(names)}" if names else ""
+            raise ValueError(f"labels: {part!r} must be a number{known}")
+    return result * count if len(result) == 1 else result
+
 
 @app.command()
-def train(data: Path, out: Path = typer.Option(...), steps: int = typer.Option(...), batch_size: int = 64, lr_schedule: str = "constant", learning_rate: float = 5e-4, precision: str = "float32", prediction_type: str = "epsilon", beta_schedule: str = "linear", seed: int = 0, resume: bool = False, loss_weighting: str = "constant", save_every: int = 500) -> None:
-    from flashddpm.trainer import Trainer, TrainConfig
-    from flashddpm.data import load_idx
-    c = TrainConfig(steps=steps, batch_size=batch_size, lr_schedule=lr_schedule, learning_rate=learning_rate, precision=precision, prediction_type=prediction_type, beta_schedule=beta_schedule, seed=seed, loss_weighting=loss_weighting, save_every=save_every)
-    t = Trainer(c, load_idx(data, 4), out)
-    if resume: t.resume()
-    t.run()
+def sample(
+    model_dir: Annotated[
+        Path | None, typer.Argument(help="A model folder; by default the bundled model.")
+    ] = None,
+    out: Annotated[
+        Path, Option(help="A picture (grid.png), or a folder for one file an image.")
+    ] = Path("samples.png"),
+    num_images: Annotated[int | None, Option(help="How many images.  [default: 64]")] = None,
+    seeds: Annotated[
+        str | None, Option(help="7 (the first seed), 1,2,5 or 0:64.  [default: from 0]")
+    ] = None,
+    labels: Annotated[
+        str | None, Option(help="3, or 0,1,2 (one an image), or none.  [default: in turn]")
+    ] = None,
+    guidance: Annotated[float, Option(help="Guidance weight w; 1 is off.")] = 1.0,
+    solver: Annotated[str, Option(help="ddim, ddpm or dpmpp_2m.")] = "ddim",
+    num_steps: Annotated[int, Option(help="Network evaluations an image.")] = 50,
+    spacing: Annotated[
+        str | None, Option(help="leading, linspace or trailing.  [default: the model's]")
+    ] = None,
+    eta: Annotated[float, Option(help="Of ddim: 0 deterministic, 1 as noisy as ddpm.")] = 0.0,
+    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str | None, Option(help="float32, bfloat16 or float16.  [default: by device]")
+    ] = None,
+    backend: Annotated[str, Option(help="auto, fused or reference.")] = "auto",
+    compile: Annotated[str, Option(help="auto, on or off.")] = "auto",
+    batch_size: Annotated[int, Option(help="Images at a time.")] = 64,
+    trajectory: Annotated[
+        Path | None, Option(help="Also write the x0 previews as an animation (.gif).")
+    ] = None,
+) -> None:
+    """Draw images and write them as a labelled grid, or one by one."""
+    import flashddpm as fd
+    from flashddpm import arguments, images
 
-def main() -> None: app()
+    if out.suffix:
+        arguments.one_of("suffix of out", out.suffix.lower(), PICTURES)
+    if trajectory is not None:
+        arguments.one_of("suffix of trajectory", trajectory.suffix.lower(), (".gif",))
+    arguments.one_of("compile", compile, ("auto", "on", "off"))
+    seed = parse_seeds(seeds, num_images)
+    folder = fd.bundled() if model_dir is None else model_dir
+    sampler = fd.Sampler.from_pretrained(
+        folder, device, dtype, backend, {"auto": "auto", "on": True, "off": False}[compile]
+    )
+    label = parse_labels(labels, sampler, len(seed))
+    columns = sampler.conditioning.num_classes if labels is None else None
+    names = sampler.conditioning.class_names
+    captions = None
+    if label is not None:
+        captions = [names[i] if names and 0 <= i < len(names) else str(i) for i in label]
+    layout: dict[str, Any] = {"columns": columns, "captions": captions}
+    frames: list[Any] = []
+
+    def keep(i: int, x0: Any) -> None:
+        if i % -(-num_steps // MAX_FRAMES) == 0 or i == num_steps - 1:
+            frames.append(images.make_grid(x0, **layout))
+
+    start = time.perf_counter()
+    x = sampler.sample(
+        seed,
+        label,
+        guidance,
+        solver,
+        num_steps,
+        spacing=spacing,
+        eta=eta,
+        batch_size=batch_size if trajectory is None else len(seed),
+        progress=True,
+        on_step=None if trajectory is None else keep,
+    ).cpu()
+    seconds = time.perf_counter() - start
+    if out.suffix:
+        images.save_grid(x, out, **layout)
+    else:
+        images.save_folder(x, out, seed)
+    if trajectory is not None:
+        images.save_gif(frames, trajectory)
+    print(
+        f"{len(x)} images, {num_steps} steps, {seconds:.1f} s, {len(x) / seconds:.1f} images/s, "
+        f"{sampler.device}, {sampler.backend} -> {out}"
+    )
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="An IDX file of images, or a folder with one.")],
+    out: Annotated[Path, Option(help="The run's folder, itself a model folder.")],
+    steps: Annotated[int, Option(help="Steps in all, those of a resumed run included.")],
+    batch_size: Annotated[int, Option(help="Images a step.")] = 64,
+    seed: Annotated[int, Option(help="Seed of weights, order, timesteps and noise.")] = 0,
+    learning_rate: Annotated[float, Option(help="After the warm-up.")] = 5e-4,
+    lr_schedule: Annotated[str, Option(help="constant or cosine.")] = "constant",
+    warmup_steps: Annotated[int, Option(help="Steps of linear warm-up.")] = 200,
+    grad_clip: Annotated[float, Option(help="Bound of the gradient's norm; 0 for none.")] = 1.0,
+    ema_decay: Annotated[float, Option(help="Of the averaged weights.")] = 0.999,
+    label_dropout: Annotated[float, Option(help="Share of labels dropped, for guidance.")] = 0.1,
+    precision: Annotated[str, Option(help="float32 or bfloat16 (autocast).")] = "float32",
+    prediction_type: Annotated[
+        str, Option(help="epsilon, sample or v_prediction.")
+    ] = "epsilon",
+    loss_weighting: Annotated[str, Option(help="constant or min_snr.")] = "constant",
+    beta_schedule: Annotated[
+        str, Option(help="linear, scaled_linear, squaredcos_cap_v2 or sigmoid.")
+    ] = "linear",
+    block_out_channels: Annotated[
+        str, Option(help="Channels at each resolution, comma-separated.")
+    ] = "32,64,96",
+    layers_per_block: Annotated[int, Option(help="Residual blocks at each resolution.")] = 1,
+    save_every: Annotated[int, Option(help="Steps between saves.")] = 500,
+    sample_every: Annotated[int, Option(help="Steps between sample grids; 0 for none.")] = 0,
+    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    resume: Annotated[bool, Option("--resume", help="Go on from OUT.")] = False,
+) -> None:
+    """Train a model; OUT always holds the latest averaged weights in diffusers' layout."""
+    from flashddpm.data import load_idx
+    from flashddpm.trainer import STATE, TrainConfig, Trainer
+
+    try:
+        channels = tuple(int(part) for part in block_out_channels.split(","))
+    except ValueError:
+        raise ValueError(
+            f"block_out_channels={block_out_channels!r}: must be integers, such as 32,64,96"
+        ) from None
+    config = TrainConfig(
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        learning_rate=learning_rate,
+        lr_schedule=lr_schedule,
+        warmup_steps=warmup_steps,
+        grad_clip=grad_clip,
+        ema_decay=ema_decay,
+        label_dropout=label_dropout,
+        precision=precision,
+        prediction_type=prediction_type,
+        loss_weighting=loss_weighting,
+        beta_schedule=beta_schedule,
+        block_out_channels=channels,
+        layers_per_block=layers_per_block,
+        save_every=save_every,
+        sample_every=sample_every,
+    )
+    if not resume and (out / STATE).exists():
+        raise ValueError(f"out={str(out)!r}: holds a run already; give --resume or another folder")
+    trainer = Trainer(config, load_idx(data, 2 ** (len(channels) - 1)), out, device)
+    if resume:
+        trainer.resume()
+    try:
+        trainer.run()
+    except KeyboardInterrupt:
+        _fail(f"interrupted at step {trainer.step}, saved; go on with --resume", INTERRUPTED)
+    print(f"{trainer.step} steps of {batch_size} images, {trainer.device} -> {out}")
+
+
+@app.command()
+def info() -> None:
+    """Show versions, devices and what ``auto`` would choose, and why."""
+    import platform
+
+    import numpy
+    import torch
+
+    import flashddpm as fd
+
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "not installed"
+    print(
+        f"flashddpm {fd.__version__}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, triton {triton_version}, numpy {numpy.__version__}"
+    )
+    print(f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    cuda = torch.cuda.is_available()
+    for i in range(torch.cuda.device_count() if cuda else 0):
+        card = torch.cuda.get_device_properties(i)
+        print(
+            f"cuda:{i}: {card.name}, sm_{card.major}{card.minor}, "
+            f"{card.total_memory / 2**30:.0f} GiB"
+        )
+    if not cuda:
+        print("cuda: no device is available")
+    sampler = fd.Sampler.from_pretrained(fd.bundled())
+    why = "a CUDA device is available" if cuda else "no CUDA device is available"
+    print(f"device auto: {sampler.device} ({why})")
+    print(f"dtype auto: {str(sampler.dtype).removeprefix('torch.')}")
+    kind = "Triton kernels, captured step" if cuda else "PyTorch operations, noise drawn ahead"
+    print(f"backend auto: {sampler.backend} ({kind})")
+    chosen, reason = sampler.auto_compile(64 * 50)
+    print(f"compile auto: {'yes' if chosen else 'no'} for 64 images of 50 steps ({reason})")

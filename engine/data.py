@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from dataclasses import dataclass
 from os import PathLike
@@ -39,8 +40,8 @@ def read_idx(path: Path) -> np.ndarray:
     """Return the uint8 array in an IDX file.
 
     Raises:
-        DataError: the file cannot be read, is no IDX file of bytes, or is shorter or longer than
-            its header says.
+        DataError: the file cannot be read, is no IDX file of bytes, is empty, or is shorter or
+            longer than its header says.
     """
     try:
         raw = path.read_bytes()
@@ -50,9 +51,13 @@ def read_idx(path: Path) -> np.ndarray:
     if len(content) < 4 or content[:3] != b"\x00\x00\x08" or not 1 <= content[3] <= 4:
         raise DataError(f"{path}: is not an IDX file of bytes (it must start with 00 00 08)")
     start = 4 + 4 * content[3]
+    if len(content) < start:
+        raise DataError(f"{path}: ends inside its header, of {start} bytes")
     shape = tuple(int(n) for n in np.frombuffer(content[4:start], ">u4"))
-    if len(shape) != content[3] or len(content) - start != np.prod(shape, dtype=np.float64):
-        raise DataError(f"{path}: holds {len(content) - start} bytes; its header says {shape}")
+    if len(content) - start != math.prod(shape) or 0 in shape:
+        raise DataError(
+            f"{path}: holds {len(content) - start} bytes; its header says {shape}, not empty"
+        )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
@@ -75,6 +80,16 @@ def find_images(data: str | PathLike[str]) -> Path:
     return training[0]
 
 
+def _labels_beside(path: Path) -> Path | None:
+    """Return the file of labels next to the images, plain or gzipped whichever the images are."""
+    if IMAGES not in path.name:
+        return None
+    beside = path.with_name(path.name.replace(IMAGES, LABELS))
+    plain = beside.with_suffix("") if beside.suffix == ".gz" else beside
+    zipped = plain.with_name(plain.name + ".gz")
+    return next((file for file in (beside, plain, zipped) if file.exists()), None)
+
+
 def load_idx(data: str | PathLike[str], multiple: int = 1) -> ImageData:
     """Load images, and labels from the file beside them if it exists.
 
@@ -87,16 +102,16 @@ def load_idx(data: str | PathLike[str], multiple: int = 1) -> ImageData:
     """
     path = find_images(data)
     images = read_idx(path)
-    if images.ndim != 3 or 0 in images.shape:
-        raise DataError(f"{path}: has shape {images.shape}; must be [N, H, W] and not empty")
+    if images.ndim != 3:
+        raise DataError(f"{path}: has shape {images.shape}; must be [N, H, W]")
     if images.shape[1] % multiple or images.shape[2] % multiple:
         raise DataError(
             f"{path}: images are {images.shape[1]}x{images.shape[2]}; "
             f"height and width must be multiples of {multiple}"
         )
     tensor = torch.from_numpy(images.copy())[:, None]
-    beside = path.with_name(path.name.replace(IMAGES, LABELS))
-    if beside == path or not beside.exists():
+    beside = _labels_beside(path)
+    if beside is None:
         return ImageData(tensor, None, None)
     labels = read_idx(beside)
     if labels.shape != images.shape[:1]:

@@ -11,6 +11,21 @@ class DataError(ValueError):
     """A file of training data is missing, broken or of the wrong size."""
 
 
+class DivergedError(FloatingPointError):
+    """Training turned NaN or infinite; the run's last save is untouched.
+
+    Attributes:
+        step: the number of steps taken when it was noticed.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"training diverged: the loss or the averaged weights are not finite at step {step}; "
+            "the last save is untouched"
+        )
+        self.step = step
+
+
 class NonFiniteError(FloatingPointError):
     """A trajectory turned NaN or infinite.
 

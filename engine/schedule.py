@@ -11,7 +11,7 @@ All tables are float64 NumPy arrays of shape [T].
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -72,7 +72,10 @@ class NoiseSchedule:
 
     def __post_init__(self) -> None:
         try:
-            betas = np.array(self.betas, dtype=np.float64)
+            given = np.asarray(self.betas)
+            if given.dtype.kind not in "fiu":
+                raise TypeError
+            betas = given.astype(np.float64)
         except (TypeError, ValueError):
             raise ValueError("betas: must be a list of numbers") from None
         if betas.ndim != 1 or not 1 <= betas.size <= MAX_TIMESTEPS:
@@ -120,9 +123,9 @@ class NoiseSchedule:
         rescale_betas_zero_snr.
         """
         rescale = bool(config.get("rescale_betas_zero_snr", False))
-        trained: Sequence[float] | None = config.get("trained_betas")
+        trained = config.get("trained_betas")
         if trained is not None:
-            return cls._finish(np.asarray(trained, np.float64), rescale)
+            return cls._finish(trained, rescale)
         return cls.create(
             config.get("beta_schedule", "linear"),
             config.get("num_train_timesteps", 1000),

@@ -1,9 +1,9 @@
 r"""Training: the simple objective of Ho et al. 2020 (eq. 14, S7) on any of the three targets.
 
-A step is: images -> ``add_noise`` (x_t; noise in registers) -> U-Net -> ``diffusion_loss`` (the same
-noise drawn again) -> clipping -> AdamW -> exponential moving average of the weights. Which images,
-timesteps, noise and dropped labels a step uses is a pure function of (seed, step), so a resumed run
-goes on exactly where it stopped.
+A step is: images -> ``add_noise`` (x_t; noise in registers) -> U-Net -> ``diffusion_loss`` (the
+same noise drawn again) -> clipping -> AdamW -> exponential moving average of the weights. Which
+images, timesteps, noise and dropped labels a step uses is a pure function of (seed, step), so a
+resumed run goes on exactly where it stopped.
 
 OUT is a model folder in diffusers' layout holding the averaged weights; beside them stand
 ``trainer.safetensors`` (everything needed to go on), ``train_config.json`` and ``metrics.jsonl``.
@@ -11,10 +11,15 @@ OUT is a model folder in diffusers' layout holding the averaged weights; beside 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -28,18 +33,20 @@ from torch import Tensor, nn
 from flashddpm import arguments
 from flashddpm.checkpoint import Conditioning, read_tensors, save_model, write_atomic, write_json
 from flashddpm.data import ImageData, to_float
-from flashddpm.errors import CheckpointError
+from flashddpm.errors import CheckpointError, DivergedError
 from flashddpm.parameterization import (
     LOSS_WEIGHTINGS,
     PREDICTION_TYPES,
     noising_rows,
     target_rows,
 )
-from flashddpm.schedule import BETA_SCHEDULES, NoiseSchedule
+from flashddpm.schedule import BETA_SCHEDULES, MAX_TIMESTEPS, NoiseSchedule
 from flashddpm.unet import UNet, UNetConfig
 
 STATE = "trainer.safetensors"
 LR_SCHEDULES = ("constant", "cosine")
+MAY_CHANGE = ("steps", "save_every", "sample_every")
+"""Settings that a resumed run may have other values of."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +79,15 @@ class TrainConfig:
             "steps": 1,
             "batch_size": 1,
             "warmup_steps": 0,
+            "layers_per_block": 1,
+            "attention_head_dim": 1,
+            "norm_num_groups": 1,
             "save_every": 1,
             "sample_every": 0,
         }.items():
             arguments.integer(name, getattr(self, name), low)
-        arguments.seed_list(self.seed)
+        arguments.integer("seed", self.seed, -(2**63), 2**64 - 1)
+        arguments.integer("num_train_timesteps", self.num_train_timesteps, 1, MAX_TIMESTEPS)
         arguments.number("learning_rate", self.learning_rate, 0)
         arguments.number("grad_clip", self.grad_clip, 0)
         arguments.number("ema_decay", self.ema_decay, 0, 1)
@@ -86,7 +97,12 @@ class TrainConfig:
         arguments.one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
         arguments.one_of("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
         arguments.one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
-        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
+        channels = self.block_out_channels
+        if not isinstance(channels, (list, tuple)) or not channels:
+            raise ValueError(f"block_out_channels={channels!r}: must be a list of integers")
+        for c in channels:
+            arguments.integer("block_out_channels", c, 1)
+        object.__setattr__(self, "block_out_channels", tuple(channels))
 
     def unet_config(self, data: ImageData) -> UNetConfig:
         """Return the network for these images: attention at the lowest resolution only."""
@@ -151,7 +167,7 @@ class Trainer:
             target_rows(self.schedule, config.prediction_type, config.loss_weighting)
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)  # torch.manual_seed reseeds CUDA too
             unet = UNet(config.unet_config(data))
         self.unet = unet.to(self.device, memory_format=torch.channels_last).train()
         self.params = dict(self.unet.named_parameters())
@@ -199,7 +215,8 @@ class Trainer:
         """Return the index of image number ``key``: every epoch is a permutation of its own."""
         epoch, position = divmod(key, len(self.data))
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed((self.config.seed + epoch * 0x9E3779B9) % 2**63)
+            seed = (self.config.seed + epoch * 0x9E3779B9) % 2**63
+            generator = torch.Generator().manual_seed(seed)
             self._order = torch.randperm(len(self.data), generator=generator)
             self._epoch = epoch
         return self._order[position]
@@ -237,13 +254,20 @@ class Trainer:
 
     def averaged_unet(self) -> UNet:
         """Return a U-Net with the averaged weights, in evaluation mode."""
-        unet = UNet(self.unet.config).to(self.device, memory_format=torch.channels_last)
+        unet = copy.deepcopy(self.unet)
         for name, parameter in unet.named_parameters():
             parameter.data.copy_(self.ema[name])
         return unet.eval().requires_grad_(False)
 
     def save(self) -> None:
-        """Write the run: model folder first, then the state to go on from, atomically."""
+        """Write the run: model folder first, then the state to go on from, atomically.
+
+        Raises:
+            DivergedError: an average of the weights is not finite (where a weight ever was not,
+                its average stays so); nothing is written.
+        """
+        if not bool(torch.stack([value.isfinite().all() for value in self.ema.values()]).all()):
+            raise DivergedError(self.step)
         unet = self.averaged_unet()
         scheduler = self.config.scheduler_config()
         save_model(self.out, unet.config, unet.state_dict(), scheduler, self.conditioning)
@@ -252,8 +276,9 @@ class Trainer:
         for name, parameter in self.params.items():
             tensors[f"model.{name}"] = parameter.detach()
             tensors[f"ema.{name}"] = self.ema[name]
+            moments = self.optimizer.state[parameter]  # empty before the first step
             for key in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{key}.{name}"] = self.optimizer.state[parameter][key]
+                tensors[f"{key}.{name}"] = moments.get(key, torch.zeros_like(parameter))
         tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
         metadata = {"step": str(self.step), "config": json.dumps(dataclasses.asdict(self.config))}
         write_atomic(self.out / STATE, safetensors.torch.save(tensors, metadata))
@@ -262,28 +287,56 @@ class Trainer:
         """Go on from the state in the run's folder.
 
         Raises:
-            CheckpointError: no state there, or one of another network.
+            CheckpointError: no state there, a broken one, or one of another network.
+            ValueError: the run was started with other settings (see MAY_CHANGE).
         """
         path = self.out / STATE
         tensors = read_tensors(path)
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        expected = {f"{kind}.{name}" for kind in ("model", "ema", "exp_avg", "exp_avg_sq")
-                    for name in self.params}
-        wrong = sorted(expected.symmetric_difference(tensors))
-        wrong += [key for key in expected & set(tensors)
-                  if tensors[key].shape != self.params[key.split(".", 1)[1]].shape]
-        if wrong or "step" not in metadata:
+        expected = {
+            f"{kind}.{name}": parameter
+            for kind in ("model", "ema", "exp_avg", "exp_avg_sq")
+            for name, parameter in self.params.items()
+        }
+        wrong = sorted(expected.keys() ^ tensors.keys())
+        wrong += [
+            key
+            for key in sorted(expected.keys() & tensors.keys())
+            if tensors[key].shape != expected[key].shape
+        ]
+        if wrong:
             raise CheckpointError(f"{path}: is of another network: {', '.join(wrong[:5])} differ")
-        self.step = int(metadata["step"])
+        try:
+            step = arguments.integer("step", int(metadata["step"]), 0)
+            stored = dict(json.loads(metadata["config"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: its metadata are no trainer's: {error!r}") from error
+        self._check_settings(stored)
+        self.step = step
         for name, parameter in self.params.items():
             parameter.data.copy_(tensors[f"model.{name}"])
             self.ema[name].copy_(tensors[f"ema.{name}"])
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(self.step), device=self.device),
-                **{key: torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"])
-                   for key in ("exp_avg", "exp_avg_sq")},
+                **{
+                    key: torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"])
+                    for key in ("exp_avg", "exp_avg_sq")
+                },
             }
+
+    def _check_settings(self, stored: dict[str, Any]) -> None:
+        """Refuse to go on with settings other than those that the run was started with."""
+        given = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        changed = [
+            f"{name}={value!r} (the run has {stored[name]!r})"
+            for name, value in given.items()
+            if name not in MAY_CHANGE and stored.get(name, value) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)}: a resumed run may change only {', '.join(MAY_CHANGE)}"
+            )
 
     def log(self, loss: float, images_per_second: float) -> None:
         """Append a line to metrics.jsonl."""
@@ -293,26 +346,63 @@ class Trainer:
             file.write(json.dumps(line) + "\n")
 
     def run(self, progress: bool = True, log_every: int = 50) -> None:
-        """Train to ``config.steps``, saving on the way, at the end and on Ctrl-C."""
+        """Train to ``config.steps``, saving on the way, at the end and on Ctrl-C or SIGTERM.
+
+        Raises:
+            DivergedError: the loss or the weights turned NaN or infinite, which is looked at every
+                ``log_every`` steps and before each save.
+        """
         from tqdm import tqdm
 
+        arguments.integer("log_every", log_every, 1)
         config = self.config
         bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=not progress)
         total, count, start = torch.zeros((), device=self.device), 0, time.perf_counter()
-        try:
-            while self.step < config.steps:
-                total += self.train_step()
-                count += 1
-                bar.update()
-                if self.step % log_every == 0 or self.step == config.steps:
-                    loss = float(total) / count
-                    rate = count * config.batch_size / (time.perf_counter() - start)
-                    bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
-                    self.log(loss, rate)
-                    total.zero_()
-                    count, start = 0, time.perf_counter()
-                if self.step % config.save_every == 0 and self.step < config.steps:
-                    self.save()
-        finally:
-            bar.close()
-            self.save()
+        with held_signals() as signals, bar:
+            try:
+                while self.step < config.steps and not signals:
+                    total += self.train_step()
+                    count += 1
+                    bar.update()
+                    done = self.step == config.steps
+                    log = self.step % log_every == 0 or done
+                    save = self.step % config.save_every == 0 and not done
+                    if (log or save) and not math.isfinite(float(total)):
+                        break  # refused below
+                    if log:
+                        loss = float(total) / count
+                        rate = count * config.batch_size / (time.perf_counter() - start)
+                        bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+                        self.log(loss, rate)
+                        total.zero_()
+                        count, start = 0, time.perf_counter()
+                    if save:
+                        self.save()
+            finally:
+                if not math.isfinite(float(total)):
+                    raise DivergedError(self.step)
+                self.save()
+
+
+@contextmanager
+def held_signals() -> Iterator[list[int]]:
+    """Hold back SIGINT and SIGTERM until the block ends; the list names those that came.
+
+    An interrupt inside a step would leave weights, averages and position of two different steps.
+    Outside the main thread, where Python allows no handlers, nothing is held back.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    handlers = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield came
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    if came:
+        signal.raise_signal(came[0])

@@ -68,12 +68,12 @@ class UNetConfig:
     def __post_init__(self) -> None:
         for name in ("down_block_types", "up_block_types", "block_out_channels"):
             value = getattr(self, name)
-            if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 16:
-                raise ValueError(f"{name}={value!r}: must be a list of 1..16 entries")
+            if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 10:
+                raise ValueError(f"{name}={value!r}: must be a list of 1..10 entries")
             object.__setattr__(self, name, tuple(value))
         size = self.sample_size
-        for side in size if isinstance(size, (list, tuple)) else [size]:
-            if side is not None:
+        if size is not None:
+            for side in size if isinstance(size, (list, tuple)) else [size]:
                 arguments.integer("sample_size", side, 1, 65536)
         if isinstance(size, (list, tuple)):
             if len(size) != 2:
@@ -92,7 +92,10 @@ class UNetConfig:
             arguments.one_of("up_block_types", kind, UP_BLOCKS)
         for name in ("in_channels", "out_channels"):
             arguments.integer(name, getattr(self, name), 1, 1024)
-        arguments.integer("layers_per_block", self.layers_per_block, 1, 64)
+        for name in ("center_input_sample", "flip_sin_to_cos", "add_attention"):
+            arguments.boolean(name, getattr(self, name))
+        arguments.integer("freq_shift", self.freq_shift, 0, 65536)
+        arguments.integer("layers_per_block", self.layers_per_block, 1, 16)
         arguments.integer("downsample_padding", self.downsample_padding, 0, 1)
         arguments.integer("norm_num_groups", self.norm_num_groups, 1, 65536)
         for name in ("time_embedding_dim", "attention_head_dim", "num_class_embeds"):
@@ -142,14 +145,18 @@ class UNetConfig:
 
 
 def sinusoids(t: Tensor, channels: int, freq_shift: int, flip_sin_to_cos: bool) -> Tensor:
-    """Return [sin, cos] (or [cos, sin]) of t 10^(-4 i / (half - freq_shift)), float32 [B, channels].
+    """Return [sin, cos] of t 10^(-4 i / (half - freq_shift)), float32 [B, channels].
 
     Args:
         t: [B], integer or float.
+        channels: twice ``half``; if odd, the last column is 0.
+        freq_shift: 0 or, in the DDPM paper's code, 1.
+        flip_sin_to_cos: return [cos, sin].
     """
     half = channels // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponent)
+    # In diffusers' order of operations: any other moves the angles at t = 999 by up to 6e-5.
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(exponent / (half - freq_shift))
     pair = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
     return F.pad(torch.cat(pair, -1), (0, channels % 2))
 
@@ -300,9 +307,7 @@ class UNet(nn.Module):
         if config.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeds, width)
 
-        def level(
-            pairs: list[tuple[int, int]], attend: bool, resize: nn.Module | None
-        ) -> Level:
+        def level(pairs: list[tuple[int, int]], attend: bool, resize: nn.Module | None) -> Level:
             resnets = [ResnetBlock(a, b, config, width) for a, b in pairs]
             attentions = [Attention(b, config) for _, b in pairs] if attend else []
             return Level(resnets, attentions, resize)
@@ -414,14 +419,14 @@ class UNet(nn.Module):
         Returns:
             [B, C_out, H, W].
         """
-        self._check(x_t, labels)
-        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-        emb = self.embed_time(t)
+        t = torch.as_tensor(t, device=x_t.device)
+        self._check(x_t, t, labels)
+        emb = self.embed_time(t.expand(len(x_t)))
         if labels is not None:
             emb = emb + self.class_embedding(labels)
         return self.body(x_t, F.linear(F.silu(emb), *self.packed_projection()))
 
-    def _check(self, x_t: Tensor, labels: Tensor | None) -> None:
+    def _check(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> None:
         levels = len(self.config.block_out_channels) - 1
         if (
             x_t.ndim != 4
@@ -432,10 +437,14 @@ class UNet(nn.Module):
                 f"x_t of shape {tuple(x_t.shape)}: must be [B, {self.config.in_channels}, H, W] "
                 f"with H and W multiples of {2**levels}"
             )
+        if tuple(t.shape) not in ((), (1,), (len(x_t),)):
+            raise ValueError(f"t of shape {tuple(t.shape)}: must be one or [{len(x_t)}]")
         if (labels is None) != (self.config.num_class_embeds is None):
             wanted = "missing" if labels is None else "given"
             kind = "class-conditional" if labels is None else "unconditional"
             raise ValueError(f"labels: {wanted}, but this network is {kind}")
+        if labels is not None and tuple(labels.shape) != (len(x_t),):
+            raise ValueError(f"labels of shape {tuple(labels.shape)}: must be [{len(x_t)}]")
 
 
 def zero_(module: nn.Conv2d | nn.Linear) -> None:

@@ -23,6 +23,7 @@ else:
     from flashddpm.kernels.denoise_step import denoise_step
     from flashddpm.kernels.diffusion_loss import diffusion_loss
     from flashddpm.kernels.philox import philox
+    from flashddpm.kernels.registry import OPS as OPS  # without Triton, there is none
 
 __all__ = [
     "Column",

@@ -17,6 +17,7 @@ from flashddpm.kernels.launch import (
     block_size,
     channels_last,
     check_image,
+    check_purpose,
     check_table,
     check_vector,
     empty_channels_last,
@@ -37,6 +38,7 @@ def _add_noise_kernel(
     PURPOSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    n = tl.cast(n, tl.int64)  # 64 bits, and n = 1 arrives as a constant
     blocks = tl.cdiv(n, BLOCK)
     pid = tl.program_id(0).to(tl.int64)
     sample = pid // blocks
@@ -87,10 +89,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    """d x_0 = a d x_t."""
+    """Gradient of x_0: a times that of x_t, and 0 where a is 0."""
     t, rows = ctx.saved_tensors
     a = rows[t, 0].reshape(-1, 1, 1, 1)
-    return (a * grad.float()).to(grad.dtype), None, None, None, None, None
+    return reference._term(a, grad.float()).to(grad.dtype), None, None, None, None, None
 
 
 _add_noise.register_autograd(_backward, setup_context=_setup_context)
@@ -122,4 +124,4 @@ def add_noise(
     for name, vector in (("t", t), ("seeds", seeds), ("keys", keys)):
         check_vector(name, vector, len(x0), torch.int64, x0)
     check_table("rows", rows, 2, x0)
-    return _add_noise(x0, t, seeds, keys, rows, int(purpose))
+    return _add_noise(x0, t, seeds, keys, rows, check_purpose(purpose))

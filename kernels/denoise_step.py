@@ -64,6 +64,7 @@ def _denoise_step_kernel(
     HAS_NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    n = tl.cast(n, tl.int64)  # 64 bits, and n = 1 arrives as a constant
     blocks = tl.cdiv(n, BLOCK)
     pid = tl.program_id(0).to(tl.int64)
     slot = pid // blocks

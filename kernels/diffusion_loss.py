@@ -1,4 +1,4 @@
-r"""Fused training loss, L_b = w mean((out - (k0 x_0 + k1 eps))^2) with (k0, k1, w) = rows[t]   (S7).
+r"""Fused training loss, L_b = w mean((out - (k0 x_0 + k1 eps))^2), (k0, k1, w) = rows[t]   (S7).
 
 (Ho et al. 2020, eq. 14; the targets of Salimans & Ho 2022.) eps is the noise of ``add_noise``,
 drawn again; neither it nor the target is ever written. Bytes an element: forward one read (two
@@ -56,6 +56,7 @@ def _diffusion_loss_fwd_kernel(
     n,  # elements of an image
     BLOCK: tl.constexpr,
 ):
+    n = tl.cast(n, tl.int64)  # 64 bits, and n = 1 arrives as a constant
     blocks = tl.cdiv(n, BLOCK)
     pid = tl.program_id(0).to(tl.int64)
     sample = pid // blocks
@@ -87,7 +88,7 @@ def _diffusion_loss_sum_kernel(
         mask = offsets < blocks - start
         total += tl.load(partial + sample * blocks + start + offsets, mask=mask, other=0)
     weight = tl.load(rows + tl.load(t + sample) * 3 + 2)
-    mean = tl.div_rn(tl.sum(total, axis=0), n.to(tl.float32))
+    mean = tl.div_rn(tl.sum(total, axis=0), tl.cast(n, tl.float32))
     tl.store(loss + sample, weight * mean)
 
 
@@ -104,6 +105,7 @@ def _diffusion_loss_bwd_kernel(
     n,  # elements of an image
     BLOCK: tl.constexpr,
 ):
+    n = tl.cast(n, tl.int64)  # 64 bits, and n = 1 arrives as a constant
     blocks = tl.cdiv(n, BLOCK)
     pid = tl.program_id(0).to(tl.int64)
     sample = pid // blocks
@@ -115,7 +117,7 @@ def _diffusion_loss_bwd_kernel(
     key = tl.load(keys + sample)
     start = sample * n + block * BLOCK
     error = _error(out, x0, row, seed, key, block, start, offsets, mask, BLOCK)
-    scale = tl.div_rn(2.0 * tl.load(row + 2) * tl.load(d_loss + sample), n.to(tl.float32))
+    scale = tl.div_rn(2.0 * tl.load(row + 2) * tl.load(d_loss + sample), tl.cast(n, tl.float32))
     tl.store(d_out + start + offsets, (scale * error).to(d_out.dtype.element_ty), mask=mask)
 
 
@@ -125,7 +127,7 @@ def _diffusion_loss(
 ) -> Tensor:
     if not runs_triton(out):
         return reference.diffusion_loss(out, x0, t, seeds, keys, rows)
-    loss = torch.zeros(len(out), device=out.device)
+    loss = torch.full((len(out),), torch.nan, device=out.device)  # a mean over nothing is 0 / 0
     if out.numel():
         n = out[0].numel()
         block = block_size(n)
@@ -136,9 +138,7 @@ def _diffusion_loss(
             **OPTIONS,
         )  # fmt: skip
         width = min(triton.next_power_of_2(blocks), 1024)
-        _diffusion_loss_sum_kernel[(len(out),)](
-            loss, partial, t, rows, n, blocks, width, **OPTIONS
-        )
+        _diffusion_loss_sum_kernel[(len(out),)](loss, partial, t, rows, n, blocks, width, **OPTIONS)
     return loss
 
 
@@ -155,10 +155,9 @@ def _diffusion_loss_backward(
 ) -> Tensor:
     d_out = empty_channels_last(out)
     if not runs_triton(out):
-        with torch.enable_grad():
-            leaf = out.detach().requires_grad_()
-            loss = reference.diffusion_loss(leaf, x0, t, seeds, keys, rows)
-            return d_out.copy_(torch.autograd.grad(loss, leaf, d_loss)[0])
+        return d_out.copy_(
+            reference.diffusion_loss_backward(d_loss, out, x0, t, seeds, keys, rows)
+        )
     if out.numel():
         n = out[0].numel()
         block = block_size(n)

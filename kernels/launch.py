@@ -85,6 +85,13 @@ def check_table(name: str, tensor: Tensor, columns: int, like: Tensor) -> None:
         )
 
 
+def check_purpose(purpose: int) -> int:
+    """Return the purpose as an int, refusing what does not fit the counter's 32-bit word."""
+    if not 0 <= purpose < 2**32:
+        raise ValueError(f"purpose={purpose}: must be in 0..2^32-1")
+    return int(purpose)
+
+
 def check_in_place(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
     """Refuse buffers that are not float32 images with channels-last elements, row by row.
 

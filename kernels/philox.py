@@ -2,16 +2,18 @@ r"""Noise in registers: Philox4x32-10 words to normals by exact operations (nois
 
     words  = philox(key = seed, counter = (element // 4, purpose, low and high word of the key))
     u      = float(w_a) 2^-32 + 2^-33 in (0, 1],   r = sqrt(-2 ln u)
-    angle  = 2 pi w_b 2^-32,                        normals r cos(angle), r sin(angle)
+    angle  = 2 pi w_b 2^-32 - pi/4,                 normals r cos(angle), r sin(angle)
 
 (Salmon et al. 2011; Box & Muller 1958; ln, sin, cos by Cephes' polynomials.) Only float32 products
-and sums, each rounded, and a correctly rounded root: the same bits on every device. ``reference.py``
-has the same formula in PyTorch.
+and sums, each rounded, and a correctly rounded root: the same bits on every device. The formula in
+PyTorch: ``reference.py``.
 
 ``philox`` writes 4 bytes an element and reads none; the other kernels call ``draw`` and write none.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -20,12 +22,18 @@ from torch import Tensor
 
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Purpose
-from flashddpm.kernels.launch import OPTIONS, block_size, check_vector, runs_triton
+from flashddpm.kernels.launch import (
+    OPTIONS,
+    block_size,
+    check_purpose,
+    check_vector,
+    runs_triton,
+)
 
 
 @triton.jit
 def _ln(u):
-    """ln u for u in (0, 1]."""
+    """Natural logarithm of u in (0, 1]."""
     i = u.to(tl.int32, bitcast=True)
     e = (i - 0x3F3504F3) >> 23
     m = (i - (e << 23)).to(tl.float32, bitcast=True)
@@ -48,7 +56,7 @@ def _ln(u):
 
 @triton.jit
 def _cos_sin(word):
-    """Cosine and sine of 2 pi word / 2^32."""
+    """Cosine and sine of 2 pi word / 2^32 - pi/4: a multiple of pi/2, and at most pi/4."""
     quadrant = word >> 30
     a = ((word & 0x3FFFFFFF).to(tl.int32) - 536870912).to(tl.float32) * 1.462918e-9
     z = a * a
@@ -99,6 +107,7 @@ def _philox_kernel(
     PURPOSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    n = tl.cast(n, tl.int64)  # 64 bits, and n = 1 arrives as a constant
     blocks = tl.cdiv(n, BLOCK)
     pid = tl.program_id(0).to(tl.int64)
     sample = pid // blocks
@@ -141,9 +150,9 @@ def philox(
     Raises:
         ValueError: a shape, dtype or device that does not fit.
     """
-    C, H, W = shape
-    if min(shape) < 0 or C * H * W >= 2**34:
+    if len(shape) != 3 or min(shape) < 0 or math.prod(shape) >= 2**34:
         raise ValueError(f"shape={tuple(shape)}: must be (C, H, W) with below 2^34 elements")
+    C, H, W = shape
     check_vector("seeds", seeds, seeds.numel(), torch.int64, seeds)
     check_vector("keys", keys, seeds.numel(), torch.int64, seeds)
-    return _philox(seeds, keys, C, H, W, int(purpose))
+    return _philox(seeds, keys, C, H, W, check_purpose(purpose))

@@ -37,17 +37,18 @@ ANGLE = 1.462918e-9  # pi/2 2^-30, to seven digits: part of the stream
 
 
 def philox_words(
-    seeds: Tensor, keys: Tensor, purpose: int, groups: int, rounds: int = 10
+    seeds: Tensor, keys: Tensor, purpose: int, groups: int, rounds: int = 10, first: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the four words of each of the first ``groups`` calls, int64 [B, groups] < 2^32.
+    """Return the four words of each of ``groups`` calls, int64 [B, groups] < 2^32.
 
     Args:
         seeds, keys: int64 [B].
         purpose: the counter's second word.
         groups: number of calls for each image.
         rounds: 10; a test tells 7 from 10.
+        first: number of the first call.
     """
-    c0 = torch.arange(groups, device=seeds.device).expand(len(seeds), groups)
+    c0 = torch.arange(first, first + groups, device=seeds.device).expand(len(seeds), groups)
     c1 = torch.full_like(c0, purpose)
     c2 = (keys & MASK)[:, None].expand_as(c0)
     c3 = (keys >> 32 & MASK)[:, None].expand_as(c0)
@@ -59,9 +60,7 @@ def philox_words(
     return c0, c1, c2, c3
 
 
-def _uniform(
-    seeds: Tensor, keys: Tensor, purpose: int, groups: int
-) -> tuple[Tensor, Tensor]:
+def _uniform(seeds: Tensor, keys: Tensor, purpose: int, groups: int) -> tuple[Tensor, Tensor]:
     """Return u in (0, 1], float32, and the angle's word, int64, each [B, groups, 2]."""
     w0, w1, w2, w3 = philox_words(seeds, keys, purpose, groups)
     u = torch.stack([w0, w2], -1).float() * 2.0**-32 + 2.0**-33
@@ -127,7 +126,7 @@ def philox(
     u, word = uniform(seeds, keys, int(purpose), (n + 3) // 4)
     e, m_bits = split(u.view(torch.int32))
     z = box_muller(m_bits.view(torch.float32), e, word)
-    return z.flatten(1)[:, :n].reshape(-1, H, W, C).permute(0, 3, 1, 2)
+    return z.flatten(1)[:, :n].reshape(len(seeds), H, W, C).permute(0, 3, 1, 2)
 
 
 def add_noise(
@@ -172,11 +171,31 @@ def diffusion_loss(
         seeds, keys: int64 [B].
         rows: float32 [T, 3].
     """
+    error, weight = _loss_error(out, x0, t, seeds, keys, rows)
+    return weight.flatten() * (error * error).flatten(1).mean(1)
+
+
+def diffusion_loss_backward(
+    d_loss: Tensor, out: Tensor, x0: Tensor, t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor
+) -> Tensor:
+    """Return 2 w d_loss / n (out - target), the gradient for ``out``, in its dtype.
+
+    Args:
+        d_loss: float32 [B], the gradient of the loss; the others as for ``diffusion_loss``.
+    """
+    error, weight = _loss_error(out, x0, t, seeds, keys, rows)
+    scale = 2 * weight * d_loss.reshape(-1, 1, 1, 1) / max(out.shape[1:].numel(), 1)
+    return (scale * error).to(out.dtype)
+
+
+def _loss_error(
+    out: Tensor, x0: Tensor, t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return out - (k0 x0 + k1 eps) and the weight, [B, 1, 1, 1]."""
     dtype = torch.float64 if out.dtype is torch.float64 else torch.float32
     k0, k1, weight = rows[t].to(dtype).reshape(-1, 3, 1, 1, 1).unbind(1)
     eps = philox(seeds, keys, tuple(x0.shape[1:]), Purpose.TRAINING).to(dtype)
-    error = out.to(dtype) - (_term(k0, x0.detach().to(dtype)) + _term(k1, eps))
-    return weight.flatten() * (error * error).flatten(1).mean(1)
+    return out.to(dtype) - (_term(k0, x0.detach().to(dtype)) + _term(k1, eps)), weight
 
 
 def _take(tensor: Tensor, index: list[int]) -> Tensor:
@@ -249,9 +268,7 @@ def denoise_step(
             continue
         row, next_row = rows[i].tolist(), rows[follow[i]].tolist()
         for guided in (False, True):
-            slots = [
-                s for s, j in enumerate(index) if j == i and (uncond[s] >= 0) == guided
-            ]
+            slots = [s for s, j in enumerate(index) if j == i and (uncond[s] >= 0) == guided]
             if not slots:
                 continue
             lanes = [cond[s] for s in slots]

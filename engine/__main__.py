@@ -1,0 +1,5 @@
+"""``python -m flashddpm``."""
+
+from flashddpm.cli import main
+
+main()

@@ -1,0 +1,19 @@
+"""The models that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashddpm import arguments
+
+MODELS = Path(__file__).parent / "models"
+
+
+def bundled(name: str = "fashion-mnist") -> Path:
+    """Return the folder of a model that comes with the package.
+
+    Raises:
+        ValueError: no such model.
+    """
+    names = sorted(folder.name for folder in MODELS.iterdir() if folder.is_dir())
+    return MODELS / arguments.one_of("name", name, names)

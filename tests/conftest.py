@@ -1,0 +1,61 @@
+"""What every test gets: uninitialised memory that shows, and GPU tests skipped where none is."""
+
+import functools
+import os
+
+import hypothesis
+import pytest
+import torch
+from torch.utils import _device
+
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def fill_uninitialised_memory() -> None:
+    """Make torch.empty and its kin return NaN (the largest integer), so that reading it shows.
+
+    Patched for the whole run, and not by torch.use_deterministic_algorithms, which fills too but
+    also replaces the algorithms that users run, on a GPU the very ones whose repeatability is
+    tested. Compiled code is traced without the fill.
+    """
+    # Tables that are made on first use and hold the functions by identity: make them now.
+    _device._device_constructors()
+    torch.overrides.get_ignored_functions()
+
+    def filling(empty):
+        @functools.wraps(empty)
+        def filled(*args, **kwargs):
+            x = empty(*args, **kwargs)
+            if torch.compiler.is_compiling() or x.is_quantized or x.layout != torch.strided:
+                return x
+            with torch.no_grad():
+                if x.is_floating_point() or x.is_complex():
+                    return x.fill_(torch.nan)
+                return x.fill_(True if x.dtype is torch.bool else torch.iinfo(x.dtype).max)
+
+        return filled
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        setattr(owner, name, filling(getattr(owner, name)))
+    assert torch.empty(2).isnan().all() and torch.ones(2).new_empty(3).isnan().all()
+
+
+fill_uninitialised_memory()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is no NVIDIA GPU."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU; torch sees none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

@@ -1,0 +1,380 @@
+"""The sampler: both backends, any batch, the noise it says it uses, and its refusals."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+import flashddpm as fd
+from flashddpm import kernels
+from flashddpm.kernels import reference
+from flashddpm.kernels.contract import Column, Purpose
+from flashddpm.noise import CompiledNoise
+
+RUNS = [
+    {"solver": "ddim"},
+    {"solver": "ddim", "eta": 1.0},
+    {"solver": "ddpm"},
+    {"solver": "ddpm", "variance_type": "fixed_large", "spacing": "trailing"},
+    {"solver": "dpmpp_2m"},
+]
+LABELS = [0, 1, 2, 0, 1]
+GUIDANCE = [1.0, 2.0, 1.0, 0.0, 1.5]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("guidance", [1.0, 3.0, GUIDANCE], ids=["off", "on", "mixed"])
+def test_backends_agree(tiny_sampler, run, guidance):
+    fused, plain = tiny_sampler(backend="fused"), tiny_sampler(backend="reference")
+    a = fused.sample(range(5), LABELS, guidance, num_steps=10, **run)
+    b = plain.sample(range(5), LABELS, guidance, num_steps=10, **run)
+    assert a.shape == (5, 1, 8, 8) and a.dtype is torch.float32
+    assert a.std() > 0.1
+    assert (a - b).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_image_depends_on_its_own_seed_label_and_guidance_only(tiny_sampler, run):
+    sampler = tiny_sampler()
+    seeds = [5, -3, 2**63, 0, 77]
+    together = sampler.sample(seeds, LABELS, GUIDANCE, num_steps=8, **run)
+    chunked = sampler.sample(seeds, LABELS, GUIDANCE, num_steps=8, batch_size=2, **run)
+    assert (together - chunked).abs().max() <= 1e-5
+    for i, seed in enumerate(seeds):
+        alone = sampler.sample(seed, LABELS[i], GUIDANCE[i], num_steps=8, **run)
+        assert (together[i] - alone[0]).abs().max() <= 1e-5
+
+
+def test_seeds_wrap_at_64_bits_and_differ(tiny_sampler):
+    sampler = tiny_sampler()
+    x = sampler.sample([-1, 2**64 - 1, 1], 0, num_steps=2)
+    assert torch.equal(x[0], x[1])
+    assert (x[0] - x[2]).abs().max() > 0.1
+
+
+def apply_rows(sampler, network, plan, seeds):
+    """The loop of the paper, written out in float64 with the noise the sampler names."""
+    x = sampler.initial_noise(seeds).double()
+    hist = torch.zeros_like(x)
+    for row, key in zip(plan.rows, plan.noise_keys, strict=True):
+        out = network(x.float(), int(row[Column.TIMESTEP])).double()
+        x0 = row[Column.X0_XT] * x + row[Column.X0_OUT] * out
+        if row[Column.CLIP]:
+            x0 = x0.clamp(-row[Column.CLIP], row[Column.CLIP])
+        z = sampler.step_noise(seeds, int(key)).double()
+        x = (
+            row[Column.C_X0] * x0
+            + row[Column.C_XT] * x
+            + row[Column.C_OUT] * out
+            + row[Column.C_HIST] * hist
+            + row[Column.SIGMA] * z
+        )
+        hist = x0
+    return x
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_sample_is_the_rows_applied_with_the_published_noise(tiny_sampler, run, backend):
+    sampler = tiny_sampler(backend=backend)
+    labels = torch.tensor([1, 1, 1])
+    plan = sampler.plan(num_steps=12, **run)
+    want = apply_rows(sampler, lambda x, t: sampler.network(x, t, labels), plan, range(3))
+    got = sampler.sample(range(3), 1, num_steps=12, **run)
+    assert (got - want).abs().max() <= 1e-4
+
+
+def test_ddpm_equals_diffusers_on_the_same_noise(tiny_unet, monkeypatch):
+    unet = tiny_unet()
+    sampler = fd.Sampler(unet, fd.NoiseSchedule.create(), shape=(1, 8, 8), device="cpu")
+    theirs = DDPMScheduler()
+    theirs.set_timesteps(20)
+    seeds = [3, 4]
+    x = sampler.initial_noise(seeds)
+    for t in theirs.timesteps:
+        z = sampler.step_noise(seeds, int(t))
+        monkeypatch.setattr(
+            "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, z=z, **k: z
+        )
+        x = theirs.step(unet(x, t), t, x).prev_sample
+    ours = sampler.sample(seeds, solver="ddpm", num_steps=20)
+    assert (ours - x).abs().max() <= 1e-3 * x.abs().max()
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_triton_kernels_in_the_loop_equal_the_reference(tiny_sampler, run, monkeypatch):
+    """Under the interpreter, the very kernels of the CUDA path drive the same sampler."""
+    sampler = tiny_sampler(backend="reference")
+    want = sampler.sample(range(5), LABELS, GUIDANCE, num_steps=4, **run)
+    calls = []
+    real = kernels.denoise_step
+    monkeypatch.setattr(kernels, "denoise_step", lambda *a: (calls.append(1), real(*a)))
+    sampler.ops = kernels
+    got = sampler.sample(range(5), LABELS, GUIDANCE, num_steps=4, **run)
+    assert len(calls) == 4
+    assert torch.equal(got, want)
+
+
+def test_guidance_selects_or_combines(tiny_sampler):
+    sampler = tiny_sampler()
+    x, w = sampler.initial_noise([9]), 2.5
+    plan = sampler.plan("ddim", 1, spacing="trailing")
+    t = torch.tensor([99])
+    cond = sampler.network(x, t, torch.tensor([2]))
+    uncond = sampler.network(x, t, torch.tensor([3]))
+
+    def x0(out):
+        row = plan.rows[0]
+        return (row[Column.X0_XT] * x + row[Column.X0_OUT] * out).clamp(-1, 1)
+
+    run = {"solver": plan, "num_steps": 1}
+    assert (sampler.sample(9, 2, **run) - x0(cond)).abs().max() <= 1e-5
+    assert (sampler.sample(9, None, **run) - x0(uncond)).abs().max() <= 1e-5
+    guided = sampler.sample(9, 2, w, **run)
+    assert (guided - x0(uncond + w * (cond - uncond))).abs().max() <= 1e-5
+    assert (guided - x0(cond)).abs().max() > 1e-3
+
+
+def test_previews_end_in_the_image(tiny_sampler):
+    sampler = tiny_sampler()
+    seen = []
+    x = sampler.sample(
+        range(3), 1, [1, 2, 1], num_steps=6, on_step=lambda i, x0: seen.append((i, x0.clone()))
+    )
+    assert [i for i, _ in seen] == list(range(6))
+    assert torch.equal(seen[-1][1], x)  # the last row of ddim is x0 itself
+    assert all(x0.abs().max() <= 1 for _, x0 in seen)
+    assert (seen[0][1] - x).abs().max() > 0.01
+    assert torch.equal(x, sampler.sample(range(3), 1, [1, 2, 1], num_steps=6))
+
+
+def test_a_held_result_never_changes(tiny_sampler):
+    sampler = tiny_sampler()
+    first = sampler.sample(range(4), 0, num_steps=3)
+    kept = first.clone()
+    sampler.sample(range(4, 8), 1, num_steps=5, solver="ddpm")
+    assert torch.equal(first, kept)
+    assert torch.equal(sampler.sample(range(4), 0, num_steps=3), kept)
+
+
+def test_non_finite_output_names_the_seed_and_the_step(tiny_sampler):
+    def network(x_t, t, labels):
+        out = torch.zeros_like(x_t)
+        if len(x_t) == 3 and int(t[0]) == 40:
+            out[1, 0, 3, 3] = torch.inf  # clipping would hide it
+        return out
+
+    sampler = fd.Sampler(
+        network, fd.NoiseSchedule.create("linear", 100), shape=(1, 8, 8), call=network, device="cpu"
+    )
+    with pytest.raises(fd.NonFiniteError, match="seed 11 is not finite at step 5 of 10") as error:
+        sampler.sample([10, 11, 12], num_steps=10)
+    assert (error.value.seed, error.value.step) == (11, 5)
+    assert sampler.sample([10], num_steps=10).isfinite().all()
+
+
+def test_a_users_own_network(tiny_sampler):
+    class Denoiser(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, noisy, when):
+            assert when.dtype is torch.int64 and when.shape == noisy.shape[:1]
+            return noisy * self.scale
+
+    schedule = fd.NoiseSchedule.create("linear", 50)
+    kinds = {"shape": (3, 5, 7), "prediction_type": "sample", "device": "cpu"}
+    module = fd.Sampler(Denoiser(), schedule, **kinds)
+    assert module.compile is False
+    called = fd.Sampler(Denoiser(), schedule, call=lambda x, t, labels: x * 0.5, **kinds)
+    a, b = (s.sample(range(3), num_steps=5, solver="ddpm") for s in (module, called))
+    assert a.shape == (3, 3, 5, 7) and torch.equal(a, b)
+
+
+def test_update_weights_leaves_nothing_stale(tiny_sampler, tiny_unet):
+    sampler, other = tiny_sampler(), tiny_unet(seed=1, num_class_embeds=4)
+    before = sampler.sample(range(2), 0, num_steps=4)
+    sampler.update_weights(other.state_dict())
+    after = sampler.sample(range(2), 0, num_steps=4)
+    fresh = fd.Sampler(
+        other,
+        sampler.schedule,
+        shape=sampler.shape,
+        prediction_type="v_prediction",
+        conditioning=sampler.conditioning,
+        device="cpu",
+        compile=False,
+    )
+    assert (before - after).abs().max() > 0.01
+    assert torch.equal(after, fresh.sample(range(2), 0, num_steps=4))
+
+
+def test_global_random_state_is_untouched(tiny_sampler):
+    sampler = tiny_sampler()
+    state = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    sampler.sample(range(2), 0, num_steps=3, solver="ddpm")
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert (np.random.get_state()[1] == state[1]).all()
+    assert random.getstate() == state[2]
+
+
+def test_noise_of_many_steps_is_drawn_within_the_memory_cap(tiny_sampler, monkeypatch):
+    want = tiny_sampler().sample(range(3), 0, num_steps=9, solver="ddpm")
+    sizes = []
+    real = reference.philox
+
+    def watch(seeds, keys, shape, purpose, **kwargs):
+        if purpose == Purpose.REVERSE_STEP:
+            sizes.append(len(seeds))
+        return real(seeds, keys, shape, purpose, **kwargs)
+
+    monkeypatch.setattr("flashddpm.sampler.NOISE_BYTES", 4 * 64 * 3 * 4)
+    monkeypatch.setattr(reference, "philox", watch)
+    assert torch.equal(tiny_sampler().sample(range(3), 0, num_steps=9, solver="ddpm"), want)
+    assert sizes == [12, 12]  # four steps, four steps, and the last one, which draws none
+
+
+def test_compiled_equals_eager(tiny_sampler):
+    eager, compiled = tiny_sampler(), tiny_sampler(compile=True)
+    run = {"num_steps": 5, "solver": "ddpm"}
+    want = eager.sample(range(5), LABELS, **run)
+    got = compiled.sample(range(5), LABELS, batch_size=3, **run)  # the last chunk is padded
+    assert (got - want).abs().max() <= 1e-5
+    network = compiled._network(True)
+    assert network is not compiled._predict
+
+
+def test_compiled_noise_is_the_reference_bit_for_bit():
+    seeds = torch.tensor([0, 42, -1, 2**62 + 12345])
+    keys = torch.tensor([0, 7, -5, 2**40])
+    draw = CompiledNoise()
+    for shape in ((1, 28, 28), (3, 5, 7)):
+        for purpose in (Purpose.INITIAL, Purpose.REVERSE_STEP):
+            want = reference.philox(seeds, keys, shape, purpose)
+            assert torch.equal(draw(seeds, keys, shape, purpose), want)
+
+
+def test_auto_compiles_only_what_repays(tiny_sampler):
+    sampler = tiny_sampler(compile="auto")
+    assert sampler.auto_compile(100)[0] is False
+    assert sampler.auto_compile(10**9)[0] is True
+    assert "foreign" in fd.Sampler(
+        lambda x, t: x, sampler.schedule, shape=(1, 8, 8), device="cpu"
+    ).auto_compile(10**9)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [1.5]}, "seeds"),
+        ({"seeds": [2**64]}, "seeds"),
+        ({"seeds": [-(2**63) - 1]}, "seeds"),
+        ({"seeds": [True]}, "seeds"),
+        ({"seeds": "12"}, "seeds"),
+        ({"seeds": torch.tensor([0.5])}, "seeds"),
+        ({"labels": 3}, r"labels=3: must be in 0\.\.2"),
+        ({"labels": -1}, "labels=-1"),
+        ({"labels": [0]}, "1 labels for 2 seeds"),
+        ({"labels": 0.5}, "labels=0.5"),
+        ({"guidance": float("nan")}, "guidance=nan"),
+        ({"guidance": [1.0]}, "guidance: 1 values for 2 seeds"),
+        ({"labels": None, "guidance": 2.0}, "guidance=2.0: must be 1 where no labels"),
+        ({"solver": "euler"}, "solver='euler'.*ddim"),
+        ({"num_steps": 0}, r"num_steps=0: must be in 1\.\.100"),
+        ({"num_steps": 101}, "num_steps=101"),
+        ({"num_steps": 2.0}, "num_steps=2.0"),
+        ({"spacing": "even"}, "spacing='even'.*leading"),
+        ({"eta": -1.0}, "eta=-1"),
+        ({"solver": "ddpm", "variance_type": "learned"}, "variance_type='learned'"),
+        ({"clip": -1.0}, "clip=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(tiny_sampler, arguments, message):
+    sampler = tiny_sampler()
+    good = {"seeds": [0, 1], "labels": [0, 1], "num_steps": 3}
+    with pytest.raises(ValueError, match=message):
+        sampler.sample(**{**good, **arguments})
+    assert sampler.sample(**good).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "fast"}, "backend='fast'.*fused"),
+        ({"compile": "yes"}, "compile='yes'"),
+        ({"backend": "reference", "compile": True}, "reference"),
+        ({"capture": True}, "capture=True: needs a CUDA device"),
+        ({"dtype": "int8"}, "dtype='int8'.*bfloat16"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(tiny_sampler, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_sampler(**arguments)
+
+
+def test_devices_and_labels_that_are_not_there(tiny_unet):
+    schedule = fd.NoiseSchedule.create("linear", 10)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device='cuda': no CUDA device is available"):
+            fd.Sampler(tiny_unet(), schedule, shape=(1, 8, 8), device="cuda")
+    with pytest.raises(ValueError, match="device='tpu'"):
+        fd.Sampler(tiny_unet(), schedule, shape=(1, 8, 8), device="tpu")
+    plain = fd.Sampler(tiny_unet(), schedule, shape=(1, 8, 8), device="cpu")
+    with pytest.raises(ValueError, match="unconditional"):
+        plain.sample(0, labels=0, num_steps=2)
+    with pytest.raises(ValueError, match="guidance=2.0.*null class"):
+        plain.sample(0, guidance=2.0, num_steps=2)
+    classes = fd.Sampler(
+        tiny_unet(num_class_embeds=3),
+        schedule,
+        shape=(1, 8, 8),
+        conditioning=fd.Conditioning(3),
+        device="cpu",
+    )
+    with pytest.raises(ValueError, match="labels=None"):
+        classes.sample(0, num_steps=2)
+
+
+def test_zero_terminal_snr_needs_another_prediction_type(tiny_unet):
+    schedule = fd.NoiseSchedule.create("linear", 50, rescale_betas_zero_snr=True)
+    sampler = fd.Sampler(tiny_unet(), schedule, shape=(1, 8, 8), device="cpu")
+    with pytest.raises(ValueError, match="v_prediction or sample"):
+        sampler.sample(0, num_steps=5, spacing="trailing")
+
+
+def test_learned_schedulers_and_bad_settings_of_a_folder_are_refused():
+    for config in ({"variance_type": "learned"}, {"thresholding": True}, {"solver_order": 3}):
+        with pytest.raises(ValueError, match=next(iter(config))):
+            fd.SamplingDefaults.from_config(config)
+    multistep = fd.SamplingDefaults.from_config({"_class_name": "DPMSolverMultistepScheduler"})
+    assert (multistep.clip, multistep.spacing) == (0.0, "linspace")
+    assert fd.SamplingDefaults.from_config({}) == fd.SamplingDefaults()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("run", RUNS)
+def test_captured_graph_equals_the_reference_on_a_gpu(tiny_unet, run):
+    def make(**arguments):
+        return fd.Sampler(
+            tiny_unet(num_class_embeds=4).cuda(),
+            fd.NoiseSchedule.create("squaredcos_cap_v2", 100),
+            shape=(1, 8, 8),
+            prediction_type="v_prediction",
+            conditioning=fd.Conditioning(3, 3),
+            device="cuda",
+            **arguments,
+        )
+
+    captured, plain = make(compile=False), make(backend="reference")
+    assert captured.capture and not plain.capture
+    for seeds in (range(5), range(5, 10)):  # a second call with new seeds replays the same graph
+        a = captured.sample(seeds, LABELS, GUIDANCE, num_steps=10, **run)
+        b = plain.sample(seeds, LABELS, GUIDANCE, num_steps=10, **run)
+        assert (a - b).abs().max() <= 1e-3
+    on_cpu = reference.philox(torch.arange(3), torch.zeros(3).long(), (1, 8, 8))
+    assert torch.equal(captured.initial_noise(range(3)).cpu(), on_cpu)
