@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -29,14 +29,12 @@ Option = typer.Option
 def main() -> None:
     """Run the command line: bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
     try:
-        app(standalone_mode=True)
+        app()
     except (ValueError, FloatingPointError, OSError) as error:
         _fail(" ".join(str(error).split()), USAGE)
-    except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"flashddpm: error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -138,7 +136,7 @@ def sample(
     seed = parse_seeds(seeds, num_images)
     folder = fd.bundled() if model_dir is None else model_dir
     sampler = fd.Sampler.from_pretrained(
-        folder, device, dtype, backend, {"auto": "auto", "on": True, "off": False}[compile]
+        folder, device, dtype, backend, compile if compile == "auto" else compile == "on"
     )
     label = parse_labels(labels, sampler, len(seed))
     columns = sampler.conditioning.num_classes if labels is None else None
@@ -154,18 +152,21 @@ def sample(
             frames.append(images.make_grid(x0, **layout))
 
     start = time.perf_counter()
-    x = sampler.sample(
-        seed,
-        label,
-        guidance,
-        solver,
-        num_steps,
-        spacing=spacing,
-        eta=eta,
-        batch_size=batch_size if trajectory is None else len(seed),
-        progress=True,
-        on_step=None if trajectory is None else keep,
-    ).cpu()
+    try:
+        x = sampler.sample(
+            seed,
+            label,
+            guidance,
+            solver,
+            num_steps,
+            spacing=spacing,
+            eta=eta,
+            batch_size=batch_size if trajectory is None else len(seed),
+            progress=True,
+            on_step=None if trajectory is None else keep,
+        ).cpu()
+    except KeyboardInterrupt:
+        _fail("interrupted, nothing written", INTERRUPTED)
     seconds = time.perf_counter() - start
     if out.suffix:
         images.save_grid(x, out, **layout)
@@ -193,9 +194,7 @@ def train(
     ema_decay: Annotated[float, Option(help="Of the averaged weights.")] = 0.999,
     label_dropout: Annotated[float, Option(help="Share of labels dropped, for guidance.")] = 0.1,
     precision: Annotated[str, Option(help="float32 or bfloat16 (autocast).")] = "float32",
-    prediction_type: Annotated[
-        str, Option(help="epsilon, sample or v_prediction.")
-    ] = "epsilon",
+    prediction_type: Annotated[str, Option(help="epsilon, sample or v_prediction.")] = "epsilon",
     loss_weighting: Annotated[str, Option(help="constant or min_snr.")] = "constant",
     beta_schedule: Annotated[
         str, Option(help="linear, scaled_linear, squaredcos_cap_v2 or sigmoid.")

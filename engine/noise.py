@@ -18,11 +18,10 @@ class CompiledNoise:
 
     @cached_property
     def _pieces(self) -> tuple:
-        pieces = (reference._uniform, reference._split, reference._box_muller)
-        return tuple(torch.compile(piece, dynamic=True) for piece in pieces)
+        return tuple(torch.compile(piece, dynamic=True) for piece in reference.PIECES)
 
     def __call__(
         self, seeds: Tensor, keys: Tensor, shape: tuple[int, int, int], purpose: int
     ) -> Tensor:
         """Return standard normal noise, float32 [B, C, H, W], as ``reference.philox`` does."""
-        return reference.philox(seeds, keys, shape, purpose, pieces=self._pieces)
+        return reference.philox_in_pieces(self._pieces, seeds, keys, shape, purpose)

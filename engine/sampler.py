@@ -369,11 +369,15 @@ class Sampler:
     def _guidance(self, guidance: Any, count: int, labels: Any) -> list[float]:
         values = list(guidance) if isinstance(guidance, Iterable) else [guidance] * count
         if len(values) != count:
-            raise ValueError(f"guidance: {len(values)} values for {count} seeds; give one or one each")
+            raise ValueError(
+                f"guidance: {len(values)} values for {count} seeds; give one or one each"
+            )
         values = [arguments.number("guidance", value) for value in values]
         if any(value != 1 for value in values):
             if self.conditioning.null_label is None:
-                raise ValueError(f"guidance={guidance!r}: must be 1 for a model without a null class")
+                raise ValueError(
+                    f"guidance={guidance!r}: must be 1 for a model without a null class"
+                )
             if labels is None:
                 raise ValueError(f"guidance={guidance!r}: must be 1 where no labels are given")
         return values

@@ -154,7 +154,7 @@ class NoiseSchedule:
     @cached_property
     def alphas_cumprod(self) -> Table:
         """abar_t = prod_{s<=t} alpha_s   (S3, S4)."""
-        return np.cumprod(self.alphas)
+        return np.cumprod(self.alphas, dtype=np.float64)
 
     @cached_property
     def alphas_cumprod_prev(self) -> Table:

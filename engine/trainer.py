@@ -247,8 +247,9 @@ class Trainer:
             group["lr"] = self.learning_rate(self.step)
         self.optimizer.step()
         decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
-        averages = list(self.ema.values())
-        torch._foreach_lerp_(averages, list(self.params.values()), 1 - decay)
+        with torch.no_grad():
+            averages = list(self.ema.values())
+            torch._foreach_lerp_(averages, list(self.params.values()), 1 - decay)
         self.step += 1
         return loss.detach()
 
@@ -259,14 +260,17 @@ class Trainer:
             parameter.data.copy_(self.ema[name])
         return unet.eval().requires_grad_(False)
 
+    def is_finite(self) -> bool:
+        """Return whether every weight always was finite: if one was not, its average stays so."""
+        return bool(torch.stack([value.isfinite().all() for value in self.ema.values()]).all())
+
     def save(self) -> None:
         """Write the run: model folder first, then the state to go on from, atomically.
 
         Raises:
-            DivergedError: an average of the weights is not finite (where a weight ever was not,
-                its average stays so); nothing is written.
+            DivergedError: some weight was not finite; nothing is written.
         """
-        if not bool(torch.stack([value.isfinite().all() for value in self.ema.values()]).all()):
+        if not self.is_finite():
             raise DivergedError(self.step)
         unet = self.averaged_unet()
         scheduler = self.config.scheduler_config()
@@ -367,7 +371,7 @@ class Trainer:
                     done = self.step == config.steps
                     log = self.step % log_every == 0 or done
                     save = self.step % config.save_every == 0 and not done
-                    if (log or save) and not math.isfinite(float(total)):
+                    if (log or save) and not (math.isfinite(float(total)) and self.is_finite()):
                         break  # refused below
                     if log:
                         loss = float(total) / count

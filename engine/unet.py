@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -208,13 +208,14 @@ class Attention(nn.Module):
         super().__init__()
         self.group_norm = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
         self.to_qkv = nn.Linear(channels, 3 * channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        out = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([out])
         head_dim = config.attention_head_dim or channels
         if channels % head_dim:
             raise ValueError(f"attention_head_dim={head_dim}: must divide {channels} channels")
         self.heads = channels // head_dim
         self.scale = scale
-        zero_(self.to_out[0])
+        zero_(out)
         self.register_state_dict_post_hook(_split_qkv)
         self.register_load_state_dict_pre_hook(_pack_qkv)
 
@@ -276,17 +277,14 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
-        if attentions:
-            self.attentions = nn.ModuleList(attentions)
-        if isinstance(resize, Downsample):
-            self.downsamplers = nn.ModuleList([resize])
-        if isinstance(resize, Upsample):
-            self.upsamplers = nn.ModuleList([resize])
+        self.attentions = nn.ModuleList(attentions) if attentions else None
+        self.downsamplers = nn.ModuleList([resize]) if isinstance(resize, Downsample) else None
+        self.upsamplers = nn.ModuleList([resize]) if isinstance(resize, Upsample) else None
 
     def layer(self, i: int, x: Tensor, projection: Tensor) -> Tensor:
         """Residual block i and its attention."""
         x = self.resnets[i](x, projection)
-        return self.attentions[i](x) if hasattr(self, "attentions") else x
+        return self.attentions[i](x) if self.attentions is not None else x
 
 
 class UNet(nn.Module):
@@ -317,9 +315,9 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         for i, c in enumerate(channels):
             pairs = [(channels[max(i - 1, 0)], c)] + [(c, c)] * (config.layers_per_block - 1)
-            resize = Downsample(c, config.downsample_padding) if i < last else None
+            down = Downsample(c, config.downsample_padding) if i < last else None
             attend = config.down_block_types[i] == "AttnDownBlock2D"
-            self.down_blocks.append(level(pairs, attend, resize))
+            self.down_blocks.append(level(pairs, attend, down))
             skips += [c] * (len(pairs) + (i < last))
 
         c, scale = channels[-1], config.mid_block_scale_factor
@@ -335,8 +333,8 @@ class UNet(nn.Module):
             for _ in range(config.layers_per_block + 1):
                 pairs.append((c + skips.pop(), c_out))
                 c = c_out
-            resize = Upsample(c_out) if i < last else None
-            self.up_blocks.append(level(pairs, kind == "AttnUpBlock2D", resize))
+            up = Upsample(c_out) if i < last else None
+            self.up_blocks.append(level(pairs, kind == "AttnUpBlock2D", up))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
@@ -390,21 +388,21 @@ class UNet(nn.Module):
             x = 2 * x - 1
         x = self.conv_in(x)
         skips = [x]
-        for block in self.down_blocks:
+        for block in cast(Iterable[Level], self.down_blocks):
             for i in range(len(block.resnets)):
                 x = block.layer(i, x, next(rows))
                 skips.append(x)
-            if hasattr(block, "downsamplers"):
+            if block.downsamplers is not None:
                 x = block.downsamplers[0](x)
                 skips.append(x)
         x = self.mid_block.resnets[0](x, next(rows))
-        if hasattr(self.mid_block, "attentions"):
+        if self.mid_block.attentions is not None:
             x = self.mid_block.attentions[0](x)
         x = self.mid_block.resnets[1](x, next(rows))
-        for block in self.up_blocks:
+        for block in cast(Iterable[Level], self.up_blocks):
             for i in range(len(block.resnets)):
                 x = block.layer(i, torch.cat([x, skips.pop()], 1), next(rows))
-            if hasattr(block, "upsamplers"):
+            if block.upsamplers is not None:
                 x = block.upsamplers[0](x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 

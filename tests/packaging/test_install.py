@@ -166,8 +166,18 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, sources):
 def test_sdist_holds_the_sources(sdist, sources):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert set(sources) - names - {".gitignore"} == set(), "MANIFEST.in must name these"
-    assert {"setup.py", "pyproject.toml", "tests/conftest.py", "LICENSE"} <= names
+    folders = (*FOLDERS, "tests", "docs", ".ci")
+    expected = {name for name in sources if name.startswith(tuple(f"{f}/" for f in folders))}
+    assert "tests/conftest.py" in expected
+    expected |= {
+        "setup.py",
+        "pyproject.toml",
+        "Makefile",
+        "README.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+    }
+    assert expected - names == set(), "MANIFEST.in must name these"
 
 
 LOOK = """

@@ -1,0 +1,48 @@
+"""``python -m flashddpm.benchmarks``: run the cases, print a line each, write JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashddpm.arguments import one_of, resolve_device
+from flashddpm.benchmarks import harness, operations, sampling, startup
+from flashddpm.benchmarks.harness import Result
+
+
+def suites(compiled_peer: bool) -> dict[str, list[Callable[[str], Iterator[Result]]]]:
+    """Return the cases of each suite, the most telling first."""
+    return {
+        "startup": [startup.first_run],
+        "loop": [sampling.loops_without_network],
+        "sampling": [lambda device: sampling.whole_runs(device, compiled_peer)],
+        "operations": [operations.noise_on_the_cpu, operations.operations_on_a_gpu],
+    }
+
+
+def main(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    suite: Annotated[str, typer.Option(help="all, startup, loop, sampling or operations.")] = "all",
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("benchmark.json"),
+    compiled_peer: Annotated[
+        bool, typer.Option("--compiled-peer", help="Also compile diffusers' U-Net (minutes).")
+    ] = False,
+) -> None:
+    """Time flashddpm against its peers; let nothing else run meanwhile."""
+    kind = resolve_device(device).type
+    cases = suites(compiled_peer)
+    chosen = list(cases) if suite == "all" else [one_of("suite", suite, ("all", *cases))]
+    results: list[Result] = []
+    for name in chosen:
+        for case in cases[name]:
+            for result in case(kind):
+                results.append(result)
+                print(result.line(), flush=True)
+                harness.write(out, kind, results)
+
+
+if __name__ == "__main__":
+    typer.run(main)

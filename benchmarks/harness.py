@@ -1,0 +1,205 @@
+"""Timing that can be trusted, and the one JSON schema of every result.
+
+Two functions are timed in turn, A B B A, in one process: the machine's drift falls on both. Quoted
+are the medians, the median of the paired ratios B / A with its quartiles, and the spread of A
+against itself (the ratios within the A pairs), which is the noise floor of the comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two interleaved functions took.
+
+    Attributes:
+        ours_seconds, peer_seconds: median of a call.
+        ratio: median of peer / ours over the pairs: how many times as fast ours is.
+        ratio_low, ratio_high: its quartiles.
+        spread: quartile range of ours / ours within the pairs of A: the noise floor, as a ratio.
+        pairs: how many pairs were timed.
+    """
+
+    ours_seconds: float
+    peer_seconds: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    spread: float
+    pairs: int
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Return the wall-clock seconds of one call, work on the GPU included."""
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def compare(
+    ours: Callable[[], Any], peer: Callable[[], Any], rounds: int = 5, warm_ups: int = 1
+) -> Comparison:
+    """Time two functions in turn, ``rounds`` times A B B A."""
+    for _ in range(warm_ups):
+        seconds(ours)
+        seconds(peer)
+    a: list[float] = []
+    b: list[float] = []
+    for _ in range(rounds):
+        a.append(seconds(ours))
+        b += [seconds(peer), seconds(peer)]
+        a.append(seconds(ours))
+    ratios = sorted(y / x for x, y in zip(a, b, strict=True))
+    within = sorted(y / x for x, y in zip(a[::2], a[1::2], strict=True))
+    return Comparison(
+        ours_seconds=statistics.median(a),
+        peer_seconds=statistics.median(b),
+        ratio=statistics.median(ratios),
+        ratio_low=_quantile(ratios, 0.25),
+        ratio_high=_quantile(ratios, 0.75),
+        spread=_quantile(within, 0.75) - _quantile(within, 0.25),
+        pairs=len(ratios),
+    )
+
+
+def _quantile(ordered: list[float], q: float) -> float:
+    position = q * (len(ordered) - 1)
+    low = math.floor(position)
+    high = math.ceil(position)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Return what the figures depend on: machine, versions, commit."""
+    import flashddpm
+
+    versions = {"flashddpm": flashddpm.__version__, "torch": torch.__version__}
+    for name in ("triton", "diffusers", "numpy"):
+        try:
+            versions[name] = __import__(name).__version__
+        except ImportError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _commit(),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": _gpu() if device == "cuda" else None,
+    }
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
+    except OSError:
+        pass
+    return f"{platform.processor()}, {os.cpu_count()} cores"
+
+
+def _commit() -> str:
+    """Return the commit of the checkout this runs in, marked if it has changes; or "unknown"."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return run.stdout.strip()
+
+
+def _gpu() -> dict[str, Any]:
+    """Return the card, its driver, clocks, temperature and throttle reasons now."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        card = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        return {
+            "name": pynvml.nvmlDeviceGetName(card),
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_MEM),
+            "power_limit_w": pynvml.nvmlDeviceGetEnforcedPowerLimit(card) / 1000,
+            "temperature_c": pynvml.nvmlDeviceGetTemperature(card, pynvml.NVML_TEMPERATURE_GPU),
+            "throttle_reasons": pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(card),
+        }
+    finally:
+        pynvml.nvmlShutdown()
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured case.
+
+    Attributes:
+        case: its name.
+        peer: what it was compared with.
+        note: what a call does, and what the ratio says.
+        values: the comparison's fields, or figures of another kind with their units in the name.
+    """
+
+    case: str
+    peer: str
+    note: str
+    values: dict[str, float]
+
+    @classmethod
+    def of(cls, case: str, peer: str, note: str, comparison: Comparison) -> Result:
+        """Return the result of a comparison."""
+        return cls(case, peer, note, asdict(comparison))
+
+    def line(self) -> str:
+        """Return the result as a line of a table."""
+        v = self.values
+        if "ratio" not in v:
+            figures = ", ".join(f"{key} {value:.4g}" for key, value in v.items())
+            return f"{self.case}: {figures}"
+        return (
+            f"{self.case} against {self.peer}: {v['ratio']:.2f}x "
+            f"[{v['ratio_low']:.2f}, {v['ratio_high']:.2f}], "
+            f"{v['ours_seconds'] * 1e3:.3f} ms against {v['peer_seconds'] * 1e3:.3f} ms, "
+            f"A/A spread {v['spread']:.3f}"
+        )
+
+
+def write(path: Path, device: str, results: list[Result]) -> None:
+    """Write results in the JSON schema; called after each, so that a stop loses nothing."""
+    content = {
+        "schema": SCHEMA,
+        "environment": environment(device),
+        "results": [asdict(result) for result in results],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

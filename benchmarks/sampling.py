@@ -1,0 +1,116 @@
+"""Whole sampling runs, and the loop alone, against diffusers on the same weights.
+
+Before anything is timed, both sides must give the same pictures with ddim, which after x_T draws
+no noise. (ddpm differs in its noise only; tests compare it on equal noise.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flashddpm as fd
+from flashddpm.benchmarks.harness import Result, compare
+
+STEPS = 50
+TOLERANCE = 1e-3  # of the final x of a trajectory, float32
+
+
+class Diffusers:
+    """diffusers' U-Net and scheduler on the bundled weights, in the loop of its pipelines."""
+
+    def __init__(self, sampler: fd.Sampler, solver: str, compiled: bool = False) -> None:
+        from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+
+        kind: Any = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[solver]
+        self.scheduler = kind.from_pretrained(fd.bundled(), subfolder="scheduler")
+        self.scheduler.set_timesteps(STEPS)
+        unet = UNet2DModel.from_pretrained(
+            fd.bundled(), subfolder="unet", torch_dtype=torch.float32
+        )
+        self.unet = unet.to(sampler.device).eval()
+        if compiled:
+            self.unet.to(memory_format=torch.channels_last)
+            self.unet = torch.compile(self.unet, fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Run the trajectory from x_T."""
+        for t in self.scheduler.timesteps:
+            out = self.unet(x, t, labels, return_dict=False)[0]
+            x = self.scheduler.step(out, t, x, return_dict=False)[0]
+        return x
+
+
+def check(ours: Tensor, theirs: Tensor, what: str) -> None:
+    """Refuse to time two sides whose pictures differ."""
+    error = (ours - theirs).abs().max().item()
+    if not error <= TOLERANCE:
+        raise AssertionError(f"{what}: differs from diffusers by {error}, not timed")
+
+
+def whole_runs(device: str, compiled_peer: bool) -> Iterator[Result]:
+    """ddpm and ddim over 50 steps of the bundled model, float32, both warm."""
+    sampler = fd.Sampler.from_pretrained(fd.bundled(), device, "float32", compile=True)
+    for batch in (1, 16):
+        seeds, labels = range(batch), [i % 10 for i in range(batch)]
+        wanted = torch.tensor(labels, device=sampler.device)
+        x_T = sampler.initial_noise(seeds).contiguous()
+        for compiled in (False, True) if compiled_peer else (False,):
+            ddim = Diffusers(sampler, "ddim", compiled)
+            run = partial(sampler.sample, seeds, labels, num_steps=STEPS)
+            check(run(solver="ddim"), ddim(x_T, wanted), f"ddim at batch {batch}")
+            for solver in ("ddpm", "ddim"):
+                peer = ddim if solver == "ddim" else Diffusers(sampler, solver, compiled)
+                if solver == "ddpm" and compiled:
+                    peer.unet = ddim.unet
+                comparison = compare(
+                    partial(run, solver=solver),
+                    partial(peer, x_T, wanted),
+                    rounds=5 if batch == 1 else 3,
+                )
+                yield Result.of(
+                    f"{solver}-{STEPS}-batch-{batch}",
+                    f"diffusers {'compiled, channels_last' if compiled else 'eager'}",
+                    f"bundled model, float32, {STEPS} steps, {batch} images a call; ours compiled",
+                    comparison,
+                )
+
+
+def loops_without_network(device: str) -> Iterator[Result]:
+    """A whole run whose network returns its input, against the scheduler's steps alone."""
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    sampler = fd.Sampler(
+        lambda x, t: x,
+        fd.NoiseSchedule.create(),
+        shape=(1, 28, 28),
+        device=device,
+        compile=True,
+    )
+    x_T = sampler.initial_noise([0]).contiguous()
+    kinds: tuple[tuple[str, Any], ...] = (("ddim", DDIMScheduler), ("ddpm", DDPMScheduler))
+    for solver, kind in kinds:
+        theirs = kind()
+        theirs.set_timesteps(STEPS)
+
+        def peer(theirs: Any = theirs) -> Tensor:
+            x = x_T
+            for t in theirs.timesteps:
+                x = theirs.step(x, t, x, return_dict=False)[0]
+            return x
+
+        ours = partial(sampler.sample, [0], solver=solver, num_steps=STEPS)
+        if solver == "ddim":
+            check(ours(), peer(), "loop")
+        yield Result.of(
+            f"loop-{solver}",
+            f"diffusers {kind.__name__}.step",
+            f"{STEPS} steps of one 28x28 image, the network returning its input; ours includes "
+            "the plan, x_T and the check for non-finite values",
+            compare(ours, peer, rounds=10),
+        )

@@ -1,0 +1,55 @@
+"""What a first run costs: a fresh process, an empty compile cache, the command's defaults."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from flashddpm.benchmarks.harness import Result
+
+IMPORTS = 5
+
+
+def _run(*command: str, cache: str) -> tuple[float, float]:
+    """Return the wall seconds of a command and the largest memory of any child so far, in MiB."""
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+    start = time.perf_counter()
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    seconds = time.perf_counter() - start
+    return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+
+
+def first_run(device: str) -> Iterator[Result]:
+    """64 images from process start to the picture, and import over torch's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        picture = str(Path(folder) / "samples.png")
+        command = (sys.executable, "-P", "-m", "flashddpm", "sample", "--device", device)
+        seconds, memory = _run(*command, "--out", picture, cache=folder)
+        yield Result(
+            "first-run",
+            "nothing",
+            "process start to samples.png: 64 images, the command's default solver and steps, "
+            "compile cache empty",
+            {"seconds": seconds, "peak_memory_mib": memory},
+        )
+        ours, torch_alone = [], []
+        for _ in range(IMPORTS):
+            ours.append(_run(sys.executable, "-P", "-c", "import flashddpm", cache=folder)[0])
+            torch_alone.append(_run(sys.executable, "-P", "-c", "import torch", cache=folder)[0])
+        extra = sorted(a - b for a, b in zip(ours, torch_alone, strict=True))
+        yield Result(
+            "import",
+            "import torch",
+            f"seconds of a process that imports flashddpm beyond one that imports torch, the "
+            f"median of {IMPORTS} pairs",
+            {
+                "extra_seconds": extra[IMPORTS // 2],
+                "torch_seconds": sorted(torch_alone)[IMPORTS // 2],
+            },
+        )

@@ -1,0 +1,197 @@
+"""The command line as a user meets it: exit codes, one-line errors, the files that it writes."""
+
+import gzip
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import flashddpm as fd
+from flashddpm import cli
+from flashddpm.trainer import Trainer
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flashddpm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+            raise SystemExit(0)
+        out, err = capfd.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def idx_folder(tmp_path):
+    """A folder of 64 images of 8x8, with labels, gzipped."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (64, 8, 8), np.uint8)
+    header = b"\x00\x00\x08\x03" + np.array(images.shape, ">u4").tobytes()
+    with gzip.open(folder / "train-images-idx3-ubyte.gz", "wb") as file:
+        file.write(header + images.tobytes())
+    labels = rng.integers(0, 3, 64, np.uint8)
+    labels[0] = 2
+    with gzip.open(folder / "train-labels-idx1-ubyte.gz", "wb") as file:
+        file.write(b"\x00\x00\x08\x01" + np.array([64], ">u4").tobytes() + labels.tobytes())
+    return folder
+
+
+TRAIN = ("--batch-size", 4, "--block-out-channels", "32,32", "--device", "cpu")
+
+
+def test_sample_writes_a_labelled_grid_and_one_closing_line(run, tmp_path):
+    picture = tmp_path / "grid.png"
+    code, out, err = run("sample", "--num-images", 3, "--num-steps", 2, "--out", picture)
+    assert code == 0
+    assert out.count("\n") == 1
+    assert out.startswith("3 images, 2 steps, ") and out.rstrip().endswith(f"-> {picture}")
+    assert "images/s" in out and "fused" in out
+    assert "2/2" in err  # the progress bar
+    assert Image.open(picture).width == 2 + 10 * 58  # ten classes in a row
+
+
+def test_sample_is_what_python_gives(run, tmp_path):
+    run("sample", "--seeds", "5,-1", "--labels", "Bag,3", "--guidance", 2, "--solver", "ddpm",
+        "--num-steps", 3, "--out", tmp_path / "folder")  # fmt: skip
+    sampler = fd.Sampler.from_pretrained(fd.bundled())
+    x = fd.to_uint8(sampler.sample([5, -1], [8, 3], 2.0, "ddpm", 3))
+    for seed, image in zip((5, -1), x, strict=True):
+        written = np.asarray(Image.open(tmp_path / "folder" / f"{seed}.png"))
+        assert np.abs(written.astype(int) - image[0].numpy().astype(int)).max() <= 1
+
+
+def test_trajectory_is_an_animation(run, tmp_path):
+    gif = tmp_path / "t.gif"
+    code, _, _ = run("sample", "--num-images", 2, "--num-steps", 4, "--trajectory", gif,
+                     "--out", tmp_path / "a.png")  # fmt: skip
+    assert code == 0
+    assert Image.open(gif).n_frames == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--solver", "foo"), "solver='foo': must be one of ddpm, ddim, dpmpp_2m"),
+        (("--spacing", "x"), "spacing='x': must be one of leading, linspace, trailing"),
+        (("--dtype", "int8"), "dtype='int8': must be one of float32, bfloat16, float16"),
+        (("--device", "tpu"), "device='tpu': must be auto, cpu, cuda or cuda:N"),
+        (("--num-steps", "0"), "num_steps=0: must be in 1..1000"),
+        (("--num-steps", "1001"), "num_steps=1001: must be in 1..1000"),
+        (("--num-images", "0"), "num_images=0: must be at least 1"),
+        (("--num-images", "-3"), "num_images=-3: must be at least 1"),
+        (("--seeds", "1.5"), "seeds='1.5': must be integers and ranges"),
+        (("--seeds", "18446744073709551616"), "seeds: 18446744073709551616 is not in"),
+        (("--seeds", "5:5"), "must name at least one seed"),
+        (("--seeds", "1,2", "--num-images", "3"), "2 seeds for num_images=3"),
+        (("--labels", "10"), "labels=10: must be in 0..9"),
+        (("--labels", "-1"), "labels=-1: must be in 0..9"),
+        (("--labels", "hat"), "labels: 'hat' must be a number or one of T-shirt"),
+        (("--labels", "1,2", "--num-images", "3"), "2 labels for 3 seeds"),
+        (("--guidance", "nan"), "guidance=nan: must be a finite number"),
+        (("--labels", "none", "--guidance", "2"), "guidance=2.0: must be 1 where no labels"),
+        (("--backend", "q"), "backend='q': must be one of auto, reference, fused"),
+        (("--compile", "q"), "compile='q': must be one of auto, on, off"),
+        (("--out", "x.foo"), "must be one of .png"),
+        (("--trajectory", "x.png"), "must be one of .gif"),
+        (("nowhere",), "nowhere: no such folder"),
+        (("--num-images", "two"), "Invalid value for '--num-images'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("sample", *arguments)
+    assert code == 2
+    assert out == ""
+    assert any(message in line for line in err.splitlines())
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_cuda_where_there_is_none(run):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    code, _, err = run("sample", "--device", "cuda")
+    assert code == 2 and "device='cuda': no CUDA device is available; use cpu or auto" in err
+
+
+def test_train_resume_and_sample(run, idx_folder, tmp_path):
+    out = tmp_path / "run"
+    code, text, _ = run(
+        "train", idx_folder, "--out", out, "--steps", 2, "--sample-every", 2, *TRAIN
+    )
+    assert code == 0 and "2 steps of 4 images" in text
+    assert Image.open(out / "samples" / "000002.png").width > 8
+    code, _, err = run("train", idx_folder, "--out", out, "--steps", 4, *TRAIN)
+    assert code == 2 and "holds a run already; give --resume" in err
+    code, text, _ = run("train", idx_folder, "--out", out, "--steps", 4, "--resume", *TRAIN)
+    assert code == 0 and "4 steps" in text
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4]
+    code, text, _ = run(
+        "sample", out, "--num-steps", 2, "--num-images", 2, "--out", tmp_path / "s.png"
+    )
+    assert code == 0 and "2 images" in text
+    run("sample", out, "--num-steps", 2, "--labels", "2", "--out", tmp_path / "s.png")
+    code, _, err = run("sample", out, "--labels", "3", "--out", tmp_path / "s.png")
+    assert code == 2 and "labels=3: must be in 0..2" in err
+
+
+def test_broken_data_is_named_before_training_starts(run, idx_folder, tmp_path):
+    file = idx_folder / "train-images-idx3-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:100])
+    code, _, err = run("train", idx_folder, "--out", tmp_path / "run", "--steps", 2, *TRAIN)
+    assert code == 2 and str(file) in err and not (tmp_path / "run").exists()
+    code, _, err = run("train", tmp_path / "none", "--out", tmp_path / "run", "--steps", 2, *TRAIN)
+    assert code == 2 and "no such file or folder" in err
+
+
+def test_images_of_a_wrong_size_are_named(run, idx_folder, tmp_path):
+    code, _, err = run("train", idx_folder, "--out", tmp_path / "run", "--steps", 2,
+                       "--block-out-channels", "8,8,8,8,8")  # fmt: skip
+    assert code == 2 and "images are 8x8; height and width must be multiples of 16" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_in_training_saves(run, idx_folder, tmp_path, monkeypatch):
+    real = Trainer.train_step
+
+    def interrupted(self):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    out = tmp_path / "run"
+    code, _, err = run("train", idx_folder, "--out", out, "--steps", 5, *TRAIN)
+    assert code == 130 and "interrupted at step 2, saved; go on with --resume" in err
+    monkeypatch.setattr(Trainer, "train_step", real)
+    code, text, _ = run("train", idx_folder, "--out", out, "--steps", 3, "--resume", *TRAIN)
+    assert code == 0 and "3 steps" in text
+
+
+def test_ctrl_c_in_sampling_ends_cleanly(run, tmp_path, monkeypatch):
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flashddpm.sampler.update", interrupt)
+    code, _, err = run("sample", "--num-images", 1, "--num-steps", 2, "--out", tmp_path / "a.png")
+    assert code == 130 and "interrupted" in err and "Traceback" not in err
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_info_says_what_auto_chooses_and_why(run):
+    code, out, _ = run("info")
+    assert code == 0
+    for part in ("flashddpm 0.1.0", "torch", "device auto:", "backend auto:", "compile auto:", "("):
+        assert part in out

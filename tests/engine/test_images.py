@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import flashddpm as fd
+from flashddpm import images
+
+
+def test_to_uint8_is_diffusers_rule():
+    from diffusers.image_processor import VaeImageProcessor
+
+    x = torch.linspace(-1.3, 1.3, 3 * 40 * 40).reshape(1, 3, 40, 40)
+    theirs = VaeImageProcessor().postprocess(x, output_type="pil")[0]
+    ours = fd.to_uint8(x)
+    assert ours.dtype is torch.uint8 and ours.shape == x.shape
+    assert np.array_equal(ours[0].permute(1, 2, 0).numpy(), np.asarray(theirs))
+
+
+def test_grid_places_every_image_and_caption():
+    x = torch.stack([torch.full((1, 4, 4), v) for v in (-1.0, 0.0, 1.0)])
+    grid = np.asarray(fd.make_grid(x, columns=2, zoom=2))
+    assert grid.shape == (2 + 2 * 10, 2 + 2 * 10, 3)
+    for value, (row, column) in zip((0, 128, 255), ((0, 0), (0, 1), (1, 0)), strict=True):
+        top, left = 2 + row * 10, 2 + column * 10
+        assert (grid[top : top + 8, left : left + 8] == value).all()
+    assert (grid[12:, 12:] == 255).all()
+    captioned = np.asarray(fd.make_grid(x, columns=3, captions=["a", "b", "c"], zoom=8))
+    assert (captioned[2:14] < 100).any()
+    assert not (
+        np.asarray(fd.make_grid(x, columns=3, captions=["", "", ""], zoom=8))[2:14] < 100
+    ).any()
+
+
+def test_colour_and_files(tmp_path):
+    x = torch.zeros(2, 3, 4, 4)
+    x[:, 0] = 1
+    fd.save_grid(x, tmp_path / "new" / "grid.png")
+    assert np.asarray(Image.open(tmp_path / "new" / "grid.png"))[3, 3].tolist() == [255, 128, 128]
+    images.save_folder(x, tmp_path / "folder", [7, -2])
+    assert sorted(f.name for f in (tmp_path / "folder").iterdir()) == ["-2.png", "7.png"]
+    assert Image.open(tmp_path / "folder" / "7.png").size == (4, 4)
+    frames = [fd.make_grid(torch.full((1, 1, 4, 4), v)) for v in (-1.0, 0.0, 1.0)]
+    images.save_gif(frames, tmp_path / "t.gif")
+    assert Image.open(tmp_path / "t.gif").n_frames == 3
+
+
+@pytest.mark.parametrize(
+    ("x", "captions", "message"),
+    [
+        (torch.zeros(2, 2, 4, 4), None, "1 or 3"),
+        (torch.zeros(1, 4, 4), None, "must be"),
+        (torch.zeros(0, 1, 4, 4), None, "no image"),
+        (torch.zeros(2, 1, 4, 4), ["a"], "captions: 1 for 2"),
+    ],
+)
+def test_bad_pictures_are_refused(x, captions, message):
+    with pytest.raises(ValueError, match=message):
+        fd.make_grid(x, captions=captions)

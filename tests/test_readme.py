@@ -1,0 +1,28 @@
+"""The README's Python runs, block after block in one namespace, as a reader would type it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_python_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 5
+    namespace: dict = {}
+    shapes = []
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), namespace)
+        shapes.append(tuple(namespace["x"].shape))
+    assert shapes[:3] == [(20, 1, 28, 28), (3, 1, 28, 28), (4, 3, 16, 16)]
+    assert (tmp_path / "garments.png").exists()
+    assert namespace["z"].shape == namespace["x_T"].shape == (2, 1, 28, 28)
+    assert namespace["network"].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["docs/math.md", "CONTRIBUTING.md", "LICENSE", "docs/samples.png"])
+def test_what_the_readme_links_to_is_there(name):
+    assert (README.parent / name).is_file()
