@@ -54,7 +54,7 @@ def check(ours: Tensor, theirs: Tensor, what: str) -> None:
 
 
 def whole_runs(device: str, compiled_peer: bool) -> Iterator[Result]:
-    """ddpm and ddim over 50 steps of the bundled model, float32, both warm."""
+    """Ddpm and ddim over 50 steps of the bundled model, float32, both warm."""
     sampler = fd.Sampler.from_pretrained(fd.bundled(), device, "float32", compile=True)
     for batch in (1, 16):
         seeds, labels = range(batch), [i % 10 for i in range(batch)]

@@ -1,18 +1,19 @@
 """flashddpm: a performance engine for denoising diffusion probabilistic models.
 
-    import flashddpm as fd
+import flashddpm as fd
 
-    sampler = fd.Sampler.from_pretrained(fd.bundled("fashion-mnist"))
-    x = sampler.sample(seeds=range(64), labels=3)
-    fd.save_grid(x, "samples.png")
+sampler = fd.Sampler.from_pretrained(fd.bundled("fashion-mnist"))
+x = sampler.sample(seeds=range(64), labels=3)
+fd.save_grid(x, "samples.png")
 """
 
 from flashddpm import kernels
 from flashddpm.bundled import bundled
 from flashddpm.checkpoint import Conditioning
+from flashddpm.defaults import SamplingDefaults
 from flashddpm.errors import CheckpointError, DataError, NonFiniteError
 from flashddpm.images import make_grid, save_grid, to_pil, to_uint8
-from flashddpm.sampler import Sampler, SamplingDefaults
+from flashddpm.sampler import Sampler
 from flashddpm.schedule import NoiseSchedule
 from flashddpm.solvers import Plan, make_plan
 from flashddpm.unet import UNet, UNetConfig

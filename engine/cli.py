@@ -285,5 +285,5 @@ def info() -> None:
     print(f"dtype auto: {str(sampler.dtype).removeprefix('torch.')}")
     kind = "Triton kernels, captured step" if cuda else "PyTorch operations, noise drawn ahead"
     print(f"backend auto: {sampler.backend} ({kind})")
-    chosen, reason = sampler.auto_compile(64 * 50)
+    chosen, reason = sampler.execution.auto_compile(64 * 50)
     print(f"compile auto: {'yes' if chosen else 'no'} for 64 images of 50 steps ({reason})")

@@ -8,88 +8,29 @@ steps drawn in one call; on both, the time half of our U-Net hoisted and the res
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flashddpm import arguments, kernels
+from flashddpm import arguments
 from flashddpm.checkpoint import (
-    CheckpointError,
     Conditioning,
     load_conditioning,
     load_scheduler_config,
     load_unet,
 )
-from flashddpm.errors import NonFiniteError
-from flashddpm.graph import CapturedStep
-from flashddpm.kernels import reference
-from flashddpm.kernels.contract import Column, Purpose
-from flashddpm.network import HoistedUNet, flops_per_image
-from flashddpm.noise import CompiledNoise
+from flashddpm.defaults import SamplingDefaults
+from flashddpm.errors import CheckpointError, NonFiniteError
+from flashddpm.execution import BACKENDS, Execution
+from flashddpm.kernels.contract import Purpose
 from flashddpm.parameterization import PREDICTION_TYPES
 from flashddpm.schedule import NoiseSchedule
-from flashddpm.slots import Network, Slots, evaluate, step, update
+from flashddpm.slots import Slots
 from flashddpm.solvers import Plan, make_plan
-from flashddpm.unet import UNet
-
-log = logging.getLogger("flashddpm")
-
-BACKENDS = ("auto", "reference", "fused")
-NOISE_BYTES = 16 << 20
-"""Most memory that noise drawn ahead may take, on the CPU."""
-
-# compile="auto" on the CPU: compiling takes about a minute and saves about a quarter of the time
-# of eager convolutions, which run at some 20 GFLOP/s a core (docs/performance.md).
-COMPILE_SECONDS, SAVED, FLOPS_PER_CORE = 60.0, 0.25, 20e9
-
-
-@dataclass(frozen=True)
-class SamplingDefaults:
-    """What a scheduler config says of sampling; arguments of ``sample`` override it."""
-
-    spacing: str = "leading"
-    steps_offset: int = 0
-    clip: float = 1.0
-    variance_type: str = "fixed_small"
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> SamplingDefaults:
-        """Read diffusers' keys.
-
-        Raises:
-            ValueError: a setting that we have no rows for.
-        """
-        multistep = config.get("_class_name") == "DPMSolverMultistepScheduler"
-        for key, allowed in {
-            "thresholding": False,
-            "set_alpha_to_one": True,
-            "solver_order": 2,
-            "algorithm_type": "dpmsolver++",
-            "solver_type": "midpoint",
-            "use_karras_sigmas": False,
-            "final_sigmas_type": "zero",
-        }.items():
-            if config.get(key, allowed) != allowed:
-                raise ValueError(f"{key}={config[key]!r}: only {allowed!r} is supported")
-        clip = not multistep and config.get("clip_sample", True)
-        return cls(
-            config.get("timestep_spacing", "linspace" if multistep else "leading"),
-            config.get("steps_offset", 0),
-            arguments.number("clip_sample_range", config.get("clip_sample_range", 1.0), 0)
-            if clip
-            else 0.0,
-            arguments.one_of(
-                "variance_type",
-                config.get("variance_type") or "fixed_small",
-                ("fixed_small", "fixed_large"),
-            ),
-        )
 
 
 class Sampler:
@@ -143,42 +84,39 @@ class Sampler:
         )
         self.conditioning = conditioning or Conditioning()
         self.defaults = defaults or SamplingDefaults()
-        self.device = arguments.resolve_device(device)
-        self.backend = arguments.one_of("backend", backend, BACKENDS)
-        if self.backend == "auto":
-            self.backend = "fused"
-        fused = self.backend == "fused"
-        cuda = self.device.type == "cuda"
-        for name, flag in (("compile", compile), ("capture", capture)):
-            if flag not in (True, False, "auto"):
-                raise ValueError(f"{name}={flag!r}: must be True, False or 'auto'")
-        if not fused and True in (compile, capture):
-            raise ValueError("backend='reference': is never compiled or captured")
-        if capture is True and not cuda:
-            raise ValueError(f"capture=True: needs a CUDA device, not {self.device}")
-
-        own = isinstance(network, UNet) and call is None
-        self.compile = compile if fused and (own or compile is True) else False
-        self.capture = fused and cuda and (own if capture == "auto" else bool(capture))
-        self.ops = kernels if fused and cuda else reference
-        if isinstance(network, nn.Module):
-            network = network.to(self.device)
-        self.network = network
-        self.dtype = arguments.resolve_dtype(dtype, _dtype_of(network))
-        self._hoisted: HoistedUNet | None = None
-        if fused and own:
-            assert isinstance(network, UNet)
-            network.to(memory_format=torch.channels_last)
-            with torch.no_grad():
-                self._hoisted = HoistedUNet(network, len(schedule))
-            self._predict: Network = self._hoisted
-        else:
-            self._predict = call or _positional(network)
-        self._compiled: Network | None = None
-        self._noise = CompiledNoise()
-        self._buffers: dict[tuple[int, int, bool], Slots] = {}
-        self._captured: dict[tuple[int, int, bool], CapturedStep] = {}
+        self.execution = Execution(
+            network,
+            call,
+            shape=self.shape,
+            num_timesteps=len(schedule),
+            labelled=self.conditioning.num_classes is not None,
+            device=arguments.resolve_device(device),
+            dtype=dtype,
+            backend=backend,
+            compile=compile,
+            capture=capture,
+        )
         self._lock = threading.Lock()
+
+    @property
+    def network(self) -> nn.Module | Callable[..., Tensor]:
+        """The network, on the sampler's device."""
+        return self.execution.network
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs and where images are."""
+        return self.execution.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the network's input."""
+        return self.execution.dtype
+
+    @property
+    def backend(self) -> str:
+        """ "reference" or "fused"."""
+        return self.execution.backend
 
     @classmethod
     def from_pretrained(
@@ -237,7 +175,7 @@ class Sampler:
 
     def initial_noise(self, seeds: int | Iterable[int] | Tensor) -> Tensor:
         """Return the x_T of these seeds, float32 [B, C, H, W]."""
-        return self._draw(arguments.seed_list(seeds), 0, Purpose.INITIAL)
+        return self.execution.draw(arguments.seed_list(seeds), 0, Purpose.INITIAL)
 
     def step_noise(self, seeds: int | Iterable[int] | Tensor, key: int) -> Tensor:
         """Return the z of the step with noise key ``key``, float32 [B, C, H, W].
@@ -245,11 +183,7 @@ class Sampler:
         The key of a step is its timestep (``Plan.noise_keys``).
         """
         key = arguments.integer("key", key, -(2**63), 2**63 - 1)
-        return self._draw(arguments.seed_list(seeds), key, Purpose.REVERSE_STEP)
-
-    def _draw(self, seeds: Sequence[int], key: int, purpose: Purpose) -> Tensor:
-        seed = torch.tensor(seeds, device=self.device)
-        return self.ops.philox(seed, torch.full_like(seed, key), self.shape, purpose)
+        return self.execution.draw(arguments.seed_list(seeds), key, Purpose.REVERSE_STEP)
 
     def plan(
         self,
@@ -273,7 +207,8 @@ class Sampler:
             spacing=defaults.spacing if spacing is None else spacing,
             steps_offset=defaults.steps_offset,
             eta=eta,
-            variance_type=defaults.variance_type if variance_type is None else variance_type,
+            variance_type=variance_type
+            or (defaults.variance_type if solver == "ddpm" else "fixed_small"),
             clip=defaults.clip if clip is None else clip,
         )
 
@@ -330,7 +265,7 @@ class Sampler:
             raise ValueError(f"solver: a plan of {len(plan)} rows; at most {len(self.schedule)}")
         batch = min(batch, len(seed))
         guided = any(w != 1 for w in scale)
-        compiled = self._compiles(len(plan) * (len(seed) + sum(w != 1 for w in scale)))
+        compiled = self.execution.compiles(len(plan) * (len(seed) + sum(w != 1 for w in scale)))
 
         result = torch.empty(len(seed), *self.shape, device=self.device)
         chunks = range(0, len(seed), batch)
@@ -338,10 +273,10 @@ class Sampler:
             for start in chunks:
                 part = slice(start, start + batch)
                 # A compiled or captured network has one shape: the last chunk's spare slots rest.
-                size = batch if compiled or self.capture else len(seed[part])
-                slots = self._slots(size, 2 * size if guided else size)
+                size = batch if compiled or self.execution.capture else len(seed[part])
+                slots = self.execution.slots(size, 2 * size if guided else size)
                 slots.load_plan(plan)
-                noise = self._draw(seed[part], 0, Purpose.INITIAL)
+                noise = self.execution.draw(seed[part], 0, Purpose.INITIAL)
                 slots.admit(
                     noise,
                     seed[part],
@@ -349,7 +284,9 @@ class Sampler:
                     self.conditioning.null_label,
                     scale[part],
                 )
-                for i, x0 in enumerate(self._run(slots, plan, compiled, on_step is not None)):
+                for i, x0 in enumerate(
+                    self.execution.run(slots, plan, compiled, on_step is not None)
+                ):
                     bar.update()
                     if on_step is not None and x0 is not None:
                         on_step(i, x0[: len(seed[part])])
@@ -382,101 +319,12 @@ class Sampler:
                 raise ValueError(f"guidance={guidance!r}: must be 1 where no labels are given")
         return values
 
-    def _compiles(self, evaluations: int) -> bool:
-        """Return whether to compile for this many network evaluations of one image."""
-        if self.compile != "auto":
-            return bool(self.compile)
-        return self._compiled is not None or self.auto_compile(evaluations)[0]
-
-    def auto_compile(self, evaluations: int) -> tuple[bool, str]:
-        """Return what compile="auto" chooses for so many evaluations of one image, and why."""
-        if self.device.type == "cuda":
-            return True, "our U-Net on CUDA is always compiled"
-        if not isinstance(self.network, UNet):
-            return False, "a foreign network is compiled only when asked"
-        flops = evaluations * flops_per_image(self.network, self.shape)
-        seconds = flops / (FLOPS_PER_CORE * torch.get_num_threads())
-        chosen = seconds * SAVED > COMPILE_SECONDS
-        verb = "repays" if chosen else "does not repay"
-        return chosen, (
-            f"about {seconds:.0f} s of work {verb} about {COMPILE_SECONDS:.0f} s of compiling"
-        )
-
-    def _slots(self, S: int, L: int) -> Slots:
-        labelled = self.conditioning.num_classes is not None
-        key = (S, L, labelled)
-        if key not in self._buffers:
-            if not self.capture:
-                self._buffers.clear()
-            self._buffers[key] = Slots(
-                S, L, self.shape, len(self.schedule) + 1, self.dtype, self.device, labelled
-            )
-        return self._buffers[key]
-
-    def _run(
-        self, slots: Slots, plan: Plan, compiled: bool, previews: bool
-    ) -> Iterator[Tensor | None]:
-        """Take every step of the plan; yield after each, with its x0 if previews are wanted."""
-        network = self._network(compiled)
-        if self.capture and not previews:
-            replay = self._capture(slots, network)
-            for _ in range(len(plan)):
-                replay()
-                yield None
-            return
-        noise = self._ahead(slots, plan, compiled)
-        for i in range(len(plan)):
-            out = evaluate(slots, network)
-            x0 = _preview(slots, out, i + 1) if previews else None
-            update(slots, out, self.ops, next(noise))
-            yield x0
-
-    def _network(self, compiled: bool) -> Network:
-        if not compiled:
-            return self._predict
-        if self._compiled is None:
-            mode = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else None
-            log.info("compiling the network (%s)", mode or "default")
-            self._compiled = torch.compile(self._predict, fullgraph=True, dynamic=False, mode=mode)
-        return self._compiled
-
-    def _capture(self, slots: Slots, network: Network) -> CapturedStep:
-        """Return the captured step of these buffers; captured with every slot at rest."""
-        key = (len(slots.idx), len(slots.lane_slot), slots.lane_label is not None)
-        if key not in self._captured:
-            idx = slots.idx.clone()
-            slots.idx.zero_()
-            self._captured[key] = CapturedStep(lambda: step(slots, network, self.ops), self.device)
-            slots.idx.copy_(idx)
-        return self._captured[key]
-
-    def _ahead(self, slots: Slots, plan: Plan, compiled: bool) -> Iterator[Tensor | None]:
-        """Yield each step's noise, drawn for many steps in one call on the fused CPU path."""
-        S, n = len(slots.idx), plan.num_steps
-        if self.ops is not reference or self.backend == "reference":
-            for _ in range(n):
-                yield None
-            return
-        draw = self._noise if compiled else reference.philox
-        many = max(1, NOISE_BYTES // max(4 * slots.x[0].numel() * S, 1))
-        for start in range(0, n, many):
-            keys = torch.tensor(plan.noise_keys[start : start + many])
-            if not plan.rows[start : start + many, Column.SIGMA].any():
-                yield from [None] * len(keys)
-                continue
-            z = draw(
-                slots.seeds.repeat(len(keys)),
-                keys.repeat_interleave(S),
-                self.shape,
-                Purpose.REVERSE_STEP,
-            )
-            yield from z.unflatten(0, (len(keys), S))
-
     def _check_finite(self, slots: Slots, seeds: Sequence[int], num_steps: int) -> None:
         for seed, row in zip(seeds, slots.nonfinite.tolist(), strict=False):
             if row:
                 raise NonFiniteError(seed, row - 1, num_steps)
 
+    @torch.no_grad()
     def update_weights(self, state: dict[str, Tensor]) -> None:
         """Copy new weights into our U-Net, in place, and derive again what depends on them.
 
@@ -487,37 +335,8 @@ class Sampler:
             ValueError: the network is not our UNet.
             RuntimeError: keys or shapes do not match (PyTorch's own message).
         """
-        if not isinstance(self.network, UNet):
-            raise ValueError("update_weights: the network is not a flashddpm UNet")
-        with self._lock, torch.no_grad():
-            self.network.load_state_dict(state)
-            if self._hoisted is not None:
-                self._hoisted.refresh()
-
-
-def _preview(slots: Slots, out: Tensor, row: int) -> Tensor:
-    """Return the x0 that the slots, all on one row, predict from their output."""
-    cond = out[slots.lane_cond.long()].float()
-    guided = slots.lane_uncond >= 0
-    uncond = out[slots.lane_uncond.clamp(min=0).long()]
-    both = reference.combine(cond, uncond, slots.guidance)
-    o = torch.where(guided.reshape(-1, 1, 1, 1), both, cond)
-    return reference.predict_x0(slots.x, o, slots.rows[row].tolist())
-
-
-def _dtype_of(network: Any) -> torch.dtype:
-    if isinstance(network, nn.Module):
-        for parameter in network.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-    return torch.float32
-
-
-def _positional(network: Callable[..., Tensor]) -> Network:
-    def call(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        return network(x_t, t) if labels is None else network(x_t, t, labels)
-
-    return call
+        with self._lock:
+            self.execution.update_weights(state)
 
 
 def _bar(progress: bool, total: int) -> Any:

@@ -28,7 +28,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
 def linear(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
-    """betas evenly spaced (Ho et al. 2020, section 4)."""
+    """Betas evenly spaced (Ho et al. 2020, section 4)."""
     return np.linspace(start, end, T)
 
 
@@ -38,7 +38,7 @@ def scaled_linear(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
 
 
 def squaredcos_cap_v2(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
-    """abar = cos^2((t/T + 0.008) / 1.008 pi/2), beta capped at 0.999 (Nichol & Dhariwal 2021).
+    """Abar = cos^2((t/T + 0.008) / 1.008 pi/2), beta capped at 0.999 (Nichol & Dhariwal 2021).
 
     ``start`` and ``end`` do not enter.
     """
@@ -47,7 +47,7 @@ def squaredcos_cap_v2(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
 
 
 def sigmoid(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
-    """beta follows a logistic curve over [-6, 6] (GeoDiff, Xu et al. 2022), as diffusers has it."""
+    """Beta follows a logistic curve over [-6, 6] (GeoDiff, Xu et al. 2022), as diffusers has it."""
     return 1 / (1 + np.exp(-np.linspace(-6, 6, T))) * (end - start) + start
 
 

@@ -111,7 +111,7 @@ def test_triton_kernels_in_the_loop_equal_the_reference(tiny_sampler, run, monke
     calls = []
     real = kernels.denoise_step
     monkeypatch.setattr(kernels, "denoise_step", lambda *a: (calls.append(1), real(*a)))
-    sampler.ops = kernels
+    sampler.execution.ops = kernels
     got = sampler.sample(range(5), LABELS, GUIDANCE, num_steps=4, **run)
     assert len(calls) == 4
     assert torch.equal(got, want)
@@ -188,7 +188,7 @@ def test_a_users_own_network(tiny_sampler):
     schedule = fd.NoiseSchedule.create("linear", 50)
     kinds = {"shape": (3, 5, 7), "prediction_type": "sample", "device": "cpu"}
     module = fd.Sampler(Denoiser(), schedule, **kinds)
-    assert module.compile is False
+    assert module.execution.compile is False
     called = fd.Sampler(Denoiser(), schedule, call=lambda x, t, labels: x * 0.5, **kinds)
     a, b = (s.sample(range(3), num_steps=5, solver="ddpm") for s in (module, called))
     assert a.shape == (3, 3, 5, 7) and torch.equal(a, b)
@@ -226,12 +226,12 @@ def test_noise_of_many_steps_is_drawn_within_the_memory_cap(tiny_sampler, monkey
     sizes = []
     real = reference.philox
 
-    def watch(seeds, keys, shape, purpose, **kwargs):
+    def watch(seeds, keys, shape, purpose):
         if purpose == Purpose.REVERSE_STEP:
             sizes.append(len(seeds))
-        return real(seeds, keys, shape, purpose, **kwargs)
+        return real(seeds, keys, shape, purpose)
 
-    monkeypatch.setattr("flashddpm.sampler.NOISE_BYTES", 4 * 64 * 3 * 4)
+    monkeypatch.setattr("flashddpm.execution.NOISE_BYTES", 4 * 64 * 3 * 4)
     monkeypatch.setattr(reference, "philox", watch)
     assert torch.equal(tiny_sampler().sample(range(3), 0, num_steps=9, solver="ddpm"), want)
     assert sizes == [12, 12]  # four steps, four steps, and the last one, which draws none
@@ -243,8 +243,8 @@ def test_compiled_equals_eager(tiny_sampler):
     want = eager.sample(range(5), LABELS, **run)
     got = compiled.sample(range(5), LABELS, batch_size=3, **run)  # the last chunk is padded
     assert (got - want).abs().max() <= 1e-5
-    network = compiled._network(True)
-    assert network is not compiled._predict
+    execution = compiled.execution
+    assert execution._network(True) is not execution._predict
 
 
 def test_compiled_noise_is_the_reference_bit_for_bit():
@@ -259,8 +259,8 @@ def test_compiled_noise_is_the_reference_bit_for_bit():
 
 def test_auto_compiles_only_what_repays(tiny_sampler):
     sampler = tiny_sampler(compile="auto")
-    assert sampler.auto_compile(100)[0] is False
-    assert sampler.auto_compile(10**9)[0] is True
+    assert sampler.execution.auto_compile(100)[0] is False
+    assert sampler.execution.auto_compile(10**9)[0] is True
     assert (
         "foreign"
         in fd.Sampler(lambda x, t: x, sampler.schedule, shape=(1, 8, 8), device="cpu").auto_compile(
@@ -359,6 +359,15 @@ def test_learned_schedulers_and_bad_settings_of_a_folder_are_refused():
     assert fd.SamplingDefaults.from_config({}) == fd.SamplingDefaults()
 
 
+def test_the_models_variance_is_of_ddpm_only(tiny_sampler):
+    sampler = tiny_sampler(defaults=fd.SamplingDefaults(variance_type="fixed_large"))
+    large, small = (
+        sampler.plan("ddpm", 5, variance_type=kind).rows for kind in (None, "fixed_small")
+    )
+    assert (large[0] != small[0]).any()
+    assert len(sampler.plan("ddim", 5)) == len(sampler.plan("dpmpp_2m", 5)) == 5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("run", RUNS)
 def test_captured_graph_equals_the_reference_on_a_gpu(tiny_unet, run):
@@ -374,7 +383,7 @@ def test_captured_graph_equals_the_reference_on_a_gpu(tiny_unet, run):
         )
 
     captured, plain = make(compile=False), make(backend="reference")
-    assert captured.capture and not plain.capture
+    assert captured.execution.capture and not plain.execution.capture
     for seeds in (range(5), range(5, 10)):  # a second call with new seeds replays the same graph
         a = captured.sample(seeds, LABELS, GUIDANCE, num_steps=10, **run)
         b = plain.sample(seeds, LABELS, GUIDANCE, num_steps=10, **run)

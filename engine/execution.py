@@ -1,0 +1,214 @@
+"""How a batch of slots is run: plainly, with noise drawn ahead, compiled, or as a captured graph."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashddpm import arguments, kernels
+from flashddpm.graph import CapturedStep
+from flashddpm.kernels import reference
+from flashddpm.kernels.contract import Column, Purpose
+from flashddpm.network import HoistedUNet, flops_per_image
+from flashddpm.noise import CompiledNoise
+from flashddpm.slots import Network, Slots, evaluate, step, update
+from flashddpm.solvers import Plan
+from flashddpm.unet import UNet
+
+log = logging.getLogger("flashddpm")
+
+BACKENDS = ("auto", "reference", "fused")
+NOISE_BYTES = 16 << 20
+"""Most memory that noise drawn ahead may take, on the CPU."""
+
+# compile="auto" on the CPU: compiling takes about a minute and saves about a quarter of the time
+# of eager convolutions, which run at some 20 GFLOP/s a core. Rough figures; only the order counts.
+COMPILE_SECONDS, SAVED, FLOPS_PER_CORE = 60.0, 0.25, 20e9
+
+
+class Execution:
+    """A network on a device, and the ways to run it. Arguments are those of ``Sampler``.
+
+    Attributes:
+        backend: "reference" or "fused".
+        compile: True, False or "auto".
+        capture: whether the step becomes a CUDA graph.
+        ops: the module whose operations a step calls.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | Callable[..., Tensor],
+        call: Network | None,
+        *,
+        shape: tuple[int, int, int],
+        num_timesteps: int,
+        labelled: bool,
+        device: torch.device,
+        dtype: str | torch.dtype | None,
+        backend: str,
+        compile: bool | str,
+        capture: bool | str,
+    ) -> None:
+        arguments.one_of("backend", backend, BACKENDS)
+        self.backend = "fused" if backend == "auto" else backend
+        for name, flag in (("compile", compile), ("capture", capture)):
+            if flag not in (True, False, "auto"):
+                raise ValueError(f"{name}={flag!r}: must be True, False or 'auto'")
+        fused, cuda = self.backend == "fused", device.type == "cuda"
+        if not fused and True in (compile, capture):
+            raise ValueError("backend='reference': is never compiled or captured")
+        if capture is True and not cuda:
+            raise ValueError(f"capture=True: needs a CUDA device, not {device}")
+
+        own = isinstance(network, UNet) and call is None
+        self.compile = compile if fused and (own or compile is True) else False
+        self.capture = fused and cuda and (own if capture == "auto" else bool(capture))
+        self.ops = kernels if fused and cuda else reference
+        self.device, self.shape = device, shape
+        self.num_timesteps, self.labelled = num_timesteps, labelled
+        self.network = network.to(device) if isinstance(network, nn.Module) else network
+        self.dtype = arguments.resolve_dtype(dtype, _dtype_of(network))
+        self._hoisted: HoistedUNet | None = None
+        if fused and own:
+            assert isinstance(network, UNet)
+            network.to(memory_format=torch.channels_last)
+            with torch.no_grad():
+                self._hoisted = HoistedUNet(network, num_timesteps)
+        self._predict: Network = self._hoisted or call or _positional(network)
+        self._compiled: Network | None = None
+        self._compiled_noise = CompiledNoise()
+        self._slots: dict[tuple[int, int], Slots] = {}
+        self._captured: dict[tuple[int, int], CapturedStep] = {}
+
+    def draw(self, seeds: Sequence[int], key: int, purpose: Purpose) -> Tensor:
+        """Return the noise of these seeds under one key, float32 [B, C, H, W]."""
+        seed = torch.tensor(seeds, device=self.device)
+        return self.ops.philox(seed, torch.full_like(seed, key), self.shape, purpose)
+
+    def compiles(self, evaluations: int) -> bool:
+        """Return whether to compile for this many network evaluations of one image."""
+        if self.compile != "auto":
+            return bool(self.compile)
+        return self._compiled is not None or self.auto_compile(evaluations)[0]
+
+    def auto_compile(self, evaluations: int) -> tuple[bool, str]:
+        """Return what compile="auto" chooses for so many evaluations of one image, and why."""
+        if not isinstance(self.network, UNet):
+            return False, "a foreign network is compiled only when asked"
+        if self.device.type == "cuda":
+            return True, "our U-Net on CUDA is always compiled"
+        flops = evaluations * flops_per_image(self.network, self.shape)
+        seconds = flops / (FLOPS_PER_CORE * torch.get_num_threads())
+        chosen = seconds * SAVED > COMPILE_SECONDS
+        verb = "repays" if chosen else "does not repay"
+        return chosen, (
+            f"about {seconds:.0f} s of work {verb} about {COMPILE_SECONDS:.0f} s of compiling"
+        )
+
+    def slots(self, S: int, L: int) -> Slots:
+        """Return buffers for S slots and L lanes; the same ones each time while they are kept."""
+        if (S, L) not in self._slots:
+            if not self.capture:  # nothing holds the addresses of the last ones
+                self._slots.clear()
+            self._slots[S, L] = Slots(
+                S, L, self.shape, self.num_timesteps + 1, self.dtype, self.device, self.labelled
+            )
+        return self._slots[S, L]
+
+    def run(
+        self, slots: Slots, plan: Plan, compiled: bool, previews: bool
+    ) -> Iterator[Tensor | None]:
+        """Take every step of the plan; yield after each, with its x0 if previews are wanted."""
+        network = self._network(compiled)
+        if self.capture and not previews:
+            replay = self._capture(slots, network)
+            for _ in range(len(plan)):
+                replay()
+                yield None
+            return
+        noise = self._noise(slots, plan, compiled)
+        for i in range(len(plan)):
+            out = evaluate(slots, network)
+            x0 = _preview(slots, out, i + 1) if previews else None
+            update(slots, out, self.ops, next(noise))
+            yield x0
+
+    def _network(self, compiled: bool) -> Network:
+        if not compiled:
+            return self._predict
+        if self._compiled is None:
+            mode = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else None
+            log.info("compiling the network (%s)", mode or "default")
+            self._compiled = torch.compile(self._predict, fullgraph=True, dynamic=False, mode=mode)
+        return self._compiled
+
+    def _capture(self, slots: Slots, network: Network) -> CapturedStep:
+        """Return the captured step of these buffers; captured with every slot at rest."""
+        key = (len(slots.idx), len(slots.lane_slot))
+        if key not in self._captured:
+            idx = slots.idx.clone()
+            slots.idx.zero_()
+            self._captured[key] = CapturedStep(lambda: step(slots, network, self.ops), self.device)
+            slots.idx.copy_(idx)
+        return self._captured[key]
+
+    def _noise(self, slots: Slots, plan: Plan, compiled: bool) -> Iterator[Tensor | None]:
+        """Yield each step's noise, drawn for many steps in one call on the fused CPU path.
+
+        None where the step draws its own, or none.
+        """
+        S, n = len(slots.idx), len(plan)
+        if self.ops is not reference or self.backend == "reference":
+            yield from [None] * n
+            return
+        draw = self._compiled_noise if compiled else reference.philox
+        many = max(1, NOISE_BYTES // (4 * slots.x.numel()))
+        for start in range(0, n, many):
+            keys = torch.tensor(plan.noise_keys[start : start + many])
+            if not plan.rows[start : start + many, Column.SIGMA].any():
+                yield from [None] * len(keys)
+                continue
+            z = draw(
+                slots.seeds.repeat(len(keys)),
+                keys.repeat_interleave(S),
+                self.shape,
+                Purpose.REVERSE_STEP,
+            )
+            yield from z.unflatten(0, (len(keys), S))
+
+    def update_weights(self, state: dict[str, Tensor]) -> None:
+        """Copy weights into our U-Net and derive again what depends on them, all in place."""
+        if not isinstance(self.network, UNet):
+            raise ValueError("update_weights: the network is not a flashddpm UNet")
+        self.network.load_state_dict(state)
+        if self._hoisted is not None:
+            self._hoisted.refresh()
+
+
+def _preview(slots: Slots, out: Tensor, row: int) -> Tensor:
+    """Return the x0 that the slots, all on one row, predict from their output."""
+    cond = out[slots.lane_cond.long()].float()
+    uncond = out[slots.lane_uncond.clamp(min=0).long()]
+    guided = (slots.lane_uncond >= 0).reshape(-1, 1, 1, 1)
+    o = torch.where(guided, reference.combine(cond, uncond, slots.guidance), cond)
+    return reference.predict_x0(slots.x, o, slots.rows[row].tolist())
+
+
+def _dtype_of(network: Any) -> torch.dtype:
+    if isinstance(network, nn.Module):
+        for parameter in network.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return torch.float32
+
+
+def _positional(network: Callable[..., Tensor]) -> Network:
+    def call(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        return network(x_t, t) if labels is None else network(x_t, t, labels)
+
+    return call
