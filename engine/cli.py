@@ -210,7 +210,8 @@ def train(
 ) -> None:
     """Train a model; OUT always holds the latest averaged weights in diffusers' layout."""
     from flashddpm.data import load_idx
-    from flashddpm.trainer import STATE, TrainConfig, Trainer
+    from flashddpm.train_config import TrainConfig
+    from flashddpm.trainer import STATE, Trainer
 
     try:
         channels = tuple(int(part) for part in block_out_channels.split(","))

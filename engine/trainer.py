@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,112 +29,20 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from flashddpm import arguments
+from flashddpm import arguments, kernels
 from flashddpm.checkpoint import Conditioning, read_tensors, save_model, write_atomic, write_json
 from flashddpm.data import ImageData, to_float
 from flashddpm.errors import CheckpointError, DivergedError
-from flashddpm.parameterization import (
-    LOSS_WEIGHTINGS,
-    PREDICTION_TYPES,
-    noising_rows,
-    target_rows,
-)
-from flashddpm.schedule import BETA_SCHEDULES, MAX_TIMESTEPS, NoiseSchedule
-from flashddpm.unet import UNet, UNetConfig
+from flashddpm.images import save_grid
+from flashddpm.kernels import reference
+from flashddpm.kernels.contract import Purpose
+from flashddpm.parameterization import noising_rows, target_rows
+from flashddpm.sampler import Sampler
+from flashddpm.schedule import NoiseSchedule
+from flashddpm.train_config import MAY_CHANGE, TrainConfig
+from flashddpm.unet import UNet
 
 STATE = "trainer.safetensors"
-LR_SCHEDULES = ("constant", "cosine")
-MAY_CHANGE = ("steps", "save_every", "sample_every")
-"""Settings that a resumed run may have other values of."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that a run depends on besides its data."""
-
-    steps: int
-    batch_size: int = 64
-    seed: int = 0
-    learning_rate: float = 5e-4
-    lr_schedule: str = "constant"
-    warmup_steps: int = 200
-    grad_clip: float = 1.0
-    ema_decay: float = 0.999
-    label_dropout: float = 0.1
-    precision: str = "float32"
-    prediction_type: str = "epsilon"
-    loss_weighting: str = "constant"
-    beta_schedule: str = "linear"
-    num_train_timesteps: int = 1000
-    block_out_channels: tuple[int, ...] = (32, 64, 96)
-    layers_per_block: int = 1
-    attention_head_dim: int = 32
-    norm_num_groups: int = 8
-    save_every: int = 500
-    sample_every: int = 0
-
-    def __post_init__(self) -> None:
-        for name, low in {
-            "steps": 1,
-            "batch_size": 1,
-            "warmup_steps": 0,
-            "layers_per_block": 1,
-            "attention_head_dim": 1,
-            "norm_num_groups": 1,
-            "save_every": 1,
-            "sample_every": 0,
-        }.items():
-            arguments.integer(name, getattr(self, name), low)
-        arguments.integer("seed", self.seed, -(2**63), 2**64 - 1)
-        arguments.integer("num_train_timesteps", self.num_train_timesteps, 1, MAX_TIMESTEPS)
-        arguments.number("learning_rate", self.learning_rate, 0)
-        arguments.number("grad_clip", self.grad_clip, 0)
-        arguments.number("ema_decay", self.ema_decay, 0, 1)
-        arguments.number("label_dropout", self.label_dropout, 0, 1)
-        arguments.one_of("lr_schedule", self.lr_schedule, LR_SCHEDULES)
-        arguments.one_of("precision", self.precision, ("float32", "bfloat16"))
-        arguments.one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
-        arguments.one_of("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
-        arguments.one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
-        channels = self.block_out_channels
-        if not isinstance(channels, (list, tuple)) or not channels:
-            raise ValueError(f"block_out_channels={channels!r}: must be a list of integers")
-        for c in channels:
-            arguments.integer("block_out_channels", c, 1)
-        object.__setattr__(self, "block_out_channels", tuple(channels))
-
-    def unet_config(self, data: ImageData) -> UNetConfig:
-        """Return the network for these images: attention at the lowest resolution only."""
-        levels = len(self.block_out_channels)
-        _, C, H, W = data.images.shape
-        plain = levels - 1
-        return UNetConfig(
-            sample_size=H if H == W else (H, W),
-            in_channels=C,
-            out_channels=C,
-            down_block_types=(*["DownBlock2D"] * plain, "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", *["UpBlock2D"] * plain),
-            block_out_channels=self.block_out_channels,
-            layers_per_block=self.layers_per_block,
-            attention_head_dim=self.attention_head_dim,
-            norm_num_groups=self.norm_num_groups,
-            num_class_embeds=None if data.num_classes is None else data.num_classes + 1,
-        )
-
-    def scheduler_config(self) -> dict[str, Any]:
-        """Return the keys of scheduler_config.json."""
-        return {
-            "_class_name": "DDPMScheduler",
-            "num_train_timesteps": self.num_train_timesteps,
-            "beta_schedule": self.beta_schedule,
-            "beta_start": 1e-4,
-            "beta_end": 0.02,
-            "prediction_type": self.prediction_type,
-            "variance_type": "fixed_small",
-            "clip_sample": True,
-            "clip_sample_range": 1.0,
-            "timestep_spacing": "trailing",
-        }
 
 
 class Trainer:
@@ -161,6 +68,7 @@ class Trainer:
     ) -> None:
         self.config, self.data, self.out = config, data, Path(out)
         self.device = arguments.resolve_device(device)
+        self.ops = kernels if self.device.type == "cuda" else reference
         self.schedule = NoiseSchedule.create(config.beta_schedule, config.num_train_timesteps)
         self.noising = self._table(noising_rows(self.schedule))
         self.targets = self._table(
@@ -169,7 +77,8 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)  # torch.manual_seed reseeds CUDA too
             unet = UNet(config.unet_config(data))
-        self.unet = unet.to(self.device, memory_format=torch.channels_last).train()
+        unet.to(self.device).to(memory_format=torch.channels_last)
+        self.unet = unet.train()
         self.params = dict(self.unet.named_parameters())
         self.ema = {name: p.detach().clone() for name, p in self.params.items()}
         self.optimizer = torch.optim.AdamW(
@@ -192,9 +101,6 @@ class Trainer:
         The key is the number of the image in the run; the timestep and whether the label is
         dropped are counted noise of that key.
         """
-        from flashddpm.kernels import reference
-        from flashddpm.kernels.contract import Purpose
-
         B, config = self.config.batch_size, self.config
         keys = torch.arange(step * B, (step + 1) * B)
         seeds = torch.full_like(keys, arguments.seed_list(config.seed)[0])
@@ -204,7 +110,7 @@ class Trainer:
         x0 = to_float(self.data.images[index]).to(self.device)
         x0 = x0.contiguous(memory_format=torch.channels_last)
         labels = None
-        if self.data.labels is not None:
+        if self.data.labels is not None and self.data.num_classes is not None:
             word = reference.philox_words(seeds, keys, Purpose.LABEL_DROPOUT, 1)[0][:, 0]
             drop = word < config.label_dropout * 2.0**32
             labels = torch.where(drop, self.data.num_classes, self.data.labels[index])
@@ -231,14 +137,12 @@ class Trainer:
 
     def train_step(self) -> Tensor:
         """Take one step and return its loss, a scalar on the device."""
-        from flashddpm import kernels
-
         config = self.config
         x0, labels, t, seeds, keys = self.draw(self.step)
         with torch.autocast(self.device.type, torch.bfloat16, config.precision == "bfloat16"):
-            x_t = kernels.add_noise(x0, t, seeds, keys, self.noising)
+            x_t = self.ops.add_noise(x0, t, seeds, keys, self.noising)
             out = self.unet(x_t, t, labels)
-        loss = kernels.diffusion_loss(out, x0, t, seeds, keys, self.targets).mean()
+        loss = self.ops.diffusion_loss(out, x0, t, seeds, keys, self.targets).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if config.grad_clip:
@@ -342,6 +246,25 @@ class Trainer:
                 f"{', '.join(changed)}: a resumed run may change only {', '.join(MAY_CHANGE)}"
             )
 
+    def save_samples(self, count: int = 20, num_steps: int = 25) -> None:
+        """Write samples/STEP.png: a grid drawn by the averaged weights, from seeds 0, 1, ..."""
+        classes = self.data.num_classes
+        _, C, H, W = self.data.images.shape
+        sampler = Sampler(
+            self.averaged_unet(),
+            self.schedule,
+            shape=(C, H, W),
+            prediction_type=self.config.prediction_type,
+            conditioning=self.conditioning,
+            device=self.device,
+            compile=False,
+            capture=False,
+        )
+        labels = None if classes is None else [i % classes for i in range(count)]
+        steps = min(num_steps, len(self.schedule))
+        x = sampler.sample(range(count), labels, num_steps=steps, spacing="trailing")
+        save_grid(x, self.out / "samples" / f"{self.step:06}.png", columns=classes)
+
     def log(self, loss: float, images_per_second: float) -> None:
         """Append a line to metrics.jsonl."""
         self.out.mkdir(parents=True, exist_ok=True)
@@ -382,6 +305,8 @@ class Trainer:
                         count, start = 0, time.perf_counter()
                     if save:
                         self.save()
+                    if config.sample_every and self.step % config.sample_every == 0:
+                        self.save_samples()
             finally:
                 if not math.isfinite(float(total)):
                     raise DivergedError(self.step)
