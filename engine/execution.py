@@ -1,4 +1,4 @@
-"""How a batch of slots is run: plainly, with noise drawn ahead, compiled, or as a captured graph."""
+"""How a batch of slots runs: plainly, with noise drawn ahead, compiled, or as a captured graph."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 r"""What the network predicts (S7): epsilon, sample (x_0) or v_prediction.
 
 With a = sqrt(abar_t) and b = sqrt(1 - abar_t), x_t = a x_0 + b eps (S4) and
-v = a eps - b x_0 (Salimans & Ho 2022, section 4 and appendix D). So each of x_0 and eps is affine in
-(x_t, out), and each training target is affine in (x_0, eps): four small tables of coefficients.
+v = a eps - b x_0 (Salimans & Ho 2022, section 4 and appendix D). So each of x_0 and eps is affine
+in (x_t, out), and each training target is affine in (x_0, eps): four small tables of coefficients.
 
 Every function returns float64 arrays of shape [len(abar), 2] unless it says otherwise.
 """

@@ -115,7 +115,7 @@ class Sampler:
 
     @property
     def backend(self) -> str:
-        """ "reference" or "fused"."""
+        """The path: "reference" or "fused"."""
         return self.execution.backend
 
     @classmethod

@@ -2,8 +2,8 @@ r"""The forward process: q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I)  
 
 alpha_t = 1 - beta_t, abar_t = prod_{s<=t} alpha_s, t = 0..T-1 (Ho et al. 2020, section 2).
 The posterior q(x_{t-1} | x_t, x_0) (S5; eq. 6-7 there) has the mean
-sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0 + sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t and the
-variance (1 - abar_{t-1}) / (1 - abar_t) beta_t, with abar_{-1} = 1.
+sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0 + sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t
+and the variance (1 - abar_{t-1}) / (1 - abar_t) beta_t, with abar_{-1} = 1.
 
 All tables are float64 NumPy arrays of shape [T].
 """
@@ -52,7 +52,7 @@ def sigmoid(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
 
 
 def rescale_zero_terminal_snr(betas: ArrayLike) -> Table:
-    """Shift and scale sqrt(abar) so that the last is 0, the first kept (Lin et al. 2023, alg. 1)."""
+    """Shift and scale sqrt(abar) so that only the first stays and the last is 0 (Lin et al. 2023)."""
     root = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     abar = root**2
@@ -85,7 +85,7 @@ class NoiseSchedule:
         if not good.all():
             t = int(np.argmin(good))
             raise ValueError(
-                f"betas[{t}]={betas[t]}: must be finite and in (0, 1); 1 is allowed at the last only"
+                f"betas[{t}]={betas[t]}: must be finite and in (0, 1); the last may be 1"
             )
         betas.setflags(write=False)
         object.__setattr__(self, "betas", betas)

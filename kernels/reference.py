@@ -127,7 +127,7 @@ def philox_in_pieces(
     shape: tuple[int, int, int],
     purpose: int,
 ) -> Tensor:
-    """Return ``philox``'s noise by the given forms of ``PIECES``, two casts of bits between them."""
+    """Return ``philox``'s noise by the given forms of ``PIECES``, casts of bits between them."""
     uniform, split, box_muller = pieces
     C, H, W = shape
     n = C * H * W
