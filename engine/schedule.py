@@ -52,7 +52,7 @@ def sigmoid(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
 
 
 def rescale_zero_terminal_snr(betas: ArrayLike) -> Table:
-    """Shift and scale sqrt(abar) so that only the first stays and the last is 0 (Lin et al. 2023)."""
+    """Shift and scale sqrt(abar): the first stays, the last becomes 0 (Lin et al. 2023, alg. 1)."""
     root = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     abar = root**2

@@ -155,9 +155,7 @@ def _diffusion_loss_backward(
 ) -> Tensor:
     d_out = empty_channels_last(out)
     if not runs_triton(out):
-        return d_out.copy_(
-            reference.diffusion_loss_backward(d_loss, out, x0, t, seeds, keys, rows)
-        )
+        return d_out.copy_(reference.diffusion_loss_backward(d_loss, out, x0, t, seeds, keys, rows))
     if out.numel():
         n = out[0].numel()
         block = block_size(n)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from flashddpm.parameterization import (
     PREDICTION_TYPES,
     eps_rows,
@@ -14,8 +17,6 @@ from flashddpm.parameterization import (
     x0_rows,
 )
 from flashddpm.schedule import BETA_SCHEDULES, NoiseSchedule
-from hypothesis import given
-from hypothesis import strategies as st
 
 every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 ABAR = np.array([1 - 1e-9, 0.9999, 0.7, 0.5, 0.04, 4e-5, 1e-8])

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from flashddpm.parameterization import forward_step_rows, noising_rows
 from flashddpm.schedule import (
     BETA_SCHEDULES,
@@ -15,8 +18,6 @@ from flashddpm.schedule import (
     NoiseSchedule,
     rescale_zero_terminal_snr,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def cases():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import REST, Column, Purpose
 from flashddpm.parameterization import PREDICTION_TYPES

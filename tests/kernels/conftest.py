@@ -85,6 +85,57 @@ def copy_of():
     return copied
 
 
+class Guarded:
+    """Memory with red zones: canaries around what may be written."""
+
+    CANARY, ZONE = 12345.678, 64
+
+    def __init__(self, size, stride, dtype, device, elements):
+        self.whole = torch.full((elements + 2 * self.ZONE,), self.CANARY, dtype=dtype)
+        self.whole = self.whole.to(device)
+        self.view = self.whole.as_strided(size, stride, self.ZONE)
+
+    def check(self):
+        """Nothing outside the view was written, between its rows neither."""
+        outside = torch.ones(self.whole.shape, dtype=torch.bool)
+        outside.as_strided(self.view.shape, self.view.stride(), self.ZONE).fill_(False)
+        canary = torch.tensor(self.CANARY).to(self.whole.dtype)
+        assert (self.whole.cpu()[outside] == canary).all(), "a red zone was written"
+
+
+@pytest.fixture(scope="session")
+def guarded():
+    """(values, row stride, device) -> Guarded, holding the values channels-last."""
+
+    def guard(values: torch.Tensor, stride: int, device: str) -> Guarded:
+        count, C, H, W = values.shape
+        result = Guarded(values.shape, (stride, 1, W * C, C), values.dtype, device, count * stride)
+        result.view.copy_(values)
+        return result
+
+    return guard
+
+
+@pytest.fixture
+def guarded_outputs(monkeypatch):
+    """Module of an operation -> list that collects red zones around each output it allocates."""
+
+    def guard(module) -> list[Guarded]:
+        made = []
+
+        def empty_channels_last(like: torch.Tensor) -> torch.Tensor:
+            B, C, H, W = like.shape
+            n = C * H * W
+            stride = (n, 1, W * C, C)
+            made.append(Guarded(like.shape, stride, like.dtype, like.device, B * n))
+            return made[-1].view
+
+        monkeypatch.setattr(module, "empty_channels_last", empty_channels_last)
+        return made
+
+    return guard
+
+
 @pytest.fixture
 def counted(monkeypatch):
     """Bytes of images that the interpreter loads and stores: every block, no single numbers."""

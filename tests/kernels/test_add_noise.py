@@ -11,6 +11,8 @@ from flashddpm import kernels
 from flashddpm.kernels import Purpose, reference
 from flashddpm.kernels.launch import FLOATS
 
+module = importlib.import_module("flashddpm.kernels.add_noise")
+
 ROWS = [[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.0, 0.0], [-0.3, 1.7]]
 SHAPES = [
     *((1, 1, 1), (1, 1, 2), (1, 1, 3), (3, 1, 1), (1, 1, 15), (1, 1, 17), (3, 17, 17)),
@@ -91,10 +93,17 @@ def test_images_are_independent(run, rules):
     rules.same(run(args | {name: args[name][1:2] for name in images}), together[1:2])
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 17), (3, 17, 17)])
+def test_nothing_is_written_around_the_result(run, guarded_outputs, shape):
+    zones = guarded_outputs(module)
+    run(arguments(shape, torch.bfloat16))
+    assert len(zones) == 1
+    zones[0].check()
+
+
 def test_independent_of_block_size(run, rules, monkeypatch):
     args = arguments((1, 10, 20))
     expected = reference.add_noise(**args)
-    module = importlib.import_module("flashddpm.kernels.add_noise")
     for block in (64, 128):
         monkeypatch.setattr(module, "block_size", lambda n, block=block: block)
         rules.same(run(args), expected)
