@@ -22,6 +22,7 @@ from flashddpm.unet import UNet
 log = logging.getLogger("flashddpm")
 
 BACKENDS = ("auto", "reference", "fused")
+MAX_COMPILED_SHAPES = 128
 NOISE_BYTES = 16 << 20
 """Most memory that noise drawn ahead may take, on the CPU."""
 
@@ -81,6 +82,7 @@ class Execution:
                 self._hoisted = HoistedUNet(network, num_timesteps)
         self._predict: Network = self._hoisted or call or _positional(network)
         self._compiled: Network | None = None
+        self._compiled_lanes: set[int] = set()
         self._compiled_noise = CompiledNoise()
         self._slots: dict[tuple[int, int], Slots] = {}
         self._captured: dict[tuple[int, int], CapturedStep] = {}
@@ -125,6 +127,8 @@ class Execution:
     ) -> Iterator[Tensor | None]:
         """Take every step of the plan; yield after each, with its x0 if previews are wanted."""
         network = self._network(compiled)
+        if compiled:
+            self._warm(slots, network)
         if self.capture and not previews:
             replay = self._capture(slots, network)
             for _ in range(len(plan)):
@@ -146,6 +150,14 @@ class Execution:
             log.info("compiling the network (%s)", mode or "default")
             self._compiled = torch.compile(self._predict, fullgraph=True, dynamic=False, mode=mode)
         return self._compiled
+
+    def _warm(self, slots: Slots, network: Network) -> None:
+        """Compile for this number of lanes, if it is new: Dynamo by itself stops at 8."""
+        lanes = len(slots.lane_slot)
+        if lanes not in self._compiled_lanes:
+            with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES):
+                evaluate(slots, network)
+            self._compiled_lanes.add(lanes)
 
     def _capture(self, slots: Slots, network: Network) -> CapturedStep:
         """Return the captured step of these buffers; captured with every slot at rest."""

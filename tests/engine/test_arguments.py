@@ -176,7 +176,9 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve("cuda:2")
 
 
-@pytest.mark.parametrize("device", ["gpu", "", "meta", "cuda:x", "cuda:-1", "AUTO", None, 1.5])
+@pytest.mark.parametrize(
+    "device", ["gpu", "", "meta", "mps", "xpu:0", "cuda:x", "cuda:-1", "AUTO", None, 1.5]
+)
 def test_unknown_devices_are_refused(device: Any) -> None:
     with pytest.raises(ValueError, match=f"^device='{device}': must be auto, cpu, cuda or cuda:N"):
         arguments.resolve_device(device)

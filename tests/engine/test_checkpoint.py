@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from hypothesis import given, settings
@@ -118,6 +119,8 @@ def test_what_is_saved_is_loaded_bit_for_bit(
     assert not any(p.requires_grad for p in loaded.parameters())
     assert_same(loaded.state_dict(), unet.state_dict())
     assert load_scheduler_config(tmp_path / "a" / "b") == SCHEDULER
+    with safetensors.safe_open(tmp_path / "a" / "b" / "unet" / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # readers of other projects ask for it
 
 
 def test_casts_to_the_dtype_asked_for(saved: Path) -> None:

@@ -247,6 +247,23 @@ def test_compiled_equals_eager(tiny_sampler):
     assert execution._network(True) is not execution._predict
 
 
+def test_compiles_once_for_each_number_of_lanes(tiny_sampler, monkeypatch):
+    """Ten sizes of batch are ten compilations, where Dynamo alone would stop at eight."""
+    compiled = []
+
+    def backend(graph, example_inputs):
+        compiled.append(1)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **k: real(f, backend=backend, **k))
+    sampler = tiny_sampler(compile=True)
+    for _ in range(2):
+        for lanes in range(1, 11):
+            sampler.sample(range(lanes), 0, num_steps=2)
+    assert len(compiled) == 10
+
+
 def test_compiled_noise_is_the_reference_bit_for_bit():
     seeds = torch.tensor([0, 42, -1, 2**62 + 12345])
     keys = torch.tensor([0, 7, -5, 2**40])

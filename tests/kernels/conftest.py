@@ -5,6 +5,9 @@ import importlib
 import pytest
 import torch
 
+from flashddpm import kernels
+from flashddpm.kernels import Column, reference
+
 INTERPRETED = importlib.import_module("flashddpm.kernels.launch").INTERPRETED
 U = 2.0**-24  # unit roundoff of float32
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -95,6 +98,15 @@ class Guarded:
         self.whole = self.whole.to(device)
         self.view = self.whole.as_strided(size, stride, self.ZONE)
 
+    @classmethod
+    def around(cls, values: torch.Tensor, stride: int, device: str) -> "Guarded":
+        """Return images, channels-last, with this stride from one to the next."""
+        count, C, H, W = values.shape
+        strides = (stride, 1, W * C, C)
+        result = cls(values.shape, strides, values.dtype, device, count * stride)
+        result.view.copy_(values)
+        return result
+
     def check(self):
         """Nothing outside the view was written, between its rows neither."""
         outside = torch.ones(self.whole.shape, dtype=torch.bool)
@@ -103,17 +115,9 @@ class Guarded:
         assert (self.whole.cpu()[outside] == canary).all(), "a red zone was written"
 
 
-@pytest.fixture(scope="session")
-def guarded():
-    """(values, row stride, device) -> Guarded, holding the values channels-last."""
-
-    def guard(values: torch.Tensor, stride: int, device: str) -> Guarded:
-        count, C, H, W = values.shape
-        result = Guarded(values.shape, (stride, 1, W * C, C), values.dtype, device, count * stride)
-        result.view.copy_(values)
-        return result
-
-    return guard
+@pytest.fixture(scope="session", name="Guarded")
+def _guarded():
+    return Guarded
 
 
 @pytest.fixture
@@ -134,6 +138,117 @@ def guarded_outputs(monkeypatch):
         return made
 
     return guard
+
+
+IN_PLACE = ("x", "hist", "net_in", "nonfinite")
+
+
+# name: (columns of the row, 0 where nothing is said; the row that follows)
+STEPS = {
+    "rest": ({}, 0),
+    "ancestral": (dict(x0_xt=1.3, x0_out=-0.8, clip=1.0, c_x0=0.3, c_xt=0.68, sigma=0.2), 2),
+    "second order": (dict(x0_xt=1.3, x0_out=-0.8, c_x0=0.55, c_xt=0.6, c_hist=-0.15), 3),
+    "stochastic": (dict(x0_out=1.0, c_x0=0.5, c_xt=0.4, c_hist=-0.1, sigma=0.3), 4),
+    "clipped": (dict(x0_xt=0.8, x0_out=-0.6, clip=0.7, c_x0=0.9, c_out=0.4), 5),
+    "last": (dict(x0_xt=1.1, x0_out=-0.5, c_x0=1.0), 6),
+    "finished": (dict(x0_xt=1.0, x0_out=1.0, c_x0=1.0, c_xt=1.0, sigma=1.0), 6),
+    "all": (
+        dict(x0_xt=1.2, x0_out=-0.9, c_x0=0.4, c_xt=0.5, c_out=0.1, c_hist=-0.2, sigma=0.3),
+        3,
+    ),
+}
+
+
+class State:
+    """Arguments of a step on a device, with red zones around what is changed in place.
+
+    A table begins with the row of rest; its other rows are given by name, each with the columns
+    that are not 0 and the number of the row that follows. Lanes are given by slot.
+    """
+
+    STEPS = STEPS
+
+    def __init__(
+        self,
+        device,
+        shape=(3, 5, 7),
+        names=("ancestral", "second order", "clipped", "all"),
+        uncond=(-1, 5, -1, 4),
+        cond=(2, 0, 3, 1),
+        dtypes=(torch.float32, torch.float32),
+        table=STEPS,
+        noise=False,
+        seed=0,
+        change=None,
+    ):
+        draws = torch.Generator().manual_seed(seed)
+        slots, lanes = len(names), max(*cond, *uncond) + 2  # the last lane is nobody's
+        table = {"rest": ({}, 0)} | table
+        self.names = list(table)
+        columns = [column.name.lower() for column in Column]
+        rows = [[row.get(name, 0.0) for name in columns] for row, _ in table.values()]
+
+        def images(count, dtype=torch.float32):
+            return torch.randn((count, *shape), generator=draws).to(dtype)
+
+        n = images(1).numel()
+        self.zones = {
+            "x": Guarded.around(images(slots), -(-n // 16) * 16 + 16, device),
+            "hist": Guarded.around(images(slots), -(-n // 16) * 16 + 32, device),
+            "net_in": Guarded.around(images(lanes, dtypes[1]), n, device),
+        }
+        self.args = {name: zone.view for name, zone in self.zones.items()} | {
+            "nonfinite": torch.zeros(slots, dtype=torch.int32),
+            "out": images(lanes, dtypes[0]).contiguous(memory_format=torch.channels_last),
+            "idx": torch.tensor([self.names.index(name) for name in names]),
+            "seeds": torch.randint(-(2**63), 2**63 - 1, (slots,), generator=draws),
+            "guidance": torch.rand(slots, generator=draws) * 4,
+            "lane_cond": torch.tensor(cond[:slots], dtype=torch.int32),
+            "lane_uncond": torch.tensor(uncond[:slots], dtype=torch.int32),
+            "rows": torch.tensor(rows),
+            "keys": torch.randint(0, 2**40, (len(rows),), generator=draws),
+            "next": torch.tensor([follow for _, follow in table.values()]),
+        }
+        if noise:
+            self.args["noise"] = images(slots).contiguous(memory_format=torch.channels_last)
+        if change:
+            change(self.args)
+        for name, value in self.args.items():
+            if name not in self.zones:
+                self.args[name] = value.to(device)
+        self.before = {name: self.args[name].clone() for name in IN_PLACE}
+
+    def step(self, step=kernels.denoise_step):
+        """Apply the step; return its results on the CPU."""
+        assert step(**self.args) is None
+        for zone in self.zones.values():
+            zone.check()
+        return {name: self.args[name].cpu() for name in IN_PLACE}
+
+
+@pytest.fixture(scope="session", name="State")
+def _state():
+    return State
+
+
+@pytest.fixture(scope="session")
+def fast_step(device):
+    """What State takes -> the results of the kernel."""
+    return lambda **spec: State(device, **spec).step()
+
+
+@pytest.fixture(scope="session")
+def compared_step(device):
+    """What State takes -> the results of the kernel, once they equal the reference's."""
+
+    def compare(**spec):
+        results = State(device, **spec).step()
+        expected = State("cpu", **spec).step(reference.denoise_step)
+        for name in IN_PLACE:
+            Rules.same(results[name], expected[name], truncates=True)
+        return results
+
+    return compare
 
 
 @pytest.fixture

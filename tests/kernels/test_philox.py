@@ -117,12 +117,12 @@ def test_blocks_far_into_an_image(device, rules, block):
 
 
 @pytest.mark.parametrize("n", [100, 1024])
-def test_independent_of_block_size(device, rules, guarded, n):
+def test_independent_of_block_size(device, rules, Guarded, n):
     """And no block writes beyond the last element, or in another place than its own."""
     seeds = torch.tensor([7, -7], device=device)
     expected = elements(reference.philox(seeds.cpu(), seeds.cpu(), (1, 1, n), 2))
     for block in (64, 256, 1024):
-        zone = guarded(torch.full((2, 1, 1, n), torch.nan), n, device)
+        zone = Guarded.around(torch.full((2, 1, 1, n), torch.nan), n, device)
         grid = (2 * triton.cdiv(n, block),)
         _philox_kernel[grid](zone.view, seeds, seeds, n, 2, block, **OPTIONS)
         rules.same(elements(zone.view), expected)
