@@ -1,5 +1,6 @@
 """The README's Python runs, block after block in one namespace, as a reader would type it."""
 
+import json
 import re
 from pathlib import Path
 
@@ -26,3 +27,10 @@ def test_python_examples_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["docs/math.md", "CONTRIBUTING.md", "LICENSE", "docs/samples.png"])
 def test_what_the_readme_links_to_is_there(name):
     assert (README.parent / name).is_file()
+
+
+def test_the_table_is_that_of_the_committed_results():
+    from flashddpm.benchmarks.table import table
+
+    results = README.parent / "benchmarks" / "results" / "cpu.json"
+    assert table(json.loads(results.read_text(encoding="utf-8"))) in README.read_text("utf-8")

@@ -60,6 +60,15 @@ def elements(noise: torch.Tensor) -> torch.Tensor:
     return noise.permute(0, 2, 3, 1).flatten(1)
 
 
+def part(seed, key, purpose, first, groups):
+    """Return the normals of a few groups of one image, by the reference."""
+    words = reference.philox_words(seed, key, purpose, groups, first=first)
+    u = torch.stack([words[0], words[2]], -1).float() * 2.0**-32 + 2.0**-33
+    exponent, bits = reference._split(u.view(torch.int32))
+    angle = torch.stack([words[1], words[3]], -1)
+    return reference._box_muller(bits.view(torch.float32), exponent, angle).flatten()
+
+
 def both(device, seeds, keys, shape, purpose=1):
     seeds, keys = torch.tensor(seeds), torch.tensor(keys)
     fast = kernels.philox(seeds.to(device), keys.to(device), shape, purpose)
@@ -109,11 +118,16 @@ def test_blocks_far_into_an_image(device, rules, block):
     out = torch.full((64,), torch.nan, device=device)
     where = torch.tensor([block], device=device)
     _far_kernel[(1,)](out, seed.to(device), key.to(device), where, BLOCK=64, **OPTIONS)
-    words = reference.philox_words(seed, key, 1, 16, first=block * 16)
-    u = torch.stack([words[0], words[2]], -1).float() * 2.0**-32 + 2.0**-33
-    exponent, bits = reference._split(u.view(torch.int32))
-    angle = torch.stack([words[1], words[3]], -1)
-    rules.same(out, reference._box_muller(bits.view(torch.float32), exponent, angle).flatten())
+    rules.same(out, part(seed, key, 1, block * 16, 16))
+
+
+@pytest.mark.parametrize("n", [5_000, pytest.param(2**31 + 16, marks=pytest.mark.gpu)])
+def test_end_of_a_large_image(device, rules, n):
+    """Offsets past 2^31 elements reach their places."""
+    seed, key = torch.tensor([3]), torch.tensor([4])
+    noise = kernels.philox(seed.to(device), key.to(device), (1, 1, n), 1).flatten()
+    rules.same(noise[-8:], part(seed, key, 1, n // 4 - 2, 2))
+    rules.same(noise[:8], part(seed, key, 1, 0, 2))
 
 
 @pytest.mark.parametrize("n", [100, 1024])
