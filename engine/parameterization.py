@@ -9,6 +9,8 @@ Every function returns float64 arrays of shape [len(abar), 2] unless it says oth
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -74,20 +76,22 @@ def loss_weights(
     """Weight of the squared error on the network's own target, [T].
 
     constant: 1. min_snr: min(SNR, gamma) times (1/SNR, 1, 1/(SNR + 1)) for (epsilon, sample,
-    v_prediction) (Hang et al. 2023).
+    v_prediction) (Hang et al. 2023); warns where that weight is 0.
     """
     arguments.one_of("prediction_type", prediction_type, PREDICTION_TYPES)
     arguments.one_of("loss_weighting", weighting, LOSS_WEIGHTINGS)
     if weighting == "constant":
         return np.ones(len(schedule))
     snr = schedule.snr
+    if snr[-1] == 0:
+        if prediction_type == "epsilon":
+            raise ValueError("prediction_type='epsilon': cannot train where alphas_cumprod = 0")
+        warnings.warn("min_snr gives the last timestep no weight: its SNR is 0", stacklevel=2)
     clipped = np.minimum(snr, arguments.number("gamma", gamma, 0))
     if prediction_type == "sample":
         return clipped
     if prediction_type == "v_prediction":
         return clipped / (snr + 1)
-    if snr[-1] == 0:
-        raise ValueError("prediction_type='epsilon': cannot train where alphas_cumprod = 0")
     return clipped / snr
 
 
