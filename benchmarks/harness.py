@@ -11,8 +11,10 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from flashddpm.arguments import resolve_device
 
 SCHEMA = 1
 
@@ -94,7 +98,7 @@ def _quantile(ordered: list[float], q: float) -> float:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Return what the figures depend on: machine, versions, commit."""
+    """Return what figures depend on besides their inputs: command, machine, versions, commit."""
     import flashddpm
 
     versions = {"flashddpm": flashddpm.__version__, "torch": torch.__version__}
@@ -104,13 +108,14 @@ def environment(device: str) -> dict[str, Any]:
         except ImportError:
             versions[name] = "not installed"
     return {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "python": platform.python_version(),
         "versions": versions,
         "commit": _commit(),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": _gpu() if device == "cuda" else None,
+        "gpu": _gpu() if resolve_device(device).type == "cuda" else None,
     }
 
 
@@ -124,19 +129,20 @@ def _cpu() -> str:
     return f"{platform.processor()}, {os.cpu_count()} cores"
 
 
-def _commit() -> str:
-    """Return the commit of the checkout this runs in, marked if it has changes; or "unknown"."""
+def _commit() -> str | None:
+    """Return the commit that this file is of, with "+" if the checkout was changed since."""
+    here = Path(__file__).resolve()
+
+    def git(*command: str) -> str:
+        line = ["git", "-C", str(here.parent), *command]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return run.stdout.strip()
+        git("ls-files", "--error-unmatch", here.name)
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _gpu() -> dict[str, Any]:

@@ -22,9 +22,6 @@ DATA_DIR holds {train,t10k}-{images-idx3,labels-idx1}-ubyte, plain or gzipped.
 from __future__ import annotations
 
 import argparse
-import platform
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +35,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from flashddpm import arguments
+from flashddpm.benchmarks.harness import environment
 from flashddpm.checkpoint import read_json, read_tensors, write_atomic, write_json
 from flashddpm.data import ImageData, load_idx, to_float
 from flashddpm.errors import CheckpointError, DataError
@@ -267,37 +265,6 @@ def load_labelled(path: Path) -> ImageData:
     if data.labels is None:
         raise DataError(f"{path}: has no file of labels beside it")
     return data
-
-
-def commit() -> str | None:
-    """Return the commit that this file is of, with "+" if the checkout was changed since."""
-    here = Path(__file__).resolve()
-
-    def git(*command: str) -> str:
-        line = ["git", "-C", str(here.parent), *command]
-        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Return what the numbers may depend on besides their inputs."""
-    from importlib.metadata import version
-
-    used = arguments.resolve_device(device)
-    return {
-        "commit": commit(),
-        "command": shlex.join(["python", "-m", "flashddpm.benchmarks.quality", *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "flashddpm": version("flashddpm"),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(used) if used.type == "cuda" else "cpu",
-    }
 
 
 def table(result: dict[str, Any], names: Sequence[str]) -> str:

@@ -194,7 +194,7 @@ def test_command_writes_json_and_keeps_the_classifier(monkeypatch, data_dir, tmp
     run(monkeypatch, data_dir, *options, "--num-steps", "7")
     first, text = json.loads(out.read_text()), capsys.readouterr().out
     assert first["recognised"] == 1.0 and first["num_steps"] == 7 and first["images"] == 90
-    assert {"commit", "command", "torch", "threads", "frechet_distance"} <= set(first)
+    assert {"versions", "commit", "command", "threads", "frechet_distance"} <= set(first)
     assert "below" in text and f"{first['frechet_distance']:.3f}" in text
 
     monkeypatch.setattr(quality, "train_classifier", None)

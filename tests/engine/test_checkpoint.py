@@ -411,9 +411,9 @@ def test_loaded_weights_are_not_the_file(folder: Path) -> None:
 
 def test_saving_leaves_the_given_state_alone(tmp_path: Path) -> None:
     unet = random_unet().to(memory_format=torch.channels_last)
-    state = unet.state_dict()
-    save_model(tmp_path, CONFIG, state, SCHEDULER, Conditioning())
-    assert_same(load(tmp_path).state_dict(), state)
+    save_model(tmp_path, CONFIG, unet.state_dict(), SCHEDULER, Conditioning())
+    assert_same(unet.state_dict(), random_unet().state_dict())
+    assert_same(load(tmp_path).state_dict(), random_unet().state_dict())
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
