@@ -1,5 +1,6 @@
 """What holds of every operation."""
 
+import importlib
 import inspect
 import random
 import subprocess
@@ -95,6 +96,18 @@ def test_equals_reference(op, dtype, example, rules):
             torch.testing.assert_close(fast[name].cpu(), value)
         else:
             rules.same(fast[name], value, truncates=True)
+
+
+@each_case
+def test_on_the_cpu_the_operators_run_the_reference(op, dtype, example, rules, monkeypatch):
+    """What CPU tensors get where the interpreter is off, gradients included."""
+    module = importlib.import_module(f"flashddpm.kernels.{op.name}")
+    monkeypatch.setattr(module, "runs_triton", lambda tensor: False)
+    fast = call(op.fast, op, example(op, dtype, place="cpu"))
+    slow = call(op.reference, op, example(op, dtype, place="cpu"))
+    assert fast.keys() == slow.keys()
+    for name, value in slow.items():
+        rules.same(fast[name], value)
 
 
 @each_case
