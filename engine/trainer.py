@@ -277,7 +277,7 @@ class Trainer:
 
         Raises:
             DivergedError: the loss or the weights turned NaN or infinite, which is looked at every
-                ``log_every`` steps and before each save.
+                ``log_every`` steps and before each save and each grid of samples.
         """
         from tqdm import tqdm
 
@@ -294,7 +294,9 @@ class Trainer:
                     done = self.step == config.steps
                     log = self.step % log_every == 0 or done
                     save = self.step % config.save_every == 0 and not done
-                    if (log or save) and not (math.isfinite(float(total)) and self.is_finite()):
+                    sample = config.sample_every and self.step % config.sample_every == 0
+                    look = log or save or sample
+                    if look and not (math.isfinite(float(total)) and self.is_finite()):
                         break  # refused below
                     if log:
                         loss = float(total) / count
@@ -305,7 +307,7 @@ class Trainer:
                         count, start = 0, time.perf_counter()
                     if save:
                         self.save()
-                    if config.sample_every and self.step % config.sample_every == 0:
+                    if sample:
                         self.save_samples()
             finally:
                 if not math.isfinite(float(total)):

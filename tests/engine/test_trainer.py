@@ -354,6 +354,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 def test_saving_on_the_way_changes_nothing(tmp_path: Path, whole: Any) -> None:
     assert_same(train(trainer(tmp_path, save_every=1, sample_every=3), log_every=1), whole[1])
+    names = [file.name for file in sorted((tmp_path / "samples").iterdir())]
+    assert names == ["000003.png", "000006.png"]
 
 
 def test_the_log(tmp_path: Path, whole: Any) -> None:
@@ -593,6 +595,7 @@ def diverge_by_loss(run: Trainer) -> None:
         (diverge_by_gradient, {"save_every": 5}, 5),
         (diverge_by_gradient, {"steps": 5}, 5),
         (diverge_by_gradient, {"log_every": 1}, 5),
+        (diverge_by_gradient, {"sample_every": 5}, 5),
     ],
 )
 def test_a_run_that_diverges_stops_and_keeps_its_last_save(
@@ -623,8 +626,10 @@ def test_an_interrupt_does_not_save_a_run_that_diverged(
     run.config = TINY
     run.train_step()
     monkeypatch.setattr(run.unet, "body", lambda *_: signal.default_int_handler(2, None))
-    with pytest.raises(DivergedError):
+    # A KeyboardInterrupt that nobody expects would end the whole session.
+    with pytest.raises((DivergedError, KeyboardInterrupt)) as raised:
         train(run)
+    assert raised.type is DivergedError
     with pytest.raises(DivergedError):
         run.save()
     assert files(tmp_path) == before
