@@ -81,6 +81,7 @@ class Execution:
             with torch.no_grad():
                 self._hoisted = HoistedUNet(network, num_timesteps)
         self._predict: Network = self._hoisted or call or _positional(network)
+        log.info("runs on %s in %s, %s backend", device, self.dtype, self.backend)
         self._compiled: Network | None = None
         self._compiled_lanes: set[int] = set()
         self._compiled_noise = CompiledNoise()

@@ -372,6 +372,14 @@ def test_learned_schedulers_and_bad_settings_of_a_folder_are_refused():
     assert fd.SamplingDefaults.from_config({}) == fd.SamplingDefaults()
 
 
+def test_what_auto_chose_is_one_log_line(tiny_sampler, caplog):
+    with caplog.at_level("INFO", "flashddpm"):
+        tiny_sampler(backend="auto")
+    assert [record.message for record in caplog.records] == [
+        "runs on cpu in torch.float32, fused backend"
+    ]
+
+
 def test_the_models_variance_is_of_ddpm_only(tiny_sampler):
     sampler = tiny_sampler(defaults=fd.SamplingDefaults(variance_type="fixed_large"))
     large, small = (
