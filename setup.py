@@ -20,7 +20,7 @@ TEST = [
     "pip>=23",
     "setuptools>=77",
 ]
-BENCH = [DIFFUSERS, PYTEST_BENCHMARK, "matplotlib>=3.8", "nvidia-ml-py>=12"]
+BENCH = [DIFFUSERS, PYTEST_BENCHMARK, "nvidia-ml-py>=12"]
 LINT = ["build>=1.2", "mypy>=1.11", "pre-commit>=3.8", "ruff>=0.6"]
 
 setup(

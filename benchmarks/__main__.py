@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from flashddpm.arguments import one_of, resolve_device
@@ -33,6 +34,7 @@ def main(
 ) -> None:
     """Time flashddpm against its peers; let nothing else run meanwhile."""
     kind = resolve_device(device).type
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, for both sides
     cases = suites(compiled_peer)
     chosen = list(cases) if suite == "all" else [one_of("suite", suite, ("all", *cases))]
     results: list[Result] = []

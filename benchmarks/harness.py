@@ -151,7 +151,8 @@ def _gpu() -> dict[str, Any]:
 
     pynvml.nvmlInit()
     try:
-        card = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         return {
             "name": pynvml.nvmlDeviceGetName(card),
             "driver": pynvml.nvmlSystemGetDriverVersion(),

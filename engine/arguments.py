@@ -89,8 +89,8 @@ def label_list(
         return None
     if num_classes is None:
         raise ValueError(f"labels={labels!r}: this model is unconditional and takes no labels")
-    if isinstance(labels, Tensor):
-        labels = labels.reshape(-1).tolist() if labels.ndim else labels.tolist()
+    if hasattr(labels, "tolist"):  # tensors, arrays and NumPy's numbers
+        labels = labels.tolist()
     items = list(labels) if isinstance(labels, Iterable) else [labels] * count
     if len(items) != count:
         raise ValueError(

@@ -143,6 +143,26 @@ def load_unet(folder: str | PathLike[str], device: torch.device, dtype: torch.dt
 
     weights = path.with_name(WEIGHTS)
     state = read_tensors(weights)
+    wrong = mismatches(unet, state, dtype)
+    if wrong:
+        raise CheckpointError(f"{weights}: does not match config.json: " + "; ".join(wrong))
+    # A copy: what safetensors returns is the mapped file, which another program may change.
+    state = {key: value.to(device, dtype, copy=True) for key, value in state.items()}
+    unet.load_state_dict(state, assign=True)
+    return unet.eval().requires_grad_(False)
+
+
+def mismatches(
+    unet: UNet, state: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> list[str]:
+    """Return all that keeps a state dict from being this U-Net's, in words; [] if nothing does.
+
+    Args:
+        unet: only its keys and shapes are read, and its dtype if none is given.
+        state: keys, shapes and finiteness are checked.
+        dtype: in which the numbers must be finite.
+    """
+    dtype = dtype or unet.conv_in.weight.dtype
     expected = {key: tuple(value.shape) for key, value in unet.state_dict().items()}
     wrong = [f"{key} is missing" for key in expected if key not in state]
     wrong += [f"{key} is not expected" for key in state if key not in expected]
@@ -156,12 +176,7 @@ def load_unet(folder: str | PathLike[str], device: torch.device, dtype: torch.dt
             wrong.append(f"{key} holds {value.dtype}, must hold floating-point numbers")
         elif not bool(value.to(dtype).isfinite().all()):
             wrong.append(f"{key} holds numbers that are not finite in {dtype}")
-    if wrong:
-        raise CheckpointError(f"{weights}: does not match config.json: " + "; ".join(wrong))
-    # A copy: what safetensors returns is the mapped file, which another program may change.
-    state = {key: value.to(device, dtype, copy=True) for key, value in state.items()}
-    unet.load_state_dict(state, assign=True)
-    return unet.eval().requires_grad_(False)
+    return wrong
 
 
 def load_scheduler_config(folder: str | PathLike[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -22,15 +23,18 @@ app = typer.Typer(
 
 USAGE, INTERRUPTED = 2, 130
 MAX_FRAMES = 60
+MAX_SEEDS = 1_000_000
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 Option = typer.Option
 
 
 def main() -> None:
     """Run the command line: bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
+    logging.basicConfig(format="flashddpm: %(message)s")
+    logging.getLogger("flashddpm").setLevel(logging.INFO)
     try:
         app()
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, MemoryError) as error:
         _fail(" ".join(str(error).split()), USAGE)
 
 
@@ -55,7 +59,12 @@ def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
     try:
         for part in seeds.split(","):
             low, colon, high = part.partition(":")
-            result += range(int(low), int(high)) if colon else [int(low)]
+            stop = int(high) if colon else int(low) + 1
+            if stop - int(low) > MAX_SEEDS:
+                raise OverflowError
+            result += range(int(low), stop)
+    except OverflowError:
+        raise ValueError(f"seeds={seeds!r}: must be at most {MAX_SEEDS} at a time") from None
     except ValueError:
         raise ValueError(
             f"seeds={seeds!r}: must be integers and ranges, such as 7 or 1,2,5 or 0:64"
@@ -83,11 +92,12 @@ def parse_labels(labels: str | None, sampler: Sampler, count: int) -> list[int] 
     for part in (part.strip() for part in labels.split(",")):
         if part.lower() in lower:
             result.append(lower.index(part.lower()))
-        elif part.lstrip("-").isdigit():
+            continue
+        try:
             result.append(int(part))
-        else:
+        except ValueError:
             known = f" or one of {', '.join(names)}" if names else ""
-            raise ValueError(f"labels: {part!r} must be a number{known}")
+            raise ValueError(f"labels: {part!r} must be a number{known}") from None
     return result * count if len(result) == 1 else result
 
 
@@ -139,7 +149,12 @@ def sample(
         folder, device, dtype, backend, compile if compile == "auto" else compile == "on"
     )
     label = parse_labels(labels, sampler, len(seed))
-    columns = sampler.conditioning.num_classes if labels is None else None
+    if sampler.shape[0] not in (1, 3):
+        raise ValueError(f"model_dir: draws {sampler.shape[0]} channels; pictures have 1 or 3")
+    if not out.suffix and len(set(seed)) != len(seed):
+        raise ValueError(f"seeds={seeds!r}: some stand twice, and a folder has one file a seed")
+    classes = sampler.conditioning.num_classes
+    columns = classes if labels is None and classes and classes <= 16 else None
     names = sampler.conditioning.class_names
     captions = None
     if label is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashddpm import arguments
+from flashddpm.solvers import SPACINGS, VARIANCE_TYPES
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,27 @@ class SamplingDefaults:
             "algorithm_type": "dpmsolver++",
             "solver_type": "midpoint",
             "use_karras_sigmas": False,
+            "use_exponential_sigmas": False,
+            "use_beta_sigmas": False,
+            "use_lu_lambdas": False,
+            "use_flow_sigmas": False,
+            "euler_at_final": False,
+            "lower_order_final": True,
             "final_sigmas_type": "zero",
         }.items():
             if config.get(key, allowed) != allowed:
                 raise ValueError(f"{key}={config[key]!r}: only {allowed!r} is supported")
-        clip = not multistep and config.get("clip_sample", True)
+        clip = not multistep and arguments.boolean("clip_sample", config.get("clip_sample", True))
+        spacing = config.get("timestep_spacing", "linspace" if multistep else "leading")
         return cls(
-            config.get("timestep_spacing", "linspace" if multistep else "leading"),
-            config.get("steps_offset", 0),
+            arguments.one_of("timestep_spacing", spacing, SPACINGS),
+            arguments.integer("steps_offset", config.get("steps_offset", 0), 0),
             arguments.number("clip_sample_range", config.get("clip_sample_range", 1.0), 0)
             if clip
             else 0.0,
             arguments.one_of(
                 "variance_type",
                 config.get("variance_type") or "fixed_small",
-                ("fixed_small", "fixed_large"),
+                VARIANCE_TYPES,
             ),
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flashddpm import arguments, kernels
+from flashddpm.checkpoint import Conditioning, mismatches
 from flashddpm.graph import CapturedStep
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Column, Purpose
@@ -24,7 +26,7 @@ log = logging.getLogger("flashddpm")
 BACKENDS = ("auto", "reference", "fused")
 MAX_COMPILED_SHAPES = 128
 NOISE_BYTES = 16 << 20
-"""Most memory that noise drawn ahead may take, on the CPU."""
+"""Most memory that noise drawn ahead may hold, on the CPU, unless one step needs more."""
 
 # compile="auto" on the CPU: compiling takes about a minute and saves about a quarter of the time
 # of eager convolutions, which run at some 20 GFLOP/s a core. Rough figures; only the order counts.
@@ -48,7 +50,7 @@ class Execution:
         *,
         shape: tuple[int, int, int],
         num_timesteps: int,
-        labelled: bool,
+        conditioning: Conditioning,
         device: torch.device,
         dtype: str | torch.dtype | None,
         backend: str,
@@ -66,19 +68,32 @@ class Execution:
         if capture is True and not cuda:
             raise ValueError(f"capture=True: needs a CUDA device, not {device}")
 
+        if fused and cuda and not kernels.HAS_TRITON:
+            if backend == "fused" or True in (compile, capture):
+                raise ValueError(f"backend={backend!r}: on {device} it needs Triton, not installed")
+            log.info("Triton is not installed: reference backend on %s", device)
+            self.backend, fused = "reference", False
+
         own = isinstance(network, UNet) and call is None
+        if isinstance(network, UNet) and call is None:
+            _check_unet(network, shape, conditioning)
+            network.eval()
         self.compile = compile if fused and (own or compile is True) else False
         self.capture = fused and cuda and (own if capture == "auto" else bool(capture))
         self.ops = kernels if fused and cuda else reference
         self.device, self.shape = device, shape
-        self.num_timesteps, self.labelled = num_timesteps, labelled
+        self.num_timesteps = num_timesteps
+        self.labelled = conditioning.num_classes is not None
         self.network = network.to(device) if isinstance(network, nn.Module) else network
-        self.dtype = arguments.resolve_dtype(dtype, _dtype_of(network))
+        stored = _dtype_of(network)
+        self.dtype = arguments.resolve_dtype(dtype, stored)
+        if own and self.dtype is not stored:
+            raise ValueError(f"dtype={self.dtype}: the network's is {stored}; convert it first")
         self._hoisted: HoistedUNet | None = None
         if fused and own:
             assert isinstance(network, UNet)
             network.to(memory_format=torch.channels_last)
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 self._hoisted = HoistedUNet(network, num_timesteps)
         self._predict: Network = self._hoisted or call or _positional(network)
         log.info("runs on %s in %s, %s backend", device, self.dtype, self.backend)
@@ -93,11 +108,11 @@ class Execution:
         seed = torch.tensor(seeds, device=self.device)
         return self.ops.philox(seed, torch.full_like(seed, key), self.shape, purpose)
 
-    def compiles(self, evaluations: int) -> bool:
-        """Return whether to compile for this many network evaluations of one image."""
+    def compiles(self, evaluations: int, lanes: int) -> bool:
+        """Return whether to compile for this many evaluations of one image, ``lanes`` at a time."""
         if self.compile != "auto":
             return bool(self.compile)
-        return self._compiled is not None or self.auto_compile(evaluations)[0]
+        return lanes in self._compiled_lanes or self.auto_compile(evaluations)[0]
 
     def auto_compile(self, evaluations: int) -> tuple[bool, str]:
         """Return what compile="auto" chooses for so many evaluations of one image, and why."""
@@ -105,13 +120,22 @@ class Execution:
             return False, "a foreign network is compiled only when asked"
         if self.device.type == "cuda":
             return True, "our U-Net on CUDA is always compiled"
-        flops = evaluations * flops_per_image(self.network, self.shape)
+        flops = evaluations * self._flops
         seconds = flops / (FLOPS_PER_CORE * torch.get_num_threads())
         chosen = seconds * SAVED > COMPILE_SECONDS
         verb = "repays" if chosen else "does not repay"
         return chosen, (
             f"about {seconds:.0f} s of work {verb} about {COMPILE_SECONDS:.0f} s of compiling"
         )
+
+    @cached_property
+    def _pool(self) -> tuple[int, int]:
+        return torch.cuda.graph_pool_handle()
+
+    @cached_property
+    def _flops(self) -> int:
+        assert isinstance(self.network, UNet)
+        return flops_per_image(self.network, self.shape)
 
     def slots(self, S: int, L: int) -> Slots:
         """Return buffers for S slots and L lanes; the same ones each time while they are kept."""
@@ -166,7 +190,9 @@ class Execution:
         if key not in self._captured:
             idx = slots.idx.clone()
             slots.idx.zero_()
-            self._captured[key] = CapturedStep(lambda: step(slots, network, self.ops), self.device)
+            self._captured[key] = CapturedStep(
+                lambda: step(slots, network, self.ops), self.device, self._pool
+            )
             slots.idx.copy_(idx)
         return self._captured[key]
 
@@ -198,6 +224,9 @@ class Execution:
         """Copy weights into our U-Net and derive again what depends on them, all in place."""
         if not isinstance(self.network, UNet):
             raise ValueError("update_weights: the network is not a flashddpm UNet")
+        wrong = mismatches(self.network, state)
+        if wrong:
+            raise ValueError("state: does not match the network: " + "; ".join(wrong))
         self.network.load_state_dict(state)
         if self._hoisted is not None:
             self._hoisted.refresh()
@@ -210,6 +239,21 @@ def _preview(slots: Slots, out: Tensor, row: int) -> Tensor:
     guided = (slots.lane_uncond >= 0).reshape(-1, 1, 1, 1)
     o = torch.where(guided, reference.combine(cond, uncond, slots.guidance), cond)
     return reference.predict_x0(slots.x, o, slots.rows[row].tolist())
+
+
+def _check_unet(unet: UNet, shape: tuple[int, int, int], conditioning: Conditioning) -> None:
+    """Refuse a U-Net that does not take these images or labels."""
+    config, (C, H, W) = unet.config, shape
+    multiple = 2 ** (len(config.block_out_channels) - 1)
+    if (config.in_channels, config.out_channels) != (C, C) or H % multiple or W % multiple:
+        raise ValueError(
+            f"shape={shape}: must have {config.in_channels} channels, as many as come out "
+            f"({config.out_channels}), and sides that are multiples of {multiple}"
+        )
+    embeds, classes = config.num_class_embeds, conditioning.num_classes
+    needed = 0 if classes is None else max(classes, (conditioning.null_label or 0) + 1)
+    if (embeds is None) != (classes is None) or needed > (embeds or 0):
+        raise ValueError(f"conditioning={conditioning}: the network has {embeds} class embeddings")
 
 
 def _dtype_of(network: Any) -> torch.dtype:

@@ -22,9 +22,12 @@ class CapturedStep:
         step: a function without arguments that launches on the current stream, reads no host
             state that may change and does not wait.
         device: the CUDA device.
+        pool: the memory pool that all graphs of one engine share; their replays never overlap.
     """
 
-    def __init__(self, step: Callable[[], None], device: torch.device) -> None:
+    def __init__(
+        self, step: Callable[[], None], device: torch.device, pool: tuple[int, int]
+    ) -> None:
         self.step = step  # keeps kernels and buffers alive as long as the graph
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(device)
@@ -34,7 +37,7 @@ class CapturedStep:
                 step()
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
-        with torch.cuda.graph(self.graph, stream=stream):
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream):
             step()
 
     def __call__(self) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flashddpm import arguments
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -58,7 +60,10 @@ def make_grid(
         raise ValueError("x: holds no image; must hold at least one")
     if captions is not None and len(captions) != len(pictures):
         raise ValueError(f"captions: {len(captions)} for {len(pictures)} images")
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    if columns is None:
+        columns = math.ceil(math.sqrt(len(pictures)))
+    arguments.integer("columns", columns, 1)
+    arguments.integer("zoom", zoom, 1)
     rows = -(-len(pictures) // columns)
     w, h = pictures[0].width * zoom, pictures[0].height * zoom
     text = FONT_SIZE + 2 if captions is not None else 0
@@ -95,7 +100,13 @@ def save_grid(
 
 
 def save_folder(x: Tensor, folder: str | PathLike[str], seeds: Sequence[int]) -> None:
-    """Write each image as FOLDER/SEED.png."""
+    """Write each image as FOLDER/SEED.png.
+
+    Raises:
+        ValueError: a seed stands twice.
+    """
+    if len(set(seeds)) != len(seeds):
+        raise ValueError("seeds: some stand twice, and a folder has one file a seed")
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     for picture, seed in zip(to_pil(x), seeds, strict=True):

@@ -9,7 +9,8 @@ steps drawn in one call; on both, the time half of our U-Net hoisted and the res
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -74,7 +75,7 @@ class Sampler:
     ) -> None:
         if not callable(network):
             raise ValueError(f"network={network!r}: must be a module or a function")
-        if len(shape) != 3:
+        if not isinstance(shape, Sequence) or len(shape) != 3:
             raise ValueError(f"shape={shape!r}: must be (C, H, W)")
         C, H, W = (arguments.integer("shape", side, 1) for side in shape)
         self.shape = (C, H, W)
@@ -89,7 +90,7 @@ class Sampler:
             call,
             shape=self.shape,
             num_timesteps=len(schedule),
-            labelled=self.conditioning.num_classes is not None,
+            conditioning=self.conditioning,
             device=arguments.resolve_device(device),
             dtype=dtype,
             backend=backend,
@@ -97,6 +98,7 @@ class Sampler:
             capture=capture,
         )
         self._lock = threading.Lock()
+        self._owner: int | None = None
 
     @property
     def network(self) -> nn.Module | Callable[..., Tensor]:
@@ -197,6 +199,15 @@ class Sampler:
     ) -> Plan:
         """Return the rows that ``sample`` would apply; arguments are those of ``sample``."""
         if isinstance(solver, Plan):
+            given = {"spacing": spacing, "variance_type": variance_type, "clip": clip}
+            for name, value in {**given, "eta": eta or None}.items():
+                if value is not None:
+                    raise ValueError(f"{name}={value!r}: must not be given beside a Plan")
+            t = solver.timesteps
+            if (t != t.round()).any() or t.min() < 0 or t.max() >= len(self.schedule):
+                raise ValueError(
+                    f"solver: the plan's timesteps must be integers in 0..{len(self.schedule) - 1}"
+                )
             return solver
         defaults = self.defaults
         return make_plan(
@@ -212,6 +223,7 @@ class Sampler:
             clip=defaults.clip if clip is None else clip,
         )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def sample(
         self,
@@ -237,7 +249,7 @@ class Sampler:
             guidance: w of out = uncond + w (cond - uncond), one or one for each seed; 1 is off
                 and costs one network evaluation a step instead of two.
             solver: "ddpm", "ddim", "dpmpp_2m", or a Plan of your own.
-            num_steps: 1..T.
+            num_steps: 1..T; of no effect beside a Plan.
             spacing: "leading", "linspace" or "trailing"; None is the model's own.
             eta: of ddim: 0 is deterministic, 1 as noisy as ddpm.
             variance_type: of ddpm: "fixed_small" or "fixed_large"; None is the model's own.
@@ -264,34 +276,35 @@ class Sampler:
         if len(plan) > len(self.schedule):
             raise ValueError(f"solver: a plan of {len(plan)} rows; at most {len(self.schedule)}")
         batch = min(batch, len(seed))
-        guided = any(w != 1 for w in scale)
-        compiled = self.execution.compiles(len(plan) * (len(seed) + sum(w != 1 for w in scale)))
+        guided = [w != 1 for w in scale]
+        fixed = 2 * batch if any(guided) else batch
+        compiled = self.execution.compiles(len(plan) * (len(seed) + sum(guided)), fixed)
 
         result = torch.empty(len(seed), *self.shape, device=self.device)
         chunks = range(0, len(seed), batch)
-        with self._lock, _bar(progress, len(chunks) * len(plan)) as bar:
+        with self._exclusive(), _bar(progress, len(chunks) * len(plan)) as bar:
             for start in chunks:
                 part = slice(start, start + batch)
+                count = len(seed[part])
                 # A compiled or captured network has one shape: the last chunk's spare slots rest.
-                size = batch if compiled or self.execution.capture else len(seed[part])
-                slots = self.execution.slots(size, 2 * size if guided else size)
+                padded = compiled or self.execution.capture
+                S, L = (batch, fixed) if padded else (count, count + sum(guided[part]))
+                slots = self.execution.slots(S, L)
                 slots.load_plan(plan)
-                noise = self.execution.draw(seed[part], 0, Purpose.INITIAL)
                 slots.admit(
-                    noise,
+                    self.execution.draw(seed[part], 0, Purpose.INITIAL),
                     seed[part],
                     None if label is None else label[part],
                     self.conditioning.null_label,
                     scale[part],
                 )
-                for i, x0 in enumerate(
-                    self.execution.run(slots, plan, compiled, on_step is not None)
-                ):
+                steps = self.execution.run(slots, plan, compiled, on_step is not None)
+                for i, x0 in enumerate(steps):
                     bar.update()
                     if on_step is not None and x0 is not None:
-                        on_step(i, x0[: len(seed[part])])
+                        on_step(i, x0[:count])
                 self._check_finite(slots, seed[part], len(plan))
-                result[part] = slots.x[: len(seed[part])]
+                result[part] = slots.x[:count]
         return result
 
     def _labels(self, labels: Any, count: int) -> list[int] | None:
@@ -304,7 +317,9 @@ class Sampler:
         return [self.conditioning.null_label] * count
 
     def _guidance(self, guidance: Any, count: int, labels: Any) -> list[float]:
-        values = list(guidance) if isinstance(guidance, Iterable) else [guidance] * count
+        if hasattr(guidance, "tolist"):  # tensors, arrays and NumPy's numbers
+            guidance = guidance.tolist()
+        values = list(guidance) if isinstance(guidance, Sequence) else [guidance] * count
         if len(values) != count:
             raise ValueError(
                 f"guidance: {len(values)} values for {count} seeds; give one or one each"
@@ -324,6 +339,7 @@ class Sampler:
             if row:
                 raise NonFiniteError(seed, row - 1, num_steps)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update_weights(self, state: dict[str, Tensor]) -> None:
         """Copy new weights into our U-Net, in place, and derive again what depends on them.
@@ -332,11 +348,24 @@ class Sampler:
             state: a state dict with diffusers' keys.
 
         Raises:
-            ValueError: the network is not our UNet.
-            RuntimeError: keys or shapes do not match (PyTorch's own message).
+            ValueError: the network is not our UNet, or the state is not one of its finite,
+                matching state dicts; then nothing was changed.
         """
-        with self._lock:
+        with self._exclusive():
             self.execution.update_weights(state)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Let one call at a time have the buffers; others wait, but a call from within cannot."""
+        me = threading.get_ident()
+        if self._owner == me:
+            raise RuntimeError("on_step called the sampler that it is called by")
+        with self._lock:
+            self._owner = me
+            try:
+                yield
+            finally:
+                self._owner = None
 
 
 def _bar(progress: bool, total: int) -> Any:

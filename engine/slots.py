@@ -108,9 +108,20 @@ class Slots:
 
 
 def evaluate(slots: Slots, network: Network) -> Tensor:
-    """Run the network on every lane, at the timestep of the lane's slot."""
+    """Run the network on every lane, at the timestep of the lane's slot.
+
+    Raises:
+        ValueError: the network returns anything but a tensor of its input's shape.
+    """
     t = slots.rows[slots.idx[slots.lane_slot], Column.TIMESTEP].long()
-    return network(slots.net_in, t, slots.lane_label)
+    out = network(slots.net_in, t, slots.lane_label)
+    if not isinstance(out, Tensor) or out.shape != slots.net_in.shape:
+        kind = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(
+            f"network: returned {kind} for x_t of shape {tuple(slots.net_in.shape)}; "
+            "must return a tensor of that shape (call= can unwrap or slice it)"
+        )
+    return out
 
 
 def update(slots: Slots, out: Tensor, ops: ModuleType, noise: Tensor | None = None) -> None:

@@ -92,8 +92,9 @@ class Trainer:
 
     @property
     def conditioning(self) -> Conditioning:
-        """The labels that the model takes."""
-        return Conditioning(self.data.num_classes, self.data.num_classes)
+        """The labels that the model takes; the null class only if it is trained."""
+        classes = self.data.num_classes
+        return Conditioning(classes, classes if self.config.label_dropout else None)
 
     def draw(self, step: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         """Return what a step trains on: x0 [B, C, H, W], labels, t, seeds and keys [B].
@@ -263,7 +264,11 @@ class Trainer:
         labels = None if classes is None else [i % classes for i in range(count)]
         steps = min(num_steps, len(self.schedule))
         x = sampler.sample(range(count), labels, num_steps=steps, spacing="trailing")
-        save_grid(x, self.out / "samples" / f"{self.step:06}.png", columns=classes)
+        save_grid(
+            x,
+            self.out / "samples" / f"{self.step:06}.png",
+            columns=None if classes is None else min(classes, 10),
+        )
 
     def log(self, loss: float, images_per_second: float) -> None:
         """Append a line to metrics.jsonl."""

@@ -10,6 +10,7 @@ from flashddpm.kernels.contract import Column, Purpose
 try:
     import triton  # noqa: F401  (only to learn whether it is there)
 except ImportError:
+    HAS_TRITON = False
     from flashddpm.kernels.reference import (
         add_noise,
         advance,
@@ -18,6 +19,7 @@ except ImportError:
         philox,
     )
 else:
+    HAS_TRITON = True
     from flashddpm.kernels.add_noise import add_noise
     from flashddpm.kernels.advance import advance
     from flashddpm.kernels.denoise_step import denoise_step
@@ -26,6 +28,7 @@ else:
     from flashddpm.kernels.registry import OPS as OPS  # without Triton, there is none
 
 __all__ = [
+    "HAS_TRITON",
     "Column",
     "Purpose",
     "add_noise",

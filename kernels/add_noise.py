@@ -13,7 +13,6 @@ from torch import Tensor
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Purpose
 from flashddpm.kernels.launch import (
-    OPTIONS,
     block_size,
     channels_last,
     check_image,
@@ -21,6 +20,7 @@ from flashddpm.kernels.launch import (
     check_table,
     check_vector,
     empty_channels_last,
+    launch,
     runs_triton,
 )
 from flashddpm.kernels.philox import draw
@@ -69,10 +69,9 @@ def _add_noise(
     if x0.numel():
         n = x0[0].numel()
         block = block_size(n)
-        grid = (len(x0) * triton.cdiv(n, block),)
-        _add_noise_kernel[grid](
-            x_t, channels_last(x0), t, seeds, keys, rows, n, purpose, block, **OPTIONS
-        )
+        grid = len(x0) * triton.cdiv(n, block)
+        x0 = channels_last(x0)
+        launch(_add_noise_kernel, grid, x0, x_t, x0, t, seeds, keys, rows, n, purpose, block)
     return x_t
 
 

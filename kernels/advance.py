@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.launch import OPTIONS, check_vector, runs_triton
+from flashddpm.kernels.launch import check_vector, launch, runs_triton
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def _advance(idx: Tensor, next: Tensor) -> None:
     if not runs_triton(idx):
         reference.advance(idx, next)
     elif idx.numel():
-        _advance_kernel[(triton.cdiv(len(idx), 128),)](idx, next, len(idx), 128, **OPTIONS)
+        launch(_advance_kernel, triton.cdiv(len(idx), 128), idx, idx, next, len(idx), 128)
 
 
 @_advance.register_fake

@@ -19,13 +19,13 @@ from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Column, Purpose
 from flashddpm.kernels.launch import (
     FLOATS,
-    OPTIONS,
     block_size,
     channels_last,
     check_image,
     check_in_place,
     check_table,
     check_vector,
+    launch,
     runs_triton,
 )
 from flashddpm.kernels.philox import draw
@@ -159,10 +159,11 @@ def _denoise_step(
         n = x[0].numel()
         block = block_size(n)
         given = x if noise is None else channels_last(noise)
-        _denoise_step_kernel[(len(x) * triton.cdiv(n, block),)](
+        launch(
+            _denoise_step_kernel, len(x) * triton.cdiv(n, block), x,
             x, hist, net_in, nonfinite, channels_last(out), idx, seeds, guidance,
             lane_cond, lane_uncond, rows, keys, next, given,
-            n, x.stride(0), hist.stride(0), noise is not None, block, **OPTIONS,
+            n, x.stride(0), hist.stride(0), noise is not None, block,
         )  # fmt: skip
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Purpose
 from flashddpm.kernels.launch import (
-    OPTIONS,
     block_size,
     channels_last,
     check_image,
     check_table,
     check_vector,
     empty_channels_last,
+    launch,
     runs_triton,
 )
 from flashddpm.kernels.philox import draw
@@ -133,12 +133,13 @@ def _diffusion_loss(
         block = block_size(n)
         blocks = triton.cdiv(n, block)
         partial = torch.empty(len(out), blocks, device=out.device)
-        _diffusion_loss_fwd_kernel[(len(out) * blocks,)](
-            partial, channels_last(out), channels_last(x0), t, seeds, keys, rows, n, block,
-            **OPTIONS,
+        out, x0 = channels_last(out), channels_last(x0)
+        launch(
+            _diffusion_loss_fwd_kernel, len(out) * blocks, out,
+            partial, out, x0, t, seeds, keys, rows, n, block,
         )  # fmt: skip
         width = min(triton.next_power_of_2(blocks), 1024)
-        _diffusion_loss_sum_kernel[(len(out),)](loss, partial, t, rows, n, blocks, width, **OPTIONS)
+        launch(_diffusion_loss_sum_kernel, len(out), out, loss, partial, t, rows, n, blocks, width)
     return loss
 
 
@@ -159,9 +160,10 @@ def _diffusion_loss_backward(
     if out.numel():
         n = out[0].numel()
         block = block_size(n)
-        _diffusion_loss_bwd_kernel[(len(out) * triton.cdiv(n, block),)](
-            d_out, d_loss, channels_last(out), channels_last(x0), t, seeds, keys, rows, n, block,
-            **OPTIONS,
+        out, x0 = channels_last(out), channels_last(x0)
+        launch(
+            _diffusion_loss_bwd_kernel, len(out) * triton.cdiv(n, block), out,
+            d_out, d_loss, out, x0, t, seeds, keys, rows, n, block,
         )  # fmt: skip
     return d_out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -21,6 +23,12 @@ BLOCK = 1024
 def runs_triton(tensor: Tensor) -> bool:
     """Whether ops on this tensor launch Triton kernels; elsewhere they run the reference."""
     return tensor.is_cuda or INTERPRETED
+
+
+def launch(kernel: Any, grid: int, like: Tensor, *arguments: Any) -> None:
+    """Launch ``grid`` programs on the GPU of ``like``, whichever is the current one."""
+    with torch.cuda.device_of(like):
+        kernel[(grid,)](*arguments, **OPTIONS)
 
 
 def block_size(n: int) -> int:

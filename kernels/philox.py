@@ -23,10 +23,10 @@ from torch import Tensor
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Purpose
 from flashddpm.kernels.launch import (
-    OPTIONS,
     block_size,
     check_purpose,
     check_vector,
+    launch,
     runs_triton,
 )
 
@@ -126,8 +126,8 @@ def _philox(seeds: Tensor, keys: Tensor, C: int, H: int, W: int, purpose: int) -
         return out.copy_(reference.philox(seeds, keys, (C, H, W), purpose))
     if out.numel():
         block = block_size(n)
-        grid = (len(seeds) * triton.cdiv(n, block),)
-        _philox_kernel[grid](out, seeds, keys, n, purpose, block, **OPTIONS)
+        grid = len(seeds) * triton.cdiv(n, block)
+        launch(_philox_kernel, grid, out, out, seeds, keys, n, purpose, block)
     return out
 
 
