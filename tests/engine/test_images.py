@@ -45,6 +45,15 @@ def test_colour_and_files(tmp_path):
     assert Image.open(tmp_path / "t.gif").n_frames == 3
 
 
+def test_more_bad_pictures_are_refused(tmp_path):
+    for arguments in ({"columns": 0}, {"columns": 1.5}, {"zoom": 0}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            fd.make_grid(torch.zeros(2, 1, 4, 4), **arguments)
+    with pytest.raises(ValueError, match="seeds: some stand twice"):
+        images.save_folder(torch.zeros(2, 1, 4, 4), tmp_path / "f", [7, 7])
+    assert not (tmp_path / "f").exists()
+
+
 @pytest.mark.parametrize(
     ("x", "captions", "message"),
     [

@@ -1,6 +1,7 @@
 """The sampler: both backends, any batch, the noise it says it uses, and its refusals."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -364,7 +365,14 @@ def test_zero_terminal_snr_needs_another_prediction_type(tiny_unet):
 
 
 def test_learned_schedulers_and_bad_settings_of_a_folder_are_refused():
-    for config in ({"variance_type": "learned"}, {"thresholding": True}, {"solver_order": 3}):
+    for config in (
+        {"variance_type": "learned"},
+        {"thresholding": True},
+        {"solver_order": 3},
+        {"use_lu_lambdas": True},
+        {"clip_sample": "false"},
+        {"timestep_spacing": "foo"},
+    ):
         with pytest.raises(ValueError, match=next(iter(config))):
             fd.SamplingDefaults.from_config(config)
     multistep = fd.SamplingDefaults.from_config({"_class_name": "DPMSolverMultistepScheduler"})
@@ -389,6 +397,125 @@ def test_the_models_variance_is_of_ddpm_only(tiny_sampler):
     assert len(sampler.plan("ddim", 5)) == len(sampler.plan("dpmpp_2m", 5)) == 5
 
 
+def test_a_network_and_its_labels_must_fit(tiny_unet):
+    schedule = fd.NoiseSchedule.create("linear", 10)
+
+    def make(unet, conditioning=None, shape=(1, 8, 8)):
+        return fd.Sampler(unet, schedule, shape=shape, conditioning=conditioning, device="cpu")
+
+    with pytest.raises(ValueError, match="the network has 4 class embeddings"):
+        make(tiny_unet(num_class_embeds=4))
+    with pytest.raises(ValueError, match="the network has None class embeddings"):
+        make(tiny_unet(), fd.Conditioning(3))
+    with pytest.raises(ValueError, match="the network has 3 class embeddings"):
+        make(tiny_unet(num_class_embeds=3), fd.Conditioning(3, 3))
+    for shape in ((1, 7, 8), (3, 8, 8)):
+        with pytest.raises(ValueError, match="shape="):
+            make(tiny_unet(), shape=shape)
+    with pytest.raises(ValueError, match="dtype=torch.bfloat16: the network's is torch.float32"):
+        fd.Sampler(tiny_unet(), schedule, shape=(1, 8, 8), device="cpu", dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda x, t: x[:, :1], lambda x, t: x[:1], lambda x, t: (x,), lambda x, t: None]
+)
+def test_a_network_that_returns_another_shape_is_refused(wrong):
+    schedule = fd.NoiseSchedule.create("linear", 10)
+    sampler = fd.Sampler(wrong, schedule, shape=(3, 4, 6), device="cpu")
+    with pytest.raises(ValueError, match="network: returned .*call="):
+        sampler.sample(range(2), num_steps=2)
+
+
+def test_refused_weights_change_nothing(tiny_sampler, tiny_unet):
+    sampler = tiny_sampler()
+    before = sampler.sample(range(2), 0, num_steps=3)
+    good = tiny_unet(seed=1, num_class_embeds=4).state_dict()
+    missing = {key: value for key, value in good.items() if key != "conv_out.bias"}
+    broken = {**good, "conv_in.bias": torch.full_like(good["conv_in.bias"], torch.nan)}
+    for state, message in ((missing, "conv_out.bias is missing"), (broken, "conv_in.bias holds")):
+        with pytest.raises(ValueError, match=message):
+            sampler.update_weights(state)
+        assert torch.equal(sampler.sample(range(2), 0, num_steps=3), before)
+
+
+def test_inference_mode_leaves_nothing_behind(tiny_sampler, tiny_unet):
+    sampler = tiny_sampler()
+    with torch.inference_mode():
+        first = sampler.sample(range(2), 0, num_steps=3)
+    assert torch.equal(sampler.sample(range(2), 0, num_steps=3), first)
+    sampler.update_weights(tiny_unet(num_class_embeds=4).state_dict())
+    assert torch.equal(sampler.sample(range(2), 0, num_steps=3), first)
+
+
+def test_dropout_is_off(tiny_unet):
+    unet = tiny_unet(dropout=0.5).train()
+    schedule = fd.NoiseSchedule.create("linear", 10)
+    sampler = fd.Sampler(unet, schedule, shape=(1, 8, 8), device="cpu")
+    a, b = (sampler.sample(0, num_steps=3) for _ in range(2))
+    assert torch.equal(a, b)
+
+
+def test_only_guided_images_cost_two_evaluations(tiny_sampler):
+    lanes = []
+    schedule = fd.NoiseSchedule.create("linear", 10)
+
+    def network(x_t, t, labels):
+        lanes.append((len(x_t), labels.tolist()))
+        return x_t
+
+    sampler = fd.Sampler(
+        network,
+        schedule,
+        shape=(1, 2, 2),
+        call=network,
+        conditioning=fd.Conditioning(3, 3),
+        device="cpu",
+    )
+    sampler.sample(range(5), [0, 1, 2, 0, 1], [1, 1, 2, 1, 3], num_steps=1, batch_size=2)
+    assert lanes == [(2, [0, 1]), (3, [2, 0, 3]), (2, [1, 3])]
+
+
+def test_a_preview_that_calls_its_own_sampler_is_an_error(tiny_sampler):
+    sampler = tiny_sampler()
+    with pytest.raises(RuntimeError, match="on_step called the sampler"):
+        sampler.sample(0, 0, num_steps=2, on_step=lambda i, x0: sampler.sample(1, 0, num_steps=2))
+    assert sampler.sample(0, 0, num_steps=2).isfinite().all()
+
+
+def test_threads_take_turns(tiny_sampler):
+    sampler = tiny_sampler()
+    want = [sampler.sample(seed, 0, num_steps=6, solver="ddpm") for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(sampler.sample, s, 0, num_steps=6, solver="ddpm") for s in range(4)]
+        got = [job.result() for job in jobs]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_plan_of_ones_own(tiny_sampler):
+    sampler = tiny_sampler()
+    plan = sampler.plan("ddpm", 7)
+    a, b = (sampler.sample(range(2), 1, solver=s, num_steps=7) for s in (plan, "ddpm"))
+    assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="eta=0.5: must not be given beside a Plan"):
+        sampler.sample(0, 1, solver=plan, eta=0.5)
+    longer = fd.make_plan(fd.NoiseSchedule.create(), "ddim", 9, prediction_type="v_prediction")
+    with pytest.raises(ValueError, match=r"timesteps must be integers in 0\.\.99"):
+        sampler.sample(0, 1, solver=longer)
+    rows = plan.rows.copy()
+    rows[0, Column.TIMESTEP] = 50.5
+    with pytest.raises(ValueError, match="must be integers"):
+        sampler.sample(0, 1, solver=fd.Plan(rows, plan.noise_keys))
+
+
+def test_numpy_arguments(tiny_sampler):
+    sampler = tiny_sampler()
+    want = sampler.sample([4, 5], [1, 2], [2.0, 1.0], num_steps=2)
+    got = sampler.sample(np.array([4, 5]), np.array([1, 2]), np.array([2.0, 1.0]), num_steps=2)
+    assert torch.equal(got, want)
+    same = sampler.sample([4, 5], torch.tensor(1), torch.tensor(2.0), num_steps=2)
+    assert torch.equal(same, sampler.sample([4, 5], 1, 2.0, num_steps=2))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("run", RUNS)
 def test_captured_graph_equals_the_reference_on_a_gpu(tiny_unet, run):
@@ -411,3 +538,35 @@ def test_captured_graph_equals_the_reference_on_a_gpu(tiny_unet, run):
         assert (a - b).abs().max() <= 1e-3
     on_cpu = reference.philox(torch.arange(3), torch.zeros(3).long(), (1, 8, 8))
     assert torch.equal(captured.initial_noise(range(3)).cpu(), on_cpu)
+
+
+@pytest.mark.gpu
+def test_compiled_captured_bfloat16_is_near_the_reference_on_a_gpu():
+    """The default path on CUDA: PSNR over at least 64 images of 50 steps (numerics.md)."""
+    fast = fd.Sampler.from_pretrained(fd.bundled(), "cuda")
+    plain = fd.Sampler.from_pretrained(fd.bundled(), "cuda", "float32", backend="reference")
+    assert fast.execution.capture and fast.dtype is torch.bfloat16
+    labels = [i % 10 for i in range(64)]
+    for run in RUNS:  # other solvers and numbers of steps replay the same graph
+        a, b = (fd.to_uint8(s.sample(range(64), labels, **run)).double() for s in (fast, plain))
+        psnr = 10 * torch.log10(255**2 / (a - b).square().mean())
+        assert psnr >= 35, run
+    assert len(fast.execution._captured) == 1
+
+
+@pytest.mark.gpu
+def test_previews_and_new_weights_under_a_graph_on_a_gpu(tiny_unet):
+    sampler = fd.Sampler(
+        tiny_unet(), fd.NoiseSchedule.create("linear", 50), shape=(1, 8, 8), device="cuda"
+    )
+    first = sampler.sample(range(3), num_steps=5)
+    seen = []
+    again = sampler.sample(range(3), num_steps=5, on_step=lambda i, x0: seen.append(x0.clone()))
+    assert (again - first).abs().max() <= 1e-4 and torch.equal(seen[-1], again)
+    sampler.update_weights(tiny_unet(seed=1).state_dict())
+    fresh = fd.Sampler(
+        tiny_unet(seed=1), sampler.schedule, shape=(1, 8, 8), device="cuda", backend="reference"
+    )
+    want = fresh.sample(range(3), num_steps=5)
+    assert (sampler.sample(range(3), num_steps=5) - want).abs().max() <= 1e-3
+    assert (want - first).abs().max() > 0.01
