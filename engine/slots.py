@@ -29,7 +29,7 @@ class Slots:
         net_in: [L, C, H, W] in the network's dtype, channels-last.
         idx, seeds: int64 [S]. guidance: float32 [S]. nonfinite: int32 [S].
         lane_cond, lane_uncond: int32 [S]. lane_slot: int64 [L]. lane_label: int64 [L] or None.
-        rows: float32 [R, len(Column)]. keys, next: int64 [R].
+        rows: float32 [R, len(Column)]. timesteps, keys, next: int64 [R].
     """
 
     def __init__(
@@ -63,12 +63,13 @@ class Slots:
         self.lane_slot = zeros(L)
         self.lane_label = zeros(L) if labelled else None
         self.rows = zeros(R, len(Column), dtype=torch.float32)
-        self.keys, self.next = zeros(R), zeros(R)
+        self.timesteps, self.keys, self.next = zeros(R), zeros(R), zeros(R)
 
     def load_plan(self, plan: Plan) -> None:
         """Put a plan into rows 1..len(plan); the last leads to rest."""
         n = len(plan)
         self.rows[1 : n + 1].copy_(torch.tensor(plan.rows))
+        self.timesteps[1 : n + 1].copy_(torch.tensor(plan.timesteps))
         self.keys[1 : n + 1].copy_(torch.tensor(plan.noise_keys))
         self.next[1:n].copy_(torch.arange(2, n + 1))
         self.next[n] = REST
@@ -113,7 +114,7 @@ def evaluate(slots: Slots, network: Network) -> Tensor:
     Raises:
         ValueError: the network returns anything but a tensor of its input's shape.
     """
-    t = slots.rows[slots.idx[slots.lane_slot], Column.TIMESTEP].long()
+    t = slots.timesteps.index_select(0, slots.idx.index_select(0, slots.lane_slot))
     out = network(slots.net_in, t, slots.lane_label)
     if not isinstance(out, Tensor) or out.shape != slots.net_in.shape:
         kind = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

@@ -17,7 +17,6 @@ To add one: write the function, name it in SOLVERS, add its test to tests/engine
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -289,7 +288,7 @@ def make_plan(
         "variance_type": arguments.one_of("variance_type", variance_type, VARIANCE_TYPES),
     }
     for name, off in (("eta", 0.0), ("variance_type", "fixed_small")):
-        if name not in inspect.signature(solve).parameters:
+        if name not in solve.__kwdefaults__:
             value = options.pop(name)
             if value != off:
                 raise ValueError(f"{name}={value!r}: must be {off!r}; {solver} has no such option")

@@ -6,7 +6,8 @@ A step is a row of float32 numbers (the float64 plan, cast once) and two integer
     x_next = c_x0 x0 + c_xt x_t + c_out out + c_hist hist + sigma z,   hist becomes x0
 
 A coefficient that is exactly 0 is a term that is neither loaded nor added, clip = 0 means no
-clipping, and terms are added from left to right, starting from 0, every product and sum rounded.
+clipping, and terms are added from left to right, every product and sum rounded, starting from -0
+(the one number that adds nothing: -0 + p is p, its sign included).
 ``keys`` is the noise key of z. ``next`` is the row that follows; a row that points at itself is
 the end, where nothing is loaded, computed or stored: row 0 of every table is such a row of rest.
 """

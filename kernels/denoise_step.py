@@ -43,6 +43,12 @@ REVERSE_STEP = tl.constexpr(int(Purpose.REVERSE_STEP))
 
 
 @triton.jit
+def _minus_zeros(BLOCK: tl.constexpr):
+    """Return -0.0, float32 [BLOCK], where a sum starts; tl.full would make it +0.0."""
+    return tl.full([BLOCK], -2147483648, tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _denoise_step_kernel(
     x,  # float32 [S, n], rows of stride x_stride, read and written
     hist,  # float32 [S, n], rows of stride hist_stride, read and written where used
@@ -90,7 +96,7 @@ def _denoise_step_kernel(
             tl.store(nonfinite + slot, i.to(tl.int32))
 
     x_t = tl.load(x + slot * x_stride + start + offsets, mask=mask, other=0)
-    x0 = tl.zeros([BLOCK], tl.float32)
+    x0 = _minus_zeros(BLOCK)
     c = tl.load(row + X0_XT)
     if c != 0:
         x0 += x_t * c
@@ -101,7 +107,7 @@ def _denoise_step_kernel(
     if c != 0:
         x0 = tl.clamp(x0, -c, c, propagate_nan=tl.PropagateNan.ALL)
 
-    x_next = tl.zeros([BLOCK], tl.float32)
+    x_next = _minus_zeros(BLOCK)
     c = tl.load(row + C_X0)
     if c != 0:
         x_next += x0 * c

@@ -9,6 +9,7 @@ the same bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -209,15 +210,16 @@ def _loss_error(
 
 
 def _take(tensor: Tensor, index: list[int]) -> Tensor:
-    """Return tensor[index], as a view where the index counts up from 0."""
+    """Return tensor[index]; without a copy where the index counts up from 0."""
     n = len(index)
-    return tensor[:n] if index == list(range(n)) else tensor[index]
+    if index != list(range(n)):
+        return tensor[index]
+    return tensor if n == len(tensor) else tensor[:n]
 
 
 def _put(tensor: Tensor, index: list[int], value: Tensor) -> None:
-    n = len(index)
-    if index == list(range(n)):
-        tensor[:n].copy_(value)
+    if index == list(range(len(index))):
+        _take(tensor, index).copy_(value)
     else:
         tensor[index] = value.to(tensor.dtype)
 
@@ -228,16 +230,22 @@ def combine(cond: Tensor, uncond: Tensor, guidance: Tensor) -> Tensor:
     return uncond + guidance.reshape(-1, 1, 1, 1) * (cond - uncond)
 
 
+def _sum(*terms: tuple[float, Tensor]) -> Tensor:
+    """Return the sum of c v from left to right, without the terms whose c is 0; -0 if none is left.
+
+    -0 is where a sum starts (-0 + p is p, its sign included), so the first term is p itself.
+    """
+    total = None
+    for c, v in terms:
+        if c:
+            total = v * c if total is None else total.add_(v * c)
+    return torch.full_like(terms[0][1], -0.0) if total is None else total
+
+
 def predict_x0(x: Tensor, out: Tensor, row: list[float]) -> Tensor:
     """Return x0 = x0_xt x + x0_out out, clipped as the row says; float32, like ``x``."""
-    x0 = torch.zeros_like(x)
-    if row[Column.X0_XT]:
-        x0 += x * row[Column.X0_XT]
-    if row[Column.X0_OUT]:
-        x0 += out * row[Column.X0_OUT]
-    if row[Column.CLIP]:
-        x0.clamp_(-row[Column.CLIP], row[Column.CLIP])
-    return x0
+    x0 = _sum((row[Column.X0_XT], x), (row[Column.X0_OUT], out))
+    return x0.clamp_(-row[Column.CLIP], row[Column.CLIP]) if row[Column.CLIP] else x0
 
 
 def denoise_step(
@@ -271,12 +279,12 @@ def denoise_step(
         rows: float32 [R, len(Column)]; keys, next: int64 [R].
         noise: float32 [S, C, H, W] to use for z, or None to draw it.
     """
-    follow = next.tolist()
     cond, uncond, index = lane_cond.tolist(), lane_uncond.tolist(), idx.tolist()
     for i in sorted(set(index)):
-        if follow[i] == i:
+        follow = int(next[i])
+        if follow == i:
             continue
-        row, next_row = rows[i].tolist(), rows[follow[i]].tolist()
+        row = rows[i].tolist()
         for guided in (False, True):
             slots = [s for s, j in enumerate(index) if j == i and (uncond[s] >= 0) == guided]
             if not slots:
@@ -286,21 +294,14 @@ def denoise_step(
             if guided:
                 lanes_u = [uncond[s] for s in slots]
                 o = combine(o, _take(out, lanes_u), _take(guidance, slots))
-            flag = _take(nonfinite, slots)
-            bad = ~torch.isfinite(o).flatten(1).all(1)
-            _put(nonfinite, slots, torch.where(bad & (flag == 0), i, flag))
+            if not math.isfinite(o.sum()):  # some may not be finite, or the sum alone overflowed
+                flag = _take(nonfinite, slots)
+                bad = ~torch.isfinite(o).flatten(1).all(1)
+                _put(nonfinite, slots, torch.where(bad & (flag == 0), i, flag))
 
             x_t = _take(x, slots)
             x0 = predict_x0(x_t, o, row)
-            x_next = torch.zeros_like(x0)
-            if row[Column.C_X0]:
-                x_next += x0 * row[Column.C_X0]
-            if row[Column.C_XT]:
-                x_next += x_t * row[Column.C_XT]
-            if row[Column.C_OUT]:
-                x_next += o * row[Column.C_OUT]
-            if row[Column.C_HIST]:
-                x_next += _take(hist, slots) * row[Column.C_HIST]
+            z = o  # not read where sigma is 0
             if row[Column.SIGMA]:
                 if noise is None:
                     key = keys[i].expand(len(slots))
@@ -308,10 +309,16 @@ def denoise_step(
                     z = philox(_take(seeds, slots), key, shape, Purpose.REVERSE_STEP)
                 else:
                     z = _take(noise, slots)
-                x_next += z * row[Column.SIGMA]
+            x_next = _sum(
+                (row[Column.C_X0], x0),
+                (row[Column.C_XT], x_t),
+                (row[Column.C_OUT], o),
+                (row[Column.C_HIST], _take(hist, slots)),
+                (row[Column.SIGMA], z),
+            )
 
             _put(x, slots, x_next)
-            if next_row[Column.C_HIST]:
+            if rows[follow].tolist()[Column.C_HIST]:
                 _put(hist, slots, x0)
             _put(net_in, lanes, x_next)
             if guided:
@@ -320,4 +327,4 @@ def denoise_step(
 
 def advance(idx: Tensor, next: Tensor) -> None:
     """Set idx[s] = next[idx[s]] for every slot, in place; idx int64 [S], next int64 [R]."""
-    idx.copy_(next[idx])
+    idx.copy_(next.index_select(0, idx))

@@ -1,14 +1,12 @@
 """Devices, copies, and the rules by which results of kernels are judged."""
 
-import importlib
-
 import pytest
 import torch
 
 from flashddpm import kernels
 from flashddpm.kernels import Column, reference
+from flashddpm.kernels.launch import INTERPRETED
 
-INTERPRETED = importlib.import_module("flashddpm.kernels.launch").INTERPRETED
 U = 2.0**-24  # unit roundoff of float32
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 DIGITS = {torch.float16: 11, torch.bfloat16: 8}

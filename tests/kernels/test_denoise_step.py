@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flashddpm import kernels
 from flashddpm.kernels import Column, Purpose, reference
-from flashddpm.kernels.launch import FLOATS
+from flashddpm.kernels.launch import FLOATS, channels_last
 
 module = importlib.import_module("flashddpm.kernels.denoise_step")
 # The interpreter computes with NumPy, which warns where Inf - Inf is tried.
@@ -255,7 +255,7 @@ def overlapping(images):
         ("hist", lambda x: x[:1]),
         ("net_in", lambda x: x.contiguous()),
         ("net_in", lambda x: x.double()),
-        ("net_in", lambda x: x.repeat_interleave(2, 0)[::2]),
+        ("net_in", lambda x: channels_last(x.repeat_interleave(2, 0))[::2]),
         ("net_in", lambda x: x[:, :, :1].contiguous(memory_format=torch.channels_last)),
         ("out", lambda x: x[:1]),
         ("out", lambda x: x.double()),
