@@ -1,6 +1,7 @@
 """docs/math.md names tests and code; every name must be there."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -23,3 +24,15 @@ def test_every_test_named_exists():
 def test_every_equation_has_a_row():
     for i in range(1, 11):
         assert f"| S{i} |" in TEXT
+
+
+def test_the_model_card_quotes_the_measured_quality():
+    folder = ROOT / "engine" / "models" / "fashion-mnist"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    measured = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
+    for key in ("recognised", "classifier_accuracy"):
+        assert f"| {measured[key]:.1%}" in card
+    for key in ("frechet_distance", "frechet_distance_of_training_images"):
+        assert f"| {measured[key]:.2f}" in card
+    for name in ("recognised_by_class", "classifier_accuracy_by_class"):
+        assert " | ".join(f"{share:.0%}" for share in measured[name]) in card
