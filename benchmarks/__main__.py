@@ -37,13 +37,14 @@ def main(
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, for both sides
     cases = suites(compiled_peer)
     chosen = list(cases) if suite == "all" else [one_of("suite", suite, ("all", *cases))]
+    where = harness.environment(kind)  # now: files may change while it runs
     results: list[Result] = []
     for name in chosen:
         for case in cases[name]:
             for result in case(kind):
                 results.append(result)
                 print(result.line(), flush=True)
-                harness.write(out, kind, results)
+                harness.write(out, where, results)
 
 
 if __name__ == "__main__":

@@ -201,11 +201,11 @@ class Result:
         )
 
 
-def write(path: Path, device: str, results: list[Result]) -> None:
-    """Write results in the JSON schema; called after each, so that a stop loses nothing."""
+def write(path: Path, where: dict[str, Any], results: list[Result]) -> None:
+    """Write results and their environment in the JSON schema, after each: a stop loses nothing."""
     content = {
         "schema": SCHEMA,
-        "environment": environment(device),
+        "environment": where,
         "results": [asdict(result) for result in results],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

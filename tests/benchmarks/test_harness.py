@@ -36,7 +36,7 @@ def test_results_are_written_in_the_schema(tmp_path):
     comparison = harness.compare(lambda: None, lambda: None, rounds=1)
     result = harness.Result.of("case", "peer", "note", comparison)
     assert "case against peer" in result.line()
-    harness.write(tmp_path / "new" / "r.json", "cpu", [result])
+    harness.write(tmp_path / "new" / "r.json", harness.environment("cpu"), [result])
     content = json.loads((tmp_path / "new" / "r.json").read_text())
     assert content["schema"] == harness.SCHEMA
     assert content["environment"]["versions"]["torch"]
