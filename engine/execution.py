@@ -129,7 +129,7 @@ class Execution:
         )
 
     @cached_property
-    def _pool(self) -> tuple[int, int]:
+    def _pool(self) -> Any:
         return torch.cuda.graph_pool_handle()
 
     @cached_property

@@ -6,6 +6,7 @@ Written to the contract of the design and exercised by tests marked ``gpu``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -25,9 +26,7 @@ class CapturedStep:
         pool: the memory pool that all graphs of one engine share; their replays never overlap.
     """
 
-    def __init__(
-        self, step: Callable[[], None], device: torch.device, pool: tuple[int, int]
-    ) -> None:
+    def __init__(self, step: Callable[[], None], device: torch.device, pool: Any) -> None:
         self.step = step  # keeps kernels and buffers alive as long as the graph
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(device)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -281,7 +282,7 @@ def make_plan(
     Raises:
         ValueError: an argument out of its range, or one that the solver has no use for.
     """
-    solve = SOLVERS[arguments.one_of("solver", solver, SOLVERS)]
+    solve: Any = SOLVERS[arguments.one_of("solver", solver, SOLVERS)]
     options: dict[str, float | str] = {
         "clip": clip,
         "eta": arguments.number("eta", eta, 0, 1),
