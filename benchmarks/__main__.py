@@ -38,7 +38,6 @@ def main(
     cases = suites(compiled_peer)
     chosen = list(cases) if suite == "all" else [one_of("suite", suite, ("all", *cases))]
     where = harness.environment(kind)  # now: files may change while it runs
-    where = harness.environment(kind)  # now: files may change while it runs
     results: list[Result] = []
     for name in chosen:
         for case in cases[name]:
