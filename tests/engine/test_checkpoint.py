@@ -157,14 +157,16 @@ def test_a_unets_own_folder_loads(saved: Path) -> None:
 
 @pytest.fixture
 def complaints(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    logging = pytest.importorskip("diffusers.utils.logging")
+    from diffusers.utils import logging
+
     logging.enable_propagation()
     yield caplog
     logging.disable_propagation()
 
 
 def test_diffusers_loads_what_we_save(saved: Path, complaints: pytest.LogCaptureFixture) -> None:
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     theirs, info = diffusers.UNet2DModel.from_pretrained(
         saved / "unet", output_loading_info=True, low_cpu_mem_usage=False
     )
@@ -183,7 +185,8 @@ def test_diffusers_loads_what_we_save(saved: Path, complaints: pytest.LogCapture
 def test_diffusers_loads_a_class_conditional_float16_unet(
     tmp_path: Path, complaints: pytest.LogCaptureFixture
 ) -> None:
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     config = dataclasses.replace(CONFIG, num_class_embeds=3)
     unet = random_unet(config).half()
     save_model(tmp_path, config, unet.state_dict(), SCHEDULER, Conditioning(2, 2))
@@ -200,7 +203,8 @@ def test_diffusers_loads_a_class_conditional_float16_unet(
 
 @pytest.mark.parametrize("scheduler", checkpoint.SCHEDULERS)
 def test_we_load_what_diffusers_saves(tmp_path: Path, scheduler: str) -> None:
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     config = CONFIG.to_dict()
     del config["_class_name"]
     theirs = diffusers.UNet2DModel(**config)

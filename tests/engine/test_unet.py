@@ -127,7 +127,8 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> N
 
 
 def check_parity(config: dict[str, Any], batch: int = 3) -> tuple[UNet, nn.Module]:
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     theirs = diffusers.UNet2DModel(**config).eval()
     ours = UNet(UNetConfig.from_dict(config)).eval()
     x, t, labels = inputs(config, batch)
@@ -169,7 +170,8 @@ def test_random_configurations_cover_every_key() -> None:
 
 
 def test_defaults_are_those_of_diffusers() -> None:
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     with torch.device("meta"):
         theirs = dict(diffusers.UNet2DModel(block_out_channels=(32,) * 4).config)
     ours = UNetConfig(block_out_channels=(32,) * 4).to_dict()
@@ -183,7 +185,8 @@ def test_defaults_are_those_of_diffusers() -> None:
 def test_sinusoids_are_those_of_diffusers_bit_for_bit(
     channels: int, shift: int, flip: bool
 ) -> None:
-    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    from diffusers.models import embeddings
+
     for t in (torch.arange(1000), torch.tensor([0.25, 998.5])):
         theirs = embeddings.get_timestep_embedding(t, channels, flip, shift)
         assert torch.equal(sinusoids(t, channels, shift, flip), theirs)
