@@ -13,6 +13,7 @@ PYTEST_BENCHMARK = "pytest-benchmark>=5"
 TEST = [
     DIFFUSERS,
     PYTEST_BENCHMARK,
+    "scipy>=1.11",
     "hypothesis>=6.100",
     "pytest>=8",
     "pytest-timeout>=2.3",
