@@ -161,9 +161,11 @@ def test_a_held_result_never_changes(tiny_sampler):
 
 
 def test_non_finite_output_names_the_seed_and_the_step(tiny_sampler):
+    broken = [True]
+
     def network(x_t, t, labels):
         out = torch.zeros_like(x_t)
-        if len(x_t) == 3 and int(t[0]) == 40:
+        if broken and int(t[0]) == 40:
             out[1, 0, 3, 3] = torch.inf  # clipping would hide it
         return out
 
@@ -173,7 +175,8 @@ def test_non_finite_output_names_the_seed_and_the_step(tiny_sampler):
     with pytest.raises(fd.NonFiniteError, match="seed 11 is not finite at step 5 of 10") as error:
         sampler.sample([10, 11, 12], num_steps=10)
     assert (error.value.seed, error.value.step) == (11, 5)
-    assert sampler.sample([10], num_steps=10).isfinite().all()
+    broken.clear()
+    assert sampler.sample([10, 11, 12], num_steps=10).isfinite().all()
 
 
 def test_a_users_own_network(tiny_sampler):
