@@ -16,7 +16,8 @@ from flashddpm.images import make_grid, save_grid, to_pil, to_uint8
 from flashddpm.sampler import Sampler
 from flashddpm.schedule import NoiseSchedule
 from flashddpm.solvers import Plan, make_plan
-from flashddpm.unet import UNet, UNetConfig
+from flashddpm.unet import UNet
+from flashddpm.unet_config import UNetConfig
 
 __version__ = "0.1.0"
 

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from flashddpm import arguments
 from flashddpm.errors import CheckpointError
-from flashddpm.unet import UNet, UNetConfig
+from flashddpm.unet import UNet
+from flashddpm.unet_config import UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MAX_JSON = 1 << 20

@@ -9,7 +9,7 @@ from flashddpm import arguments
 from flashddpm.data import ImageData
 from flashddpm.parameterization import LOSS_WEIGHTINGS, PREDICTION_TYPES
 from flashddpm.schedule import BETA_SCHEDULES, MAX_TIMESTEPS
-from flashddpm.unet import UNetConfig
+from flashddpm.unet_config import UNetConfig
 
 LR_SCHEDULES = ("constant", "cosine")
 MAY_CHANGE = ("steps", "save_every", "sample_every")

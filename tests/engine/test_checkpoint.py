@@ -31,7 +31,8 @@ from flashddpm.checkpoint import (
     write_atomic,
 )
 from flashddpm.errors import CheckpointError
-from flashddpm.unet import UNet, UNetConfig
+from flashddpm.unet import UNet
+from flashddpm.unet_config import UNetConfig
 
 CPU = torch.device("cpu")
 CONFIG = UNetConfig(

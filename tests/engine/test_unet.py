@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashddpm.unet import FIXED, UNet, UNetConfig, sinusoids
+from flashddpm.unet import UNet, sinusoids
+from flashddpm.unet_config import FIXED, UNetConfig
 
 CIFAR10 = {
     "act_fn": "silu",
