@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from flashddpm.benchmarks.harness import Result, compare
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Purpose
 from flashddpm.noise import CompiledNoise
+
+if TYPE_CHECKING:
+    from flashddpm.kernels.registry import Arguments, Op
 
 SHAPES = ((16, (3, 32, 32)), (256, (3, 32, 32)), (64, (3, 256, 256)))
 
@@ -37,6 +42,16 @@ def noise_on_the_cpu(device: str) -> Iterator[Result]:
         )
 
 
+def check(op: Op, arguments: Arguments) -> None:
+    """Refuse to time an operation whose results are not the reference's."""
+    results = []
+    for function in (op.fast, op.reference):
+        copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        returned = function(**copies)
+        results.append([returned, *(copies[name] for name in op.mutates)])
+    torch.testing.assert_close(*results, equal_nan=True)
+
+
 def operations_on_a_gpu(device: str) -> Iterator[Result]:
     """Triton kernels against the eager reference, from one CIFAR batch to large images."""
     if device != "cuda":
@@ -46,6 +61,9 @@ def operations_on_a_gpu(device: str) -> Iterator[Result]:
     for op in OPS.values():
         for batch, shape in SHAPES:
             arguments = op.example("cuda", op.dtypes[-1], shape, batch, 0)
+            if "idx" in arguments:
+                arguments["idx"].fill_(1)  # every slot at work
+            check(op, arguments)
             comparison = compare(
                 partial(op.fast, **arguments),
                 partial(op.reference, **arguments),

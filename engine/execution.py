@@ -75,7 +75,8 @@ class Execution:
             self.backend, fused = "reference", False
 
         own = isinstance(network, UNet) and call is None
-        if isinstance(network, UNet) and call is None:
+        if own:
+            assert isinstance(network, UNet)
             _check_unet(network, shape, conditioning)
             network.eval()
         self.compile = compile if fused and (own or compile is True) else False
@@ -91,7 +92,6 @@ class Execution:
             raise ValueError(f"dtype={self.dtype}: the network's is {stored}; convert it first")
         self._hoisted: HoistedUNet | None = None
         if fused and own:
-            assert isinstance(network, UNet)
             network.to(memory_format=torch.channels_last)
             with torch.inference_mode(False), torch.no_grad():
                 self._hoisted = HoistedUNet(network, num_timesteps)

@@ -150,6 +150,15 @@ def test_train_resume_and_sample(run, idx_folder, tmp_path):
     assert code == 2 and "labels=3: must be in 0..2" in err
 
 
+def test_a_null_class_that_was_not_trained_is_not_offered(run, idx_folder, tmp_path):
+    out = tmp_path / "run"
+    run("train", idx_folder, "--out", out, "--steps", 1, "--label-dropout", 0, *TRAIN)
+    assert json.loads((out / "flashddpm.json").read_text())["null_label"] is None
+    for options in (("--guidance", 2), ("--labels", "none")):
+        code, _, err = run("sample", out, *options, "--out", tmp_path / "s.png")
+        assert code == 2 and "null class" in err
+
+
 def test_broken_data_is_named_before_training_starts(run, idx_folder, tmp_path):
     file = idx_folder / "train-images-idx3-ubyte.gz"
     file.write_bytes(file.read_bytes()[:100])
