@@ -74,13 +74,12 @@ class Execution:
             log.info("Triton is not installed: reference backend on %s", device)
             self.backend, fused = "reference", False
 
-        own = isinstance(network, UNet) and call is None
-        if own:
-            assert isinstance(network, UNet)
-            _check_unet(network, shape, conditioning)
-            network.eval()
+        own = network if isinstance(network, UNet) and call is None else None
+        if own is not None:
+            _check_unet(own, shape, conditioning)
+            own.eval()
         self.compile = compile if fused and (own or compile is True) else False
-        self.capture = fused and cuda and (own if capture == "auto" else bool(capture))
+        self.capture = fused and cuda and (bool(own) if capture == "auto" else bool(capture))
         self.ops = kernels if fused and cuda else reference
         self.device, self.shape = device, shape
         self.num_timesteps = num_timesteps
@@ -91,10 +90,10 @@ class Execution:
         if own and self.dtype is not stored:
             raise ValueError(f"dtype={self.dtype}: the network's is {stored}; convert it first")
         self._hoisted: HoistedUNet | None = None
-        if fused and own:
-            network.to(memory_format=torch.channels_last)
+        if fused and own is not None:
+            own.to(memory_format=torch.channels_last)
             with torch.inference_mode(False), torch.no_grad():
-                self._hoisted = HoistedUNet(network, num_timesteps)
+                self._hoisted = HoistedUNet(own, num_timesteps)
         self._predict: Network = self._hoisted or call or _positional(network)
         log.info("runs on %s in %s, %s backend", device, self.dtype, self.backend)
         self._compiled: Network | None = None
