@@ -28,7 +28,8 @@ class Slots:
         x, hist: float32 [S, C, H, W], channels-last, rows padded to 16 elements.
         net_in: [L, C, H, W] in the network's dtype, channels-last.
         idx, seeds: int64 [S]. guidance: float32 [S]. nonfinite: int32 [S].
-        lane_cond, lane_uncond: int32 [S]. lane_slot: int64 [L]. lane_label: int64 [L] or None.
+        bounds, factors: float32 [S], what ``measure`` found. lane_cond, lane_uncond: int32 [S].
+        lane_slot: int64 [L]. lane_label: int64 [L] or None.
         rows: float32 [R, len(Column)]. timesteps, keys, next: int64 [R].
     """
 
@@ -57,6 +58,7 @@ class Slots:
         self.net_in = zeros(L, H, W, C, dtype=dtype).permute(0, 3, 1, 2)
         self.idx, self.seeds = zeros(S), zeros(S)
         self.guidance = zeros(S, dtype=torch.float32)
+        self.bounds, self.factors = (torch.ones(S, device=device) for _ in range(2))
         self.nonfinite = zeros(S, dtype=torch.int32)
         self.lane_cond = zeros(S, dtype=torch.int32)
         self.lane_uncond = zeros(S, dtype=torch.int32) - 1
@@ -125,6 +127,22 @@ def evaluate(slots: Slots, network: Network) -> Tensor:
     return out
 
 
+def measure(slots: Slots, out: Tensor, ops: ModuleType) -> None:
+    """Find the threshold and the guidance factor of each slot whose row asks for them."""
+    ops.sample_stats(
+        slots.bounds,
+        slots.factors,
+        slots.x,
+        out,
+        slots.idx,
+        slots.guidance,
+        slots.lane_cond,
+        slots.lane_uncond,
+        slots.rows,
+        slots.next,
+    )
+
+
 def update(slots: Slots, out: Tensor, ops: ModuleType, noise: Tensor | None = None) -> None:
     """Apply each slot's row, then move each slot to its next row."""
     ops.denoise_step(
@@ -138,6 +156,8 @@ def update(slots: Slots, out: Tensor, ops: ModuleType, noise: Tensor | None = No
         slots.guidance,
         slots.lane_cond,
         slots.lane_uncond,
+        slots.bounds,
+        slots.factors,
         slots.rows,
         slots.keys,
         slots.next,
@@ -147,5 +167,7 @@ def update(slots: Slots, out: Tensor, ops: ModuleType, noise: Tensor | None = No
 
 
 def step(slots: Slots, network: Network, ops: ModuleType) -> None:
-    """The whole reverse step of every slot: what a graph captures."""
-    update(slots, evaluate(slots, network), ops)
+    """The whole reverse step of every slot, for any plan: what a graph captures."""
+    out = evaluate(slots, network)
+    measure(slots, out, ops)
+    update(slots, out, ops)

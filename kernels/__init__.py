@@ -5,7 +5,7 @@ same functions run in plain PyTorch (``flashddpm.kernels.reference``), with the 
 """
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.contract import Column, Purpose
+from flashddpm.kernels.contract import LOSSES, Column, LossColumn, Purpose
 
 try:
     import triton  # noqa: F401  (only to learn whether it is there)
@@ -16,7 +16,9 @@ except ImportError:
         advance,
         denoise_step,
         diffusion_loss,
+        hybrid_loss,
         philox,
+        sample_stats,
     )
 else:
     HAS_TRITON = True
@@ -24,17 +26,23 @@ else:
     from flashddpm.kernels.advance import advance
     from flashddpm.kernels.denoise_step import denoise_step
     from flashddpm.kernels.diffusion_loss import diffusion_loss
+    from flashddpm.kernels.hybrid_loss import hybrid_loss
     from flashddpm.kernels.philox import philox
     from flashddpm.kernels.registry import OPS as OPS  # without Triton, there is none
+    from flashddpm.kernels.sample_stats import sample_stats
 
 __all__ = [
     "HAS_TRITON",
+    "LOSSES",
     "Column",
+    "LossColumn",
     "Purpose",
     "add_noise",
     "advance",
     "denoise_step",
     "diffusion_loss",
+    "hybrid_loss",
     "philox",
     "reference",
+    "sample_stats",
 ]

@@ -16,11 +16,12 @@ from flashddpm.kernels.launch import (
     block_size,
     channels_last,
     check_image,
+    check_images_rows,
     check_purpose,
-    check_table,
-    check_vector,
     empty_channels_last,
+    grid,
     launch,
+    place,
     runs_triton,
 )
 from flashddpm.kernels.philox import draw
@@ -38,24 +39,18 @@ def _add_noise_kernel(
     PURPOSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n = tl.cast(n, tl.int64)  # 64 bits, and n = 1 arrives as a constant
-    blocks = tl.cdiv(n, BLOCK)
-    pid = tl.program_id(0).to(tl.int64)
-    sample = pid // blocks
-    block = pid % blocks
-    offsets = tl.arange(0, BLOCK)
-    mask = offsets < n - block * BLOCK
-    start = sample * n + block * BLOCK
-
-    row = tl.load(t + sample)
-    a = tl.load(rows + row * 2)
-    b = tl.load(rows + row * 2 + 1)
-    signal = tl.zeros([BLOCK], tl.float32)
-    if a != 0:
-        signal = a * tl.load(x0 + start + offsets, mask=mask, other=0).to(tl.float32)
+    image, block, offsets, mask, n = place(n, BLOCK)
+    start = image * n + block * BLOCK
+    row = tl.load(t + image) * 2
+    a = tl.load(rows + row)
+    b = tl.load(rows + row + 1)
+    signal = a * tl.load(x0 + start + offsets, mask=tl.where(a != 0, mask, False), other=0).to(
+        tl.float32
+    )
     noise = tl.zeros([BLOCK], tl.float32)
     if b != 0:
-        noise = b * draw(tl.load(seeds + sample), tl.load(keys + sample), block, PURPOSE, BLOCK)
+        seed, key = tl.load(seeds + image), tl.load(keys + image)
+        noise = b * draw(seed, key, block, x_t, PURPOSE, BLOCK)
     tl.store(x_t + start + offsets, (signal + noise).to(x_t.dtype.element_ty), mask=mask)
 
 
@@ -69,9 +64,11 @@ def _add_noise(
     if x0.numel():
         n = x0[0].numel()
         block = block_size(n)
-        grid = len(x0) * triton.cdiv(n, block)
         x0 = channels_last(x0)
-        launch(_add_noise_kernel, grid, x0, x_t, x0, t, seeds, keys, rows, n, purpose, block)
+        launch(
+            _add_noise_kernel, grid(len(x0), n, block), x0,
+            x_t, x0, t, seeds, keys, rows, n, purpose, block,
+        )  # fmt: skip
     return x_t
 
 
@@ -91,7 +88,7 @@ def _backward(ctx, grad: Tensor):
     """Gradient of x_0: a times that of x_t, and 0 where a is 0."""
     t, rows = ctx.saved_tensors
     a = rows[t, 0].reshape(-1, 1, 1, 1)
-    return reference._term(a, grad.float()).to(grad.dtype), None, None, None, None, None
+    return reference.term(a, grad.float()).to(grad.dtype), None, None, None, None, None
 
 
 _add_noise.register_autograd(_backward, setup_context=_setup_context)
@@ -120,7 +117,5 @@ def add_noise(
         ValueError: a shape, dtype, layout or device that does not fit.
     """
     check_image("x0", x0)
-    for name, vector in (("t", t), ("seeds", seeds), ("keys", keys)):
-        check_vector(name, vector, len(x0), torch.int64, x0)
-    check_table("rows", rows, 2, x0)
+    check_images_rows(t, seeds, keys, rows, 2, x0)
     return _add_noise(x0, t, seeds, keys, rows, check_purpose(purpose))

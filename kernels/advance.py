@@ -33,7 +33,7 @@ def _advance(idx: Tensor, next: Tensor) -> None:
     if not runs_triton(idx):
         reference.advance(idx, next)
     elif idx.numel():
-        launch(_advance_kernel, triton.cdiv(len(idx), 128), idx, idx, next, len(idx), 128)
+        launch(_advance_kernel, (triton.cdiv(len(idx), 128),), idx, idx, next, len(idx), 128)
 
 
 @_advance.register_fake

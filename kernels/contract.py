@@ -3,13 +3,23 @@
 A step is a row of float32 numbers (the float64 plan, cast once) and two integers:
 
     x0     = x0_xt x_t + x0_out out, then clipped to [-clip, clip]
-    x_next = c_x0 x0 + c_xt x_t + c_out out + c_hist hist + sigma z,   hist becomes x0
+    x_next = c_x0 x0 + c_xt x_t + c_out out + c_hist hist + sigma e^(log_sigma v) z
+    hist   = x0
 
 A coefficient that is exactly 0 is a term that is neither loaded nor added, clip = 0 means no
 clipping, and terms are added from left to right, every product and sum rounded, starting from -0
 (the one number that adds nothing: -0 + p is p, its sign included).
 ``keys`` is the noise key of z. ``next`` is the row that follows; a row that points at itself is
 the end, where nothing is loaded, computed or stored: row 0 of every table is such a row of rest.
+
+Three columns are 0 for most models:
+
+- log_sigma: the network has 2C channels, and v, the second C of the slot's conditional lane, is
+  how far the logarithm of sigma departs from that of the column (Nichol & Dhariwal 2021, eq. 15).
+- threshold: ``sample_stats`` takes this quantile of the slot's |x0|, held within [1, clip], for
+  ``bounds``; x0 is clipped to it and divided by it (Saharia et al. 2022, section 2.3).
+- rescale: of a guided slot, ``sample_stats`` compares the deviation of out with that of its
+  conditional lane for ``factors``, by which out is multiplied (Lin et al. 2023, eq. 15 and 16).
 """
 
 from __future__ import annotations
@@ -27,12 +37,35 @@ class Column(IntEnum):
     C_OUT = 4
     C_HIST = 5
     SIGMA = 6
-    CLIP = 7
-    TIMESTEP = 8  # read by the network only
+    LOG_SIGMA = 7
+    CLIP = 8
+    THRESHOLD = 9
+    RESCALE = 10
+    TIMESTEP = 11  # read by the network only
 
 
 REST = 0
 """The row of slots that are idle or finished."""
+
+
+class LossColumn(IntEnum):
+    """Columns of the float table of ``hybrid_loss``, [T, len(LossColumn)]; its first three are all
+    of ``diffusion_loss``'s.
+    """
+
+    X0 = 0  # of x_0 in the target
+    EPS = 1  # of eps in the target
+    WEIGHT = 2  # of the error's mean
+    BOUND_WEIGHT = 3  # of the mean term of the variational bound
+    OFFSET = 4  # log variance over the posterior's: offset + slope v
+    SLOPE = 5
+    GAIN = 6  # error of the model's mean for an error of its output
+    PRECISION = 7  # 1 / the posterior's deviation
+    HALF_BIN = 8  # half the width of a pixel's bin where the term is that of the decoder, else 0
+
+
+LOSSES = ("mse", "l1", "huber")
+"""Of an error e: e^2, |e|, and e^2 / 2 up to delta and delta (|e| - delta / 2) beyond."""
 
 
 class Purpose(IntEnum):

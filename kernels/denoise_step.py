@@ -5,7 +5,8 @@ r"""One reverse step of every slot, each by a row of its own (the formula: contr
     x_next = c_x0 x0 + c_xt x_t + c_out out + c_hist hist + sigma z
 
 z is drawn in registers. Bytes an element: x read and written (8), each lane of the slot read and
-the next network input written (2 x itemsize each), history read and written where used (4 each).
+the next network input written (2 x itemsize each), history read and written where used (4 each),
+the variance's channels of the conditional lane where the row takes them (itemsize).
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ from torch import Tensor
 
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Column, Purpose
+from flashddpm.kernels.exact import exp
 from flashddpm.kernels.launch import (
     FLOATS,
+    OPTIONS,
     block_size,
     channels_last,
     check_image,
     check_in_place,
+    check_output,
     check_table,
     check_vector,
+    grid,
     launch,
+    place,
     runs_triton,
 )
 from flashddpm.kernels.philox import draw
@@ -38,14 +44,64 @@ C_XT = tl.constexpr(int(Column.C_XT))
 C_OUT = tl.constexpr(int(Column.C_OUT))
 C_HIST = tl.constexpr(int(Column.C_HIST))
 SIGMA = tl.constexpr(int(Column.SIGMA))
+LOG_SIGMA = tl.constexpr(int(Column.LOG_SIGMA))
 CLIP = tl.constexpr(int(Column.CLIP))
+THRESHOLD = tl.constexpr(int(Column.THRESHOLD))
+RESCALE = tl.constexpr(int(Column.RESCALE))
+WARPS_2C = 4
+"""Of kernels that read 2C channels: half as many elements a thread, for they hold more of each."""
+INF_BITS = tl.constexpr(0x7F800000)
 REVERSE_STEP = tl.constexpr(int(Purpose.REVERSE_STEP))
 
 
 @triton.jit
-def _minus_zeros(BLOCK: tl.constexpr):
+def minus_zeros(BLOCK: tl.constexpr):
     """Return -0.0, float32 [BLOCK], where a sum starts; tl.full would make it +0.0."""
     return tl.full([BLOCK], -2147483648, tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def lane_elements(start, offsets, n, C: tl.constexpr):
+    """Return where a lane of ``out`` has these elements, and how many elements a lane has.
+
+    C is 0 if the lane has nothing else; of 2C channels, each pixel's first C are these.
+    """
+    if C == 0:
+        return start + offsets, n
+    element = start + offsets
+    return element + element // C * C, n * 2
+
+
+@triton.jit
+def guided_output(out, cond, uncond, weight, at, lane, mask):
+    """Return the slot's output, combined where it has a lane for no label (Ho & Salimans 2022)."""
+    o = tl.load(out + cond * lane + at, mask=mask, other=0).to(tl.float32)
+    if uncond >= 0:
+        u = tl.load(out + uncond * lane + at, mask=mask, other=0).to(tl.float32)
+        o = u + weight * (o - u)
+    return o
+
+
+@triton.jit
+def unclipped_x0(x_t, o, row, BLOCK: tl.constexpr):
+    """Return x0_xt x_t + x0_out o."""
+    x0 = minus_zeros(BLOCK)
+    c = tl.load(row + X0_XT)
+    if c != 0:
+        x0 = x_t * c
+    c = tl.load(row + X0_OUT)
+    if c != 0:
+        x0 += o * c
+    return x0
+
+
+@triton.jit
+def _flag(nonfinite, values, i):
+    """Note row i if some value is not finite and nothing is noted yet."""
+    largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+    if largest >= INF_BITS:  # and above them NaN
+        if tl.load(nonfinite) == 0:
+            tl.store(nonfinite, i.to(tl.int32))
 
 
 @triton.jit
@@ -54,12 +110,14 @@ def _denoise_step_kernel(
     hist,  # float32 [S, n], rows of stride hist_stride, read and written where used
     net_in,  # [L, n], written at the slot's lanes
     nonfinite,  # int32 [S], written where the output is not finite
-    out,  # [L, n], the network's output
+    out,  # [L, n], or [L, 2n] of 2C channels: the network's output
     idx,  # int64 [S], row of each slot
     seeds,  # int64 [S]
     guidance,  # float32 [S]
     lane_cond,  # int32 [S]
     lane_uncond,  # int32 [S], -1 for none
+    bounds,  # float32 [S], read where the row has a threshold
+    factors,  # float32 [S], read where the row rescales and the slot is guided
     rows,  # float32 [R, COLUMNS]
     keys,  # int64 [R]
     next,  # int64 [R]
@@ -68,49 +126,39 @@ def _denoise_step_kernel(
     x_stride,
     hist_stride,
     HAS_NOISE: tl.constexpr,
+    C: tl.constexpr,  # channels of an image if out has 2C, else 0
     BLOCK: tl.constexpr,
 ):
-    n = tl.cast(n, tl.int64)  # 64 bits, and n = 1 arrives as a constant
-    blocks = tl.cdiv(n, BLOCK)
-    pid = tl.program_id(0).to(tl.int64)
-    slot = pid // blocks
-    block = pid % blocks
+    slot, block, offsets, mask, n = place(n, BLOCK)
     i = tl.load(idx + slot)
     follow = tl.load(next + i)
     if follow == i:
         return
-    offsets = tl.arange(0, BLOCK)
     start = block * BLOCK
-    mask = offsets < n - start
     row = rows + i * COLUMNS
 
-    cond = tl.load(lane_cond + slot).to(tl.int64) * n + start
+    cond = tl.load(lane_cond + slot).to(tl.int64)
     uncond = tl.load(lane_uncond + slot).to(tl.int64)
-    o = tl.load(out + cond + offsets, mask=mask, other=0).to(tl.float32)
-    if uncond >= 0:
-        u = tl.load(out + uncond * n + start + offsets, mask=mask, other=0).to(tl.float32)
-        o = u + tl.load(guidance + slot) * (o - u)
-    bad = tl.where(tl.abs(o) < float("inf"), 0, 1)  # NaN compares false
-    if tl.max(bad, axis=0) != 0:
-        if tl.load(nonfinite + slot) == 0:
-            tl.store(nonfinite + slot, i.to(tl.int32))
+    at, lane = lane_elements(start, offsets, n, C)
+    o = guided_output(out, cond, uncond, tl.load(guidance + slot), at, lane, mask)
+    if tl.load(row + RESCALE) != 0:
+        if uncond >= 0:
+            o *= tl.load(factors + slot)
+    _flag(nonfinite + slot, o, i)
 
     x_t = tl.load(x + slot * x_stride + start + offsets, mask=mask, other=0)
-    x0 = _minus_zeros(BLOCK)
-    c = tl.load(row + X0_XT)
-    if c != 0:
-        x0 += x_t * c
-    c = tl.load(row + X0_OUT)
-    if c != 0:
-        x0 += o * c
+    x0 = unclipped_x0(x_t, o, row, BLOCK)
     c = tl.load(row + CLIP)
-    if c != 0:
+    if tl.load(row + THRESHOLD) != 0:
+        c = tl.load(bounds + slot)
+        x0 = tl.div_rn(tl.clamp(x0, -c, c, propagate_nan=tl.PropagateNan.ALL), c)
+    elif c != 0:
         x0 = tl.clamp(x0, -c, c, propagate_nan=tl.PropagateNan.ALL)
 
-    x_next = _minus_zeros(BLOCK)
+    x_next = minus_zeros(BLOCK)
     c = tl.load(row + C_X0)
     if c != 0:
-        x_next += x0 * c
+        x_next = x0 * c
     c = tl.load(row + C_XT)
     if c != 0:
         x_next += x_t * c
@@ -125,16 +173,32 @@ def _denoise_step_kernel(
         if HAS_NOISE:
             z = tl.load(noise + slot * n + start + offsets, mask=mask, other=0)
         else:
-            z = draw(tl.load(seeds + slot), tl.load(keys + i), block, REVERSE_STEP, BLOCK)
-        x_next += z * c
+            z = draw(tl.load(seeds + slot), tl.load(keys + i), block, out, REVERSE_STEP, BLOCK)
+        if C != 0:
+            v = out + cond * lane + C + at
+            x_next += z * _sigma(v, nonfinite + slot, c, i, row, mask, BLOCK)
+        else:
+            x_next += z * c
 
     tl.store(x + slot * x_stride + start + offsets, x_next, mask=mask)
     if tl.load(rows + follow * COLUMNS + C_HIST) != 0:
         tl.store(hist + slot * hist_stride + start + offsets, x0, mask=mask)
     inp = x_next.to(net_in.dtype.element_ty)
-    tl.store(net_in + cond + offsets, inp, mask=mask)
+    tl.store(net_in + cond * n + start + offsets, inp, mask=mask)
     if uncond >= 0:
         tl.store(net_in + uncond * n + start + offsets, inp, mask=mask)
+
+
+@triton.jit
+def _sigma(variance, nonfinite, c, i, row, mask, BLOCK: tl.constexpr):
+    """Return sigma e^(log_sigma v) of each element, where sigma is c and v is read if needed."""
+    sigma = tl.zeros([BLOCK], tl.float32) + c
+    log_sigma = tl.load(row + LOG_SIGMA)
+    if log_sigma != 0:
+        v = tl.load(variance, mask=mask, other=0).to(tl.float32)
+        _flag(nonfinite, v, i)
+        sigma = c * exp(log_sigma * v)
+    return sigma
 
 
 @torch.library.custom_op(
@@ -151,6 +215,8 @@ def _denoise_step(
     guidance: Tensor,
     lane_cond: Tensor,
     lane_uncond: Tensor,
+    bounds: Tensor,
+    factors: Tensor,
     rows: Tensor,
     keys: Tensor,
     next: Tensor,
@@ -159,24 +225,25 @@ def _denoise_step(
     if not runs_triton(x):
         reference.denoise_step(
             x, hist, net_in, nonfinite, out, idx, seeds, guidance,
-            lane_cond, lane_uncond, rows, keys, next, noise,
+            lane_cond, lane_uncond, bounds, factors, rows, keys, next, noise,
         )  # fmt: skip
     elif x.numel():
-        n = x[0].numel()
+        n, C = x[0].numel(), x.shape[1] if out.shape[1] != x.shape[1] else 0
         block = block_size(n)
         given = x if noise is None else channels_last(noise)
         launch(
-            _denoise_step_kernel, len(x) * triton.cdiv(n, block), x,
+            _denoise_step_kernel, grid(len(x), n, block), x,
             x, hist, net_in, nonfinite, channels_last(out), idx, seeds, guidance,
-            lane_cond, lane_uncond, rows, keys, next, given,
-            n, x.stride(0), hist.stride(0), noise is not None, block,
+            lane_cond, lane_uncond, bounds, factors, rows, keys, next, given,
+            n, x.stride(0), hist.stride(0), noise is not None, C, block,
+            num_warps=WARPS_2C if C else OPTIONS["num_warps"],
         )  # fmt: skip
 
 
 @_denoise_step.register_fake
 def _denoise_step_fake(
     x, hist, net_in, nonfinite, out, idx, seeds, guidance,
-    lane_cond, lane_uncond, rows, keys, next, noise,
+    lane_cond, lane_uncond, bounds, factors, rows, keys, next, noise,
 ) -> None:  # fmt: skip
     return None
 
@@ -192,6 +259,8 @@ def denoise_step(
     guidance: Tensor,
     lane_cond: Tensor,
     lane_uncond: Tensor,
+    bounds: Tensor,
+    factors: Tensor,
     rows: Tensor,
     keys: Tensor,
     next: Tensor,
@@ -207,11 +276,13 @@ def denoise_step(
         hist: float32 [S, C, H, W], the previous x0; written where the next row reads it.
         net_in: [L, C, H, W], float32, float16 or bfloat16: x_next goes to each lane of the slot.
         nonfinite: int32 [S]; becomes idx[s] where it is 0 and the slot's output is not finite.
-        out: [L, C, H, W], the network's output, float32, float16 or bfloat16, any layout.
+        out: [L, C or 2C, H, W], the network's output, float32, float16 or bfloat16, any layout;
+            log_sigma is of effect where it has 2C channels.
         idx: int64 [S], each slot's row.
         seeds: int64 [S].
         guidance: float32 [S], read where lane_uncond is not negative.
         lane_cond, lane_uncond: int32 [S], the slot's lanes; lane_uncond is -1 where unguided.
+        bounds, factors: float32 [S], of ``sample_stats``, read where the row asks.
         rows: float32 [R, len(Column)].
         keys, next: int64 [R].
         noise: float32 [S, C, H, W] to use for z, or None to draw it.
@@ -225,7 +296,7 @@ def denoise_step(
         if buffer.dtype is not torch.float32:
             raise ValueError(f"{name} of {buffer.dtype}: must be float32")
     check_in_place("net_in", net_in)
-    check_image("out", out, like=net_in)
+    check_output(out, net_in, lanes=len(net_in))
     if net_in.shape[1:] != x.shape[1:] or not net_in.is_contiguous(
         memory_format=torch.channels_last
     ):
@@ -234,6 +305,8 @@ def denoise_step(
         ("idx", idx, torch.int64),
         ("seeds", seeds, torch.int64),
         ("guidance", guidance, torch.float32),
+        ("bounds", bounds, torch.float32),
+        ("factors", factors, torch.float32),
         ("lane_cond", lane_cond, torch.int32),
         ("lane_uncond", lane_uncond, torch.int32),
         ("nonfinite", nonfinite, torch.int32),
@@ -248,5 +321,5 @@ def denoise_step(
             raise ValueError(f"noise of {noise.dtype}: must be float32")
     _denoise_step(
         x, hist, net_in, nonfinite, out, idx, seeds, guidance,
-        lane_cond, lane_uncond, rows, keys, next, noise,
+        lane_cond, lane_uncond, bounds, factors, rows, keys, next, noise,
     )  # fmt: skip

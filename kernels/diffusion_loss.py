@@ -1,9 +1,9 @@
-r"""Fused training loss, L_b = w mean((out - (k0 x_0 + k1 eps))^2), (k0, k1, w) = rows[t]   (S7).
+r"""Fused training loss, L_b = w mean(l(out - (k0 x_0 + k1 eps))), (k0, k1, w) = rows[t]   (S7).
 
-(Ho et al. 2020, eq. 14; the targets of Salimans & Ho 2022.) eps is the noise of ``add_noise``,
-drawn again; neither it nor the target is ever written. Bytes an element: forward one read (two
-where k0 is not 0), backward the same reads and one write. The sum runs in two stages of fixed
-order, without atomics: two runs give the same bits.
+(Ho et al. 2020, eq. 14; the targets of Salimans & Ho 2022; l is e^2, |e| or Huber's.) eps is the
+noise of ``add_noise``, drawn again; neither it nor the target is ever written. Bytes an element:
+forward one read (two where k0 is not 0), backward the same reads and one write. The sum runs in two
+stages of fixed order, without atomics: two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -14,82 +14,107 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.contract import Purpose
+from flashddpm.kernels.contract import LOSSES, Purpose
 from flashddpm.kernels.launch import (
     block_size,
     channels_last,
     check_image,
-    check_table,
-    check_vector,
+    check_images_rows,
+    check_loss,
     empty_channels_last,
+    grid,
     launch,
+    place,
     runs_triton,
 )
 from flashddpm.kernels.philox import draw
 
 TRAINING = tl.constexpr(int(Purpose.TRAINING))
+MSE = tl.constexpr(LOSSES.index("mse"))
+L1 = tl.constexpr(LOSSES.index("l1"))
 
 
 @triton.jit
-def _error(out, x0, row, seed, key, block, start, offsets, mask, BLOCK: tl.constexpr):
-    """Return out - (k0 x_0 + k1 eps) of one block, float32 [BLOCK]."""
+def error_of(o, x0, row, seed, key, block, start, offsets, mask, like, BLOCK: tl.constexpr):
+    """Return o - (k0 x_0 + k1 eps) of one block, float32 [BLOCK]."""
     k0 = tl.load(row)
     k1 = tl.load(row + 1)
-    signal = tl.zeros([BLOCK], tl.float32)
-    if k0 != 0:
-        signal = k0 * tl.load(x0 + start + offsets, mask=mask, other=0).to(tl.float32)
+    signal = k0 * tl.load(x0 + start + offsets, mask=tl.where(k0 != 0, mask, False), other=0).to(
+        tl.float32
+    )
     noise = tl.zeros([BLOCK], tl.float32)
     if k1 != 0:
-        noise = k1 * draw(seed, key, block, TRAINING, BLOCK)
-    return tl.load(out + start + offsets, mask=mask, other=0).to(tl.float32) - (signal + noise)
+        noise = k1 * draw(seed, key, block, like, TRAINING, BLOCK)
+    return o - (signal + noise)
+
+
+@triton.jit
+def penalty(error, delta, LOSS: tl.constexpr):
+    """Return l(error)."""
+    if LOSS == MSE:
+        return error * error
+    size = tl.abs(error)
+    if LOSS == L1:
+        return size
+    return tl.where(size > delta, delta * (size - 0.5 * delta), 0.5 * error * error)
+
+
+@triton.jit
+def slope(error, delta, LOSS: tl.constexpr):
+    """Return l'(error); NaN where the error is."""
+    if LOSS == MSE:
+        return 2.0 * error
+    if LOSS == L1:
+        return tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, error))
+    return tl.clamp(error, -delta, delta, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _diffusion_loss_fwd_kernel(
-    partial,  # float32 [B, blocks], sums of squares, written
+    partial,  # float32 [B, blocks], weighted sums of l, written
     out,  # [B, n], the network's output
     x0,  # [B, n], read where k0 is not 0
     t,  # int64 [B], row of each image
     seeds,  # int64 [B]
     keys,  # int64 [B]
     rows,  # float32 [T, 3]
+    delta,
     n,  # elements of an image
+    LOSS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n = tl.cast(n, tl.int64)  # 64 bits, and n = 1 arrives as a constant
-    blocks = tl.cdiv(n, BLOCK)
-    pid = tl.program_id(0).to(tl.int64)
-    sample = pid // blocks
-    block = pid % blocks
-    offsets = tl.arange(0, BLOCK)
-    mask = offsets < n - block * BLOCK
-    row = rows + tl.load(t + sample) * 3
-    seed = tl.load(seeds + sample)
-    key = tl.load(keys + sample)
-    start = sample * n + block * BLOCK
-    error = _error(out, x0, row, seed, key, block, start, offsets, mask, BLOCK)
-    tl.store(partial + pid, tl.sum(tl.where(mask, error * error, 0.0), axis=0))
+    image, block, offsets, mask, n = place(n, BLOCK)
+    row = rows + tl.load(t + image) * 3
+    seed, key = tl.load(seeds + image), tl.load(keys + image)
+    start = image * n + block * BLOCK
+    o = tl.load(out + start + offsets, mask=mask, other=0).to(tl.float32)
+    error = error_of(o, x0, row, seed, key, block, start, offsets, mask, out, BLOCK)
+    total = tl.sum(tl.where(mask, penalty(error, delta, LOSS), 0.0), axis=0)
+    store_partial(partial, total * tl.load(row + 2), image, block)
 
 
 @triton.jit
-def _diffusion_loss_sum_kernel(
+def store_partial(partial, total, image, block):
+    """Store a block's sum at [image, block]."""
+    blocks = tl.num_programs(1).to(tl.int64) * tl.num_programs(2)
+    tl.store(partial + image * blocks + block, total)
+
+
+@triton.jit
+def _mean_kernel(
     loss,  # float32 [B], written
     partial,  # float32 [B, blocks]
-    t,  # int64 [B]
-    rows,  # float32 [T, 3]
     n,  # elements of an image
     blocks,
     BLOCK: tl.constexpr,
 ):
-    sample = tl.program_id(0).to(tl.int64)
+    image = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, blocks, BLOCK):
         mask = offsets < blocks - start
-        total += tl.load(partial + sample * blocks + start + offsets, mask=mask, other=0)
-    weight = tl.load(rows + tl.load(t + sample) * 3 + 2)
-    mean = tl.div_rn(tl.sum(total, axis=0), tl.cast(n, tl.float32))
-    tl.store(loss + sample, weight * mean)
+        total += tl.load(partial + image * blocks + start + offsets, mask=mask, other=0)
+    tl.store(loss + image, tl.div_rn(tl.sum(total, axis=0), tl.cast(n, tl.float32)))
 
 
 @triton.jit
@@ -102,95 +127,127 @@ def _diffusion_loss_bwd_kernel(
     seeds,  # int64 [B]
     keys,  # int64 [B]
     rows,  # float32 [T, 3]
+    delta,
     n,  # elements of an image
+    LOSS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n = tl.cast(n, tl.int64)  # 64 bits, and n = 1 arrives as a constant
-    blocks = tl.cdiv(n, BLOCK)
-    pid = tl.program_id(0).to(tl.int64)
-    sample = pid // blocks
-    block = pid % blocks
-    offsets = tl.arange(0, BLOCK)
-    mask = offsets < n - block * BLOCK
-    row = rows + tl.load(t + sample) * 3
-    seed = tl.load(seeds + sample)
-    key = tl.load(keys + sample)
-    start = sample * n + block * BLOCK
-    error = _error(out, x0, row, seed, key, block, start, offsets, mask, BLOCK)
-    scale = tl.div_rn(2.0 * tl.load(row + 2) * tl.load(d_loss + sample), tl.cast(n, tl.float32))
-    tl.store(d_out + start + offsets, (scale * error).to(d_out.dtype.element_ty), mask=mask)
+    image, block, offsets, mask, n = place(n, BLOCK)
+    row = rows + tl.load(t + image) * 3
+    seed, key = tl.load(seeds + image), tl.load(keys + image)
+    start = image * n + block * BLOCK
+    o = tl.load(out + start + offsets, mask=mask, other=0).to(tl.float32)
+    error = error_of(o, x0, row, seed, key, block, start, offsets, mask, out, BLOCK)
+    scale = tl.div_rn(tl.load(row + 2) * tl.load(d_loss + image), tl.cast(n, tl.float32))
+    gradient = scale * slope(error, delta, LOSS)
+    tl.store(d_out + start + offsets, gradient.to(d_out.dtype.element_ty), mask=mask)
+
+
+def mean_loss(kernel, out: Tensor, x0: Tensor, *arguments, **options: int) -> Tensor:
+    """Return the mean over each image of what ``kernel`` sums by blocks, float32 [B].
+
+    Args:
+        kernel: takes partial, out, x0, the arguments and a block's size.
+        out, x0: channels-last.
+        arguments: t, seeds, keys, rows, delta, n and constants of the kernel.
+        options: of its launch.
+    """
+    loss = torch.full((len(x0),), torch.nan, device=x0.device)  # a mean over nothing is 0 / 0
+    if x0.numel():
+        n = x0[0].numel()
+        block = block_size(n)
+        programs = grid(len(x0), n, block)
+        blocks = programs[1] * programs[2]
+        partial = torch.empty(len(x0), blocks, device=x0.device)
+        launch(kernel, programs, out, partial, out, x0, *arguments, block, **options)
+        width = min(triton.next_power_of_2(blocks), 1024)
+        launch(_mean_kernel, (len(x0),), out, loss, partial, n, blocks, width)
+    return loss
 
 
 @torch.library.custom_op("flashddpm::diffusion_loss", mutates_args=())
 def _diffusion_loss(
-    out: Tensor, x0: Tensor, t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor
+    out: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    seeds: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    loss: str,
+    delta: float,
 ) -> Tensor:
     if not runs_triton(out):
-        return reference.diffusion_loss(out, x0, t, seeds, keys, rows)
-    loss = torch.full((len(out),), torch.nan, device=out.device)  # a mean over nothing is 0 / 0
-    if out.numel():
-        n = out[0].numel()
-        block = block_size(n)
-        blocks = triton.cdiv(n, block)
-        partial = torch.empty(len(out), blocks, device=out.device)
-        out, x0 = channels_last(out), channels_last(x0)
-        launch(
-            _diffusion_loss_fwd_kernel, len(out) * blocks, out,
-            partial, out, x0, t, seeds, keys, rows, n, block,
-        )  # fmt: skip
-        width = min(triton.next_power_of_2(blocks), 1024)
-        launch(_diffusion_loss_sum_kernel, len(out), out, loss, partial, t, rows, n, blocks, width)
-    return loss
+        return reference.diffusion_loss(out, x0, t, seeds, keys, rows, loss, delta)
+    n, kind = out[:1].numel(), LOSSES.index(loss)
+    out, x0 = channels_last(out), channels_last(x0)
+    return mean_loss(
+        _diffusion_loss_fwd_kernel, out, x0, t, seeds, keys, rows, delta, n, kind
+    )  # fmt: skip
 
 
 @_diffusion_loss.register_fake
-def _diffusion_loss_fake(
-    out: Tensor, x0: Tensor, t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor
-) -> Tensor:
+def _diffusion_loss_fake(out, x0, t, seeds, keys, rows, loss, delta) -> Tensor:
     return torch.empty(len(out), device=out.device)
 
 
 @torch.library.custom_op("flashddpm::diffusion_loss_backward", mutates_args=())
 def _diffusion_loss_backward(
-    d_loss: Tensor, out: Tensor, x0: Tensor, t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor
+    d_loss: Tensor,
+    out: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    seeds: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    loss: str,
+    delta: float,
 ) -> Tensor:
     d_out = empty_channels_last(out)
     if not runs_triton(out):
-        return d_out.copy_(reference.diffusion_loss_backward(d_loss, out, x0, t, seeds, keys, rows))
+        arguments = (d_loss, out, x0, t, seeds, keys, rows, loss, delta)
+        return d_out.copy_(reference.diffusion_loss_backward(*arguments))
     if out.numel():
-        n = out[0].numel()
+        n, kind = out[0].numel(), LOSSES.index(loss)
         block = block_size(n)
         out, x0 = channels_last(out), channels_last(x0)
         launch(
-            _diffusion_loss_bwd_kernel, len(out) * triton.cdiv(n, block), out,
-            d_out, d_loss, out, x0, t, seeds, keys, rows, n, block,
+            _diffusion_loss_bwd_kernel, grid(len(out), n, block), out,
+            d_out, d_loss, out, x0, t, seeds, keys, rows, delta, n, kind, block,
         )  # fmt: skip
     return d_out
 
 
 @_diffusion_loss_backward.register_fake
 def _diffusion_loss_backward_fake(
-    d_loss: Tensor, out: Tensor, x0: Tensor, t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor
-) -> Tensor:
+    d_loss, out, x0, t, seeds, keys, rows, loss, delta
+) -> Tensor:  # fmt: skip
     return empty_channels_last(out)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.loss, ctx.delta = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, d_loss: Tensor):
-    d_out = _diffusion_loss_backward(d_loss.contiguous(), *ctx.saved_tensors)
-    return d_out, None, None, None, None, None
+    d_out = _diffusion_loss_backward(d_loss.contiguous(), *ctx.saved_tensors, ctx.loss, ctx.delta)
+    return d_out, *[None] * 7
 
 
 _diffusion_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
 def diffusion_loss(
-    out: Tensor, x0: Tensor, t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor
+    out: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    seeds: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    loss: str = "mse",
+    delta: float = 1.0,
 ) -> Tensor:
-    """Return the weighted mean squared error of each image, float32 [B]   (S7).
+    """Return w mean(l(error)) of each image, float32 [B]   (S7).
 
     Differentiable with respect to ``out``; the data have no gradient.
 
@@ -200,13 +257,14 @@ def diffusion_loss(
         t: int64 [B], the row of each image, in [0, T): not checked, for that would wait.
         seeds, keys: int64 [B], those given to ``add_noise``.
         rows: float32 [T, 3], (k0, k1, weight).
+        loss: "mse", "l1" or "huber" (contract.LOSSES).
+        delta: where huber turns from a parabola to a line; above 0.
 
     Raises:
-        ValueError: a shape, dtype, layout or device that does not fit.
+        ValueError: a shape, dtype, layout or device that does not fit, or another loss.
     """
     check_image("out", out)
     check_image("x0", x0, like=out)
-    for name, vector in (("t", t), ("seeds", seeds), ("keys", keys)):
-        check_vector(name, vector, len(out), torch.int64, out)
-    check_table("rows", rows, 3, out)
-    return _diffusion_loss(out, x0, t, seeds, keys, rows)
+    check_images_rows(t, seeds, keys, rows, 3, out)
+    check_loss(loss, delta)
+    return _diffusion_loss(out, x0, t, seeds, keys, rows, loss, delta)

@@ -6,18 +6,25 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+
+from flashddpm.kernels.contract import LOSSES
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 was set at import: then the kernels run on CPU tensors."""
 
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 """Of every launch. No fused multiply-add: each product and sum is rounded, as on the CPU."""
 
 BLOCK = 1024
-"""Elements a program handles; the interpreter, slow per program, is given larger ones."""
+"""Elements a program handles, 16 a thread; the interpreter, slow per program, is given more."""
+
+
+MAX_GRID_Y = tl.constexpr(65535)
+"""The most programs along the second and third axes of CUDA's grids."""
 
 
 def runs_triton(tensor: Tensor) -> bool:
@@ -25,10 +32,35 @@ def runs_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or INTERPRETED
 
 
-def launch(kernel: Any, grid: int, like: Tensor, *arguments: Any) -> None:
-    """Launch ``grid`` programs on the GPU of ``like``, whichever is the current one."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **options: int
+) -> None:
+    """Launch a grid of programs on the GPU of ``like``, whichever is the current one."""
     with torch.cuda.device_of(like):
-        kernel[(grid,)](*arguments, **OPTIONS)
+        kernel[grid](*arguments, **OPTIONS | options)
+
+
+def grid(images: int, n: int, block: int) -> tuple[int, int, int]:
+    """Return the grid of ``place``: images, then blocks along two axes.
+
+    Past 65,535 blocks the last of them may lie outside the image, where masks are empty.
+    """
+    blocks = triton.cdiv(n, block)
+    return images, min(blocks, MAX_GRID_Y.value), triton.cdiv(blocks, MAX_GRID_Y.value)
+
+
+@triton.jit
+def place(n, BLOCK: tl.constexpr):
+    """Return this program's image, its block, the block's elements and which of them exist, and n.
+
+    Images lie along the grid's first axis, blocks along the other two: no division tells which.
+    """
+    n = tl.cast(n, tl.int64)  # 64 bits, and n = 1 arrives as a constant
+    image = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1).to(tl.int64) + tl.program_id(2).to(tl.int64) * MAX_GRID_Y
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < n - block * BLOCK
+    return image, block, offsets, mask, n
 
 
 def block_size(n: int) -> int:
@@ -67,6 +99,18 @@ def check_image(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(f"{name} of shape {tuple(tensor.shape)}: an image must be below 2^34")
 
 
+def check_output(out: Tensor, image: Tensor, lanes: int | None = None) -> None:
+    """Refuse an output that is not [L, C or 2C, H, W] for images [any, C, H, W]."""
+    check_image("out", out)
+    _, C, H, W = image.shape
+    L = len(out) if lanes is None else lanes
+    if out.shape not in ((L, C, H, W), (L, 2 * C, H, W)) or out.device != image.device:
+        raise ValueError(
+            f"out of shape {tuple(out.shape)} on {out.device}: "
+            f"must be [{L}, {C} or {2 * C}, {H}, {W}] on {image.device}"
+        )
+
+
 def check_vector(name: str, tensor: Tensor, size: int, dtype: torch.dtype, like: Tensor) -> None:
     """Refuse anything but a contiguous [size] of this dtype on the device of ``like``."""
     if tensor.shape != (size,) or tensor.dtype is not dtype or tensor.device != like.device:
@@ -93,6 +137,23 @@ def check_table(name: str, tensor: Tensor, columns: int, like: Tensor) -> None:
         )
 
 
+def check_images_rows(
+    t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor, columns: int, like: Tensor
+) -> None:
+    """Refuse anything but int64 [B] for t, seeds and keys, and a table of so many columns."""
+    for name, vector in (("t", t), ("seeds", seeds), ("keys", keys)):
+        check_vector(name, vector, len(like), torch.int64, like)
+    check_table("rows", rows, columns, like)
+
+
+def check_loss(loss: str, delta: float) -> None:
+    """Refuse a loss that is not one of ``LOSSES``, and a delta that is not above 0."""
+    if loss not in LOSSES:
+        raise ValueError(f"loss={loss!r}: must be one of {', '.join(LOSSES)}")
+    if not 0 < delta < float("inf"):
+        raise ValueError(f"delta={delta!r}: must be a finite number above 0")
+
+
 def check_purpose(purpose: int) -> int:
     """Return the purpose as an int, refusing what does not fit the counter's 32-bit word."""
     if not 0 <= purpose < 2**32:
@@ -111,5 +172,5 @@ def check_in_place(name: str, tensor: Tensor, like: Tensor | None = None) -> Non
     dense = all(tensor.stride(i) == s or size == 1 for i, (s, size) in wanted.items())
     if not dense or (len(tensor) > 1 and tensor.stride(0) < C * H * W):
         raise ValueError(
-            f"{name} of strides {tensor.stride()}: is changed in place and must be channels-last"
+            f"{name} of strides {tensor.stride()}: must be channels-last, one image after another"
         )

@@ -5,6 +5,7 @@ One test and one benchmark loop over ``OPS``, so that a new operation gets both 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,13 @@ from torch import Tensor
 from flashddpm.kernels import reference
 from flashddpm.kernels.add_noise import add_noise
 from flashddpm.kernels.advance import advance
-from flashddpm.kernels.contract import Column
+from flashddpm.kernels.contract import Column, LossColumn
 from flashddpm.kernels.denoise_step import denoise_step
 from flashddpm.kernels.diffusion_loss import diffusion_loss
+from flashddpm.kernels.hybrid_loss import hybrid_loss
 from flashddpm.kernels.launch import FLOATS
 from flashddpm.kernels.philox import philox
+from flashddpm.kernels.sample_stats import sample_stats
 
 Arguments = dict[str, Any]
 Shape = tuple[int, int, int]
@@ -127,6 +130,34 @@ def _diffusion_loss_bytes(args: Arguments) -> int:
     return len(args["out"]) * _image_bytes(args["out"]) + read * _image_bytes(args["x0"])
 
 
+HYBRID = [
+    [0.0, 1.0, 1.0, 1.5, 0.7, 0.6, -0.4, 3.0, 0.0],
+    [-0.6, 0.8, 0.5, 1.5, 0.1, 0.2, -0.3, 2.0, 0.0],
+    [0.0, 1.0, 1.0, 1.5, 0.9, 0.8, -0.02, 60.0, 1 / 255],  # the decoder's
+]
+
+
+def _hybrid_loss_example(
+    device, dtype: torch.dtype, shape: Shape, batch: int, seed: int
+) -> Arguments:
+    draws = _Draws(device, seed)
+    C, H, W = shape
+    return {
+        "out": draws.normal((batch, 2 * C, H, W), dtype),
+        "x0": draws.normal((batch, *shape), dtype).clamp(-1, 1),
+        "t": torch.arange(batch, device=device) % len(HYBRID),
+        "seeds": draws.integers(batch, -(2**63), 2**63 - 1),
+        "keys": draws.integers(batch, 0, 2**40),
+        "rows": draws.table(HYBRID),
+    }
+
+
+def _hybrid_loss_bytes(args: Arguments) -> int:
+    rows = args["rows"][args["t"]]
+    read = (rows[:, LossColumn.X0] != 0).sum() + (rows[:, LossColumn.HALF_BIN] != 0).sum()
+    return args["out"].numel() * args["out"].itemsize + int(read) * _image_bytes(args["x0"])
+
+
 def _step_row(**columns: float) -> list[float]:
     return [columns.get(column.name.lower(), 0.0) for column in Column]
 
@@ -136,8 +167,9 @@ STEPS = [
     _step_row(x0_xt=1.25, x0_out=-0.75, clip=1.0, c_x0=0.3, c_xt=0.68, sigma=0.2),  # ancestral
     _step_row(x0_xt=1.25, x0_out=-0.75, c_x0=0.55, c_xt=0.6, c_hist=-0.15),  # second order
     _step_row(x0_xt=0.8, x0_out=-0.6, clip=1.0, c_x0=0.9, c_out=0.4),  # DDIM, clipped
+    _step_row(x0_xt=1.25, x0_out=-0.75, clip=1.5, threshold=0.9, rescale=0.7, c_x0=0.3, c_xt=0.6),
 ]
-FOLLOW = [0, 2, 3, 0]
+FOLLOW = [0, 2, 3, 0, 0]
 
 
 def _denoise_step_example(
@@ -158,6 +190,8 @@ def _denoise_step_example(
         "guidance": 1.5 + 0.25 * slot,
         "lane_cond": slot,
         "lane_uncond": torch.where(slot % 2 == 1, batch + slot // 2, -1).int(),
+        "bounds": 1.0 + 0.125 * slot,
+        "factors": 1.0 - 0.03125 * slot,
         "rows": draws.table(STEPS),
         "keys": draws.integers(len(STEPS), 0, 2**40),
         "next": torch.tensor(FOLLOW, device=device),
@@ -168,6 +202,7 @@ def _denoise_step_bytes(args: Arguments) -> int:
     n = _image_bytes(args["x"]) // 4
     lane = args["out"].itemsize + args["net_in"].itemsize
     rows, follow = args["rows"].tolist(), args["next"].tolist()
+    learns = args["out"].shape[1] != args["x"].shape[1]
     total = 0
     for i, uncond in zip(args["idx"].tolist(), args["lane_uncond"].tolist(), strict=True):
         if follow[i] == i:
@@ -175,7 +210,36 @@ def _denoise_step_bytes(args: Arguments) -> int:
         total += 8 * n + lane * n * (2 if uncond >= 0 else 1)
         total += 4 * n * (rows[i][Column.C_HIST] != 0)
         total += 4 * n * (rows[follow[i]][Column.C_HIST] != 0)
-        total += 4 * n * (args.get("noise") is not None and rows[i][Column.SIGMA] != 0)
+        draws = rows[i][Column.SIGMA] != 0
+        total += 4 * n * (args.get("noise") is not None and draws)
+        total += args["out"].itemsize * n * (learns and draws and rows[i][Column.LOG_SIGMA] != 0)
+    return total
+
+
+def _sample_stats_example(
+    device, dtype: torch.dtype, shape: Shape, batch: int, seed: int
+) -> Arguments:
+    """The arguments of a step, every slot on the row that asks for both, or at rest."""
+    args = _denoise_step_example(device, dtype, shape, batch, seed)
+    args["idx"] = torch.where(args["idx"] != 0, len(STEPS) - 1, 0)
+    return {name: args[name] for name in inspect.signature(sample_stats).parameters}
+
+
+def _sample_stats_bytes(args: Arguments) -> int:
+    """Of every pass: two over the lanes for the factor, five over lanes and x for the bound."""
+    n = _image_bytes(args["x"]) // 4
+    rows = args["rows"][args["idx"]].tolist()
+    total = 0
+    for row, i, uncond in zip(
+        rows, args["idx"].tolist(), args["lane_uncond"].tolist(), strict=True
+    ):
+        if args["next"][i] == i:
+            continue
+        item = args["out"].itemsize
+        guided = uncond >= 0
+        # The factor's passes read the conditional lane for itself and for the combination.
+        total += 2 * 3 * item * n * (row[Column.RESCALE] != 0 and guided)
+        total += 5 * (4 + item * (2 if guided else 1)) * n * (row[Column.THRESHOLD] != 0)
     return total
 
 
@@ -214,6 +278,24 @@ _ops = (
         _diffusion_loss_example,
         _diffusion_loss_bytes,
         differentiable=("out",),
+        dtypes=FLOATS,
+    ),
+    Op(
+        "hybrid_loss",
+        hybrid_loss,
+        reference.hybrid_loss,
+        _hybrid_loss_example,
+        _hybrid_loss_bytes,
+        differentiable=("out",),
+        dtypes=FLOATS,
+    ),
+    Op(
+        "sample_stats",
+        sample_stats,
+        reference.sample_stats,
+        _sample_stats_example,
+        _sample_stats_bytes,
+        mutates=("bounds", "factors"),
         dtypes=FLOATS,
     ),
     Op(

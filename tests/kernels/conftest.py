@@ -1,66 +1,17 @@
-"""Devices, copies, and the rules by which results of kernels are judged."""
+"""Devices, copies and steps; the rules and red zones are those of flashddpm.testing."""
 
 import pytest
 import torch
 
 from flashddpm import kernels
 from flashddpm.kernels import Column, reference
-from flashddpm.kernels.launch import INTERPRETED
-
-U = 2.0**-24  # unit roundoff of float32
-BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-DIGITS = {torch.float16: 11, torch.bfloat16: 8}
-LOWEST = {torch.float16: -14, torch.bfloat16: -126}  # exponent of the smallest normal number
+from flashddpm.kernels.checks import counting
+from flashddpm.testing import Guarded, rules
 
 
-class Rules:
-    """What "equal" means. No rule is loosened to pass.
-
-    The interpreter truncates float32 to bfloat16 where GPUs round, hence its one exception.
-    """
-
-    @staticmethod
-    def same(actual: torch.Tensor, expected: torch.Tensor, truncates: bool = False) -> None:
-        """Equal bit for bit, signs of zeros too; NaN equals NaN.
-
-        With ``truncates``, bfloat16 under the interpreter may be one step nearer to zero.
-        """
-        assert actual.shape == expected.shape and actual.dtype == expected.dtype
-        actual, expected = actual.detach().cpu(), expected.detach().cpu()
-        nan = expected.isnan() if expected.is_floating_point() else torch.zeros_like(expected) > 0
-        assert torch.equal(actual.isnan() if actual.is_floating_point() else nan, nan)
-        if expected.dtype in BITS:
-            actual = actual.contiguous().view(BITS[actual.dtype])
-            expected = expected.contiguous().view(BITS[expected.dtype])
-        off = expected.long() - actual.long()
-        off = off.where(~nan, 0)
-        if truncates and INTERPRETED and expected.dtype is torch.int16:
-            off = off.where(off != 1, 0)
-        assert not off.count_nonzero(), f"{off.count_nonzero()} of {off.numel()} elements differ"
-
-    @staticmethod
-    def close(actual: torch.Tensor, r64: torch.Tensor, terms: torch.Tensor, n: int) -> None:
-        """Within n u times the terms' sum of the float64 result, and half a unit of the dtype."""
-        bound = n * U * terms.double()
-        if actual.dtype is not torch.float32:
-            exponent = r64.abs().log2().floor().clamp(min=LOWEST[actual.dtype])
-            unit = 2.0 ** (exponent - DIGITS[actual.dtype] + 1)
-            truncated = INTERPRETED and actual.dtype is torch.bfloat16
-            bound = bound + unit * (1.0 if truncated else 0.5)
-        excess = (actual.detach().cpu().double() - r64).abs() - bound
-        assert not excess.isnan().any() and (excess <= 0).all(), f"over by {excess.max():.3g}"
-
-    @staticmethod
-    def reduced(actual: torch.Tensor, r64: torch.Tensor, plain: torch.Tensor) -> None:
-        """Relative error at most twice that of plain PyTorch in float32, or 1e-6."""
-        error = ((actual.detach().cpu().double() - r64) / r64).abs()
-        allowed = (2 * ((plain.double() - r64) / r64).abs()).clamp(min=1e-6)
-        assert (error <= allowed).all(), f"relative errors {error} over {allowed}"
-
-
-@pytest.fixture(scope="session")
-def rules() -> Rules:
-    return Rules()
+@pytest.fixture(scope="session", name="rules")
+def _rules():
+    return rules
 
 
 @pytest.fixture(scope="session")
@@ -84,33 +35,6 @@ def copy_of():
         return result
 
     return copied
-
-
-class Guarded:
-    """Memory with red zones: canaries around what may be written."""
-
-    CANARY, ZONE = 12345.678, 64
-
-    def __init__(self, size, stride, dtype, device, elements):
-        self.whole = torch.full((elements + 2 * self.ZONE,), self.CANARY, dtype=dtype)
-        self.whole = self.whole.to(device)
-        self.view = self.whole.as_strided(size, stride, self.ZONE)
-
-    @classmethod
-    def around(cls, values: torch.Tensor, stride: int, device: str) -> "Guarded":
-        """Return images, channels-last, with this stride from one to the next."""
-        count, C, H, W = values.shape
-        strides = (stride, 1, W * C, C)
-        result = cls(values.shape, strides, values.dtype, device, count * stride)
-        result.view.copy_(values)
-        return result
-
-    def check(self):
-        """Nothing outside the view was written, between its rows neither."""
-        outside = torch.ones(self.whole.shape, dtype=torch.bool)
-        outside.as_strided(self.view.shape, self.view.stride(), self.ZONE).fill_(False)
-        canary = torch.tensor(self.CANARY).to(self.whole.dtype)
-        assert (self.whole.cpu()[outside] == canary).all(), "a red zone was written"
 
 
 @pytest.fixture(scope="session", name="Guarded")
@@ -154,6 +78,12 @@ STEPS = {
         dict(x0_xt=1.2, x0_out=-0.9, c_x0=0.4, c_xt=0.5, c_out=0.1, c_hist=-0.2, sigma=0.3),
         3,
     ),
+    "thresholded": (
+        dict(x0_xt=1.3, x0_out=-0.8, clip=2.0, threshold=0.9, c_x0=0.5, c_xt=0.4, sigma=0.2),
+        3,
+    ),
+    "rescaled": (dict(x0_xt=1.2, x0_out=-0.9, rescale=0.7, c_x0=0.4, c_xt=0.5, c_out=0.1), 3),
+    "learned": (dict(x0_xt=1.3, x0_out=-0.8, c_x0=0.3, c_xt=0.6, sigma=0.2, log_sigma=0.6), 3),
 }
 
 
@@ -161,7 +91,8 @@ class State:
     """Arguments of a step on a device, with red zones around what is changed in place.
 
     A table begins with the row of rest; its other rows are given by name, each with the columns
-    that are not 0 and the number of the row that follows. Lanes are given by slot.
+    that are not 0 and the number of the row that follows. Lanes are given by slot. With
+    ``variance``, the network has 2C channels.
     """
 
     STEPS = STEPS
@@ -176,6 +107,7 @@ class State:
         dtypes=(torch.float32, torch.float32),
         table=STEPS,
         noise=False,
+        variance=False,
         seed=0,
         change=None,
     ):
@@ -203,10 +135,15 @@ class State:
             "guidance": torch.rand(slots, generator=draws) * 4,
             "lane_cond": torch.tensor(cond[:slots], dtype=torch.int32),
             "lane_uncond": torch.tensor(uncond[:slots], dtype=torch.int32),
+            "bounds": 1 + torch.rand(slots, generator=draws),
+            "factors": torch.rand(slots, generator=draws),
             "rows": torch.tensor(rows),
             "keys": torch.randint(0, 2**40, (len(rows),), generator=draws),
             "next": torch.tensor([follow for _, follow in table.values()]),
         }
+        if variance:
+            both = torch.cat([self.args["out"], images(lanes, dtypes[0])], 1)
+            self.args["out"] = both.contiguous(memory_format=torch.channels_last)
         if noise:
             self.args["noise"] = images(slots).contiguous(memory_format=torch.channels_last)
         if change:
@@ -243,35 +180,14 @@ def compared_step(device):
         results = State(device, **spec).step()
         expected = State("cpu", **spec).step(reference.denoise_step)
         for name in IN_PLACE:
-            Rules.same(results[name], expected[name], truncates=True)
+            rules.same(results[name], expected[name], truncates=True)
         return results
 
     return compare
 
 
 @pytest.fixture
-def counted(monkeypatch):
+def counted():
     """Bytes of images that the interpreter loads and stores: every block, no single numbers."""
-    import numpy as np
-    from triton.runtime import interpreter
-
-    counts = {"loaded": 0, "stored": 0}
-    builder = interpreter.InterpreterBuilder
-    load, store = builder.create_masked_load, builder.create_masked_store
-
-    def counting(kind, pointers, mask):
-        if pointers.data.size > 1:
-            item = pointers.get_element_ty().primitive_bitwidth // 8
-            counts[kind] += int(np.sum(mask.data)) * item
-
-    def masked_load(self, ptrs, mask, *rest):
-        counting("loaded", ptrs, mask)
-        return load(self, ptrs, mask, *rest)
-
-    def masked_store(self, ptrs, value, mask, *rest):
-        counting("stored", ptrs, mask)
-        return store(self, ptrs, value, mask, *rest)
-
-    monkeypatch.setattr(builder, "create_masked_load", masked_load)
-    monkeypatch.setattr(builder, "create_masked_store", masked_store)
-    return counts
+    with counting.counted() as moved:
+        yield moved

@@ -16,6 +16,7 @@ module = importlib.import_module("flashddpm.kernels.denoise_step")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 IN_PLACE = ("x", "hist", "net_in", "nonfinite")
+PER_SLOT = ("idx", "seeds", "guidance", "lane_cond", "lane_uncond", "bounds", "factors")
 SHAPES = [
     *((1, 1, 1), (1, 1, 2), (1, 1, 3), (3, 1, 1), (1, 1, 15), (1, 1, 17), (3, 17, 17)),
     *((1, 31, 33), (1, 32, 32), (1, 25, 41), (3, 8, 8)),
@@ -27,20 +28,31 @@ def exact(state, slot):
     args = {name: value.cpu() for name, value in state.args.items()}
     i = args["idx"][slot].item()
     c = dict(zip((column.name for column in Column), args["rows"][i].double(), strict=True))
-    out = args["out"].double()
+    C = args["x"].shape[1]
+    out, variance = args["out"][:, :C].double(), args["out"][:, C:].double()
     o, size = out[args["lane_cond"][slot]], out[args["lane_cond"][slot]].abs()
     if args["lane_uncond"][slot] >= 0:
         w, u = args["guidance"][slot].double(), out[args["lane_uncond"][slot]]
         o, size = u + w * (o - u), u.abs() + w.abs() * (o.abs() + u.abs())
+        if c["RESCALE"]:
+            o, size = o * args["factors"][slot].double(), size * args["factors"][slot].double()
     seed, key = args["seeds"][slot : slot + 1], args["keys"][i : i + 1]
     shape = tuple(args["x"].shape[1:])
     z = reference.philox(seed, key, shape, Purpose.REVERSE_STEP)[0].double()
     x, hist = state.before["x"][slot].cpu().double(), state.before["hist"][slot].cpu().double()
     x0 = c["X0_XT"] * x + c["X0_OUT"] * o
     x0_terms = c["X0_XT"].abs() * x.abs() + c["X0_OUT"].abs() * size
-    if c["CLIP"]:
+    if c["THRESHOLD"]:
+        s = args["bounds"][slot].double()
+        x0, x0_terms = x0.clamp(-s, s) / s, x0_terms / s
+    elif c["CLIP"]:
         x0 = x0.clamp(-c["CLIP"], c["CLIP"])
+    exponent = torch.zeros(())
+    if variance.numel():
+        exponent = c["LOG_SIGMA"] * variance[args["lane_cond"][slot]]
+    z = z * exponent.exp()
     x_next = c["C_X0"] * x0 + c["C_XT"] * x + c["C_OUT"] * o + c["C_HIST"] * hist + c["SIGMA"] * z
+    z = z * (1 + exponent.abs())  # the exponent is rounded too
     terms = c["C_X0"].abs() * x0_terms + c["C_OUT"].abs() * size
     terms += (c["C_XT"] * x).abs() + (c["C_HIST"] * hist).abs() + (c["SIGMA"] * z).abs()
     return x_next, x0, terms, x0_terms
@@ -61,6 +73,7 @@ def test_equals_reference_anywhere(compared_step, data, seed, noise):
     count = data.draw(st.integers(1, 3))
     columns = {column.name.lower(): number for column in Column}
     columns["clip"] = st.sampled_from([0.0, 0.5, 3.0])
+    columns["threshold"] = columns["rescale"] = st.sampled_from([0.0, 0.0, 0.7])
     table = {
         f"row {i}": data.draw(st.tuples(st.fixed_dictionaries(columns), st.integers(0, count)))
         for i in range(1, count + 1)
@@ -77,6 +90,7 @@ def test_equals_reference_anywhere(compared_step, data, seed, noise):
         dtypes=data.draw(st.tuples(st.sampled_from(FLOATS), st.sampled_from(FLOATS))),
         table=table,
         noise=noise,
+        variance=data.draw(st.booleans()),
         seed=seed,
     )
 
@@ -84,14 +98,20 @@ def test_equals_reference_anywhere(compared_step, data, seed, noise):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("which", ["fast", "reference"])
 @pytest.mark.parametrize(
-    "name", ["ancestral", "second order", "stochastic", "clipped", "last", "all"]
+    "name",
+    [
+        *("ancestral", "second order", "stochastic", "clipped", "last", "all"),
+        *("thresholded", "rescaled", "learned"),
+    ],
 )
 def test_near_float64(State, device, rules, name, which, dtype):
     """With float32 tables, out -> x0 -> x_next rounds 2 products and 5 sums: n = 7.
 
     (x0_out out, x0 + that, c_x0 x0, and the sums with c_xt, c_out, c_hist and sigma; the first
     of each sum starts from 0 and is exact. The clip moves no error apart.) Guidance adds a
-    difference, a product and a sum: n = 10.
+    difference, a product and a sum: n = 10. The threshold adds a quotient, rescaling a product:
+    one each. The learned sigma's path is exp (3), its argument, and products with sigma and z and
+    one sum: 7.
     """
     state = State(
         device if which == "fast" else "cpu",
@@ -100,15 +120,17 @@ def test_near_float64(State, device, rules, name, which, dtype):
         cond=(0, 1),
         uncond=(-1, 2),
         dtypes=(dtype, dtype),
+        variance=name == "learned",
     )
     results = state.step(kernels.denoise_step if which == "fast" else reference.denoise_step)
     lanes = [[0], [1, 2]]
-    for slot, n in ((0, 7), (1, 10)):
+    more = int(name in ("thresholded", "rescaled"))
+    for slot, n in ((0, 7 + more), (1, 10 + more)):
         x_next, x0, terms, x0_terms = exact(state, slot)
         rules.close(results["x"][slot], x_next, terms, n)
         for lane in lanes[slot]:
             rules.close(results["net_in"][lane], x_next, terms, n)
-        if name in ("ancestral", "second order", "all"):  # the next row reads it
+        if name not in ("stochastic", "clipped", "last"):  # the next row reads it
             rules.close(results["hist"][slot], x0, x0_terms, n)
 
 
@@ -137,6 +159,69 @@ def test_guidance(State, device, rules, weight):
     rules.same(results["x"][1], out[2] + weight * difference)
     if weight == 1:
         assert (results["x"][1] != out[1]).float().mean() > 0.1
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 1), (3, 17, 17), (1, 31, 33), (4, 8, 8)])
+def test_learned_variance_equals_reference(compared_step, shape, dtype):
+    """Rows with it and without, guided or not: v is the conditional lane's, never combined."""
+    names = ("learned", "ancestral", "learned", "rescaled")
+    compared_step(shape=shape, names=names, dtypes=(dtype, dtype), variance=True)
+
+
+def test_variance_channels_are_those_of_the_conditional_lane(compared_step, rules):
+    spec = {"names": ("learned", "learned"), "cond": (0, 1), "uncond": (-1, 2), "variance": True}
+    plain = compared_step(**spec)
+
+    def change(args, lane):
+        args["out"][lane, 3:] += 0.5
+
+    other = compared_step(**spec, change=lambda args: change(args, 2))
+    rules.same(other["x"], plain["x"])
+    conditional = compared_step(**spec, change=lambda args: change(args, 1))
+    rules.same(conditional["x"][0], plain["x"][0])
+    assert (conditional["x"][1] != plain["x"][1]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_variance_that_is_not_finite_is_flagged_where_it_is_read(State, compared_step, rules, bad):
+    spec = {"names": ("learned", "ancestral"), "cond": (0, 1), "uncond": (-1, -1), "variance": True}
+    clean = compared_step(**spec)
+
+    def spoil(args):
+        args["out"][:2, 4, 2, 3] = bad
+
+    results = compared_step(**spec, change=spoil)
+    assert results["nonfinite"].tolist() == [[*State.STEPS].index("learned"), 0]
+    rules.same(results["x"][1], clean["x"][1])
+    assert results["x"][0, 1, 2, 3].isfinite() == (bad == -torch.inf)  # e^-inf is 0
+    results["x"][0, 1, 2, 3] = clean["x"][0, 1, 2, 3]
+    rules.same(results["x"], clean["x"])
+
+
+def test_thresholded_x0_is_within_one(compared_step):
+    """x0 is clipped to the slot's bound and divided by it; the clip's own bound is not used."""
+    spec = {"names": ("thresholded", "thresholded"), "cond": (0, 1), "uncond": (-1, -1)}
+
+    def bounds(args):
+        args["bounds"][:] = torch.tensor([1.0, 2.5])
+
+    results = compared_step(**spec, change=bounds)
+    largest = results["hist"].abs().amax((1, 2, 3))
+    assert (largest == 1).all()
+    assert results["hist"][0].abs().mean() > results["hist"][1].abs().mean()
+
+
+def test_factor_is_of_guided_slots_only(compared_step, rules):
+    spec = {"names": ("rescaled", "rescaled"), "cond": (0, 1), "uncond": (-1, 2)}
+    plain = compared_step(**spec)
+
+    def halve(args):
+        args["factors"] *= 0.5
+
+    results = compared_step(**spec, change=halve)
+    rules.same(results["x"][0], plain["x"][0])
+    assert (results["x"][1] != plain["x"][1]).float().mean() > 0.9
 
 
 def test_guidance_combines_in_float32(State, device, rules):
@@ -232,7 +317,7 @@ def test_trajectory(State, device, rules, noise):
 
 def test_zero_slots(State, device):
     state = State(device)
-    for name in ("x", "hist", "nonfinite", "idx", "seeds", "guidance", "lane_cond", "lane_uncond"):
+    for name in ("x", "hist", "nonfinite", *PER_SLOT):
         state.args[name] = state.args[name][:0]
     kernels.denoise_step(**state.args)
     reference.denoise_step(**state.args)
@@ -273,6 +358,10 @@ def overlapping(images):
         ("keys", lambda x: x.int()),
         ("next", lambda x: x[1:]),
         ("next", lambda x: x.int()),
+        ("bounds", lambda x: x[:1]),
+        ("bounds", lambda x: x.double()),
+        ("factors", lambda x: x[:, None]),
+        ("out", lambda x: x.repeat(1, 3, 1, 1)),
         ("noise", lambda x: x[:1]),
         ("noise", lambda x: x.half()),
     ],

@@ -7,6 +7,10 @@ from flashddpm import kernels
 from flashddpm.kernels import Column, reference
 
 # The interpreter computes with NumPy, which warns where Inf - Inf is tried.
+PER_SLOT = (
+    *("nonfinite", "idx", "seeds", "guidance"),
+    *("lane_cond", "lane_uncond", "bounds", "factors"),
+)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 
@@ -46,7 +50,7 @@ def test_permuted_slots_give_permuted_results(fast_step, rules, order):
     def permute(args):
         for name in ("x", "hist"):
             args[name].copy_(args[name][order].clone())
-        for name in ("nonfinite", "idx", "seeds", "guidance", "lane_cond", "lane_uncond"):
+        for name in PER_SLOT:
             args[name] = args[name][order]
 
     plain, permuted = fast_step(), fast_step(change=permute)
@@ -61,7 +65,7 @@ def test_slots_are_independent(fast_step, rules):
     for slot in range(4):
 
         def alone(args, slot=slot):
-            for name in ("nonfinite", "idx", "seeds", "guidance", "lane_cond", "lane_uncond"):
+            for name in PER_SLOT:
                 args[name] = args[name][slot : slot + 1]
             for name in ("x", "hist"):
                 args[name] = args[name][slot : slot + 1]

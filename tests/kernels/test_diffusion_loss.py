@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashddpm import kernels
-from flashddpm.kernels import Purpose, reference
+from flashddpm.kernels import LOSSES, Purpose, reference
 from flashddpm.kernels.launch import FLOATS, OPTIONS
 
 module = importlib.import_module("flashddpm.kernels.diffusion_loss")
@@ -31,6 +31,15 @@ def arguments(shape, dtype=torch.float32, batch=2, seed=0, rows=ROWS, **change):
         "keys": torch.randint(0, 2**40, (batch,), generator=draws),
         "rows": torch.tensor(rows),
     } | change
+
+
+def penalty(error, loss, delta):
+    """PyTorch's own losses, in float64, one number an element."""
+    target = torch.zeros_like(error)
+    if loss == "huber":
+        return torch.nn.functional.huber_loss(error, target, reduction="none", delta=delta)
+    function = {"mse": torch.nn.functional.mse_loss, "l1": torch.nn.functional.l1_loss}[loss]
+    return function(error, target, reduction="none")
 
 
 def exact(args):
@@ -84,14 +93,40 @@ def test_near_float64(run, rules, shape, dtype):
         st.sampled_from([0.0, 1.0, -0.7]),
         st.sampled_from([1.0, 0.3, 12.0]),
     ),
+    loss=st.sampled_from(LOSSES),
+    delta=st.sampled_from([1.0, 0.1, 2.5]),
 )
-def test_near_float64_anywhere(run, rules, dtypes, shape, batch, seed, row):
+def test_near_float64_anywhere(run, rules, dtypes, shape, batch, seed, row, loss, delta):
     """Output and images may differ in dtype."""
     args = arguments(shape, torch.float32, batch, seed, rows=[list(row), [0.5, 0.5, 1.0]])
+    args |= {"loss": loss, "delta": delta}
     args["out"], args["x0"] = args["out"].to(dtypes[0]), args["x0"].to(dtypes[1])
     error, _, weight = exact(args)
-    r64 = weight.flatten() * error.square().flatten(1).mean(1)
+    r64 = weight.flatten() * penalty(error, loss, delta).flatten(1).mean(1)
     rules.reduced(run(args), r64, plain=reference.diffusion_loss(**args))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("delta", [0.4, 3.0])
+@pytest.mark.parametrize("loss", ["l1", "huber"])
+def test_gradient_of_other_losses(gradient, rules, loss, delta, dtype):
+    """PyTorch's gradient of its own losses, in float64 (roundings as in test_gradient_of_out).
+
+    l1 turns at 0 and huber at delta: errors nearer to a turn than they are exact are left out.
+    """
+    args = arguments((3, 17, 17), dtype, batch=4, loss=loss, delta=delta)
+    d_loss = torch.tensor([1.0, -0.25, 3.0, 0.7])
+    error, terms, weight = exact(args)
+    error.requires_grad_()
+    penalty(error, loss, delta).sum().backward()
+    scale = weight * d_loss.double().reshape(-1, 1, 1, 1) / error[0].numel()
+    size = error.detach().abs()
+    clear = (size if loss == "l1" else (size - delta).abs()) > 1e-5
+    assert clear.float().mean() > 0.99
+    for slow in (False, True):
+        got = gradient(args, d_loss, slow)
+        wanted, size = scale * error.grad, scale.abs() * (1 if loss == "l1" else terms)
+        rules.close(got.where(clear, 0), wanted.where(clear, 0), size, n=6)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -129,8 +164,9 @@ def test_nothing_is_written_around_the_gradient(gradient, guarded_outputs, shape
     zones[0].check()
 
 
-def test_gradcheck_of_the_reference():
-    args = arguments((2, 3, 3), batch=4)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradcheck_of_the_reference(loss):
+    args = arguments((2, 3, 3), batch=4, loss=loss, delta=0.7)
     args["out"], args["x0"] = args["out"].double().requires_grad_(), args["x0"].double()
     out = args.pop("out")
     assert torch.autograd.gradcheck(
@@ -174,15 +210,18 @@ def test_images_are_independent(run, gradient, rules):
     rules.same(gradient(alone, d_loss[1:2]), grad[1:2])
 
 
+@pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_nonfinite_values_stay_where_they_are(run, gradient, rules, bad):
-    args = arguments((3, 5, 7), batch=3)
+def test_nonfinite_values_stay_where_they_are(run, gradient, rules, bad, kind):
+    args = arguments((3, 5, 7), batch=3, loss=kind)
     d_loss = torch.ones(3)
     loss, grad = run(args), gradient(args, d_loss)
     args["out"][1, 2, 3, 4] = bad
     bad_loss, bad_grad = run(args), gradient(args, d_loss)
     assert not bad_loss[1].isfinite() and bad_loss[1].isnan() == (bad != bad)
-    assert not bad_grad[1, 2, 3, 4].isfinite()
+    assert bad_grad[1, 2, 3, 4].isfinite() == (kind != "mse" and bad == bad)
+    if kind != "mse" and bad == bad:  # the slope is at its bound
+        assert bad_grad[1, 2, 3, 4].sign() == (1 if bad > 0 else -1)
     bad_loss[1], bad_grad[1, 2, 3, 4] = loss[1], grad[1, 2, 3, 4]
     rules.same(bad_loss, loss)
     rules.same(bad_grad, grad)
@@ -216,13 +255,9 @@ def test_several_blocks(run, gradient, rules, monkeypatch, block):
 def test_sum_of_blocks(device, rules, blocks, width):
     draws = torch.Generator().manual_seed(0)
     partial = torch.rand((2, blocks), generator=draws)
-    rows = torch.tensor(ROWS, device=device)
-    t = torch.tensor([1, 2], device=device)
     loss = torch.full((2,), torch.nan, device=device)
-    kernel = module._diffusion_loss_sum_kernel
-    kernel[(2,)](loss, partial.to(device), t, rows, 77, blocks, width, **OPTIONS)
-    weight = torch.tensor([0.5, 2.0])
-    rules.reduced(loss, weight * partial.double().sum(1) / 77, plain=weight * partial.sum(1) / 77)
+    module._mean_kernel[(2,)](loss, partial.to(device), 77, blocks, width, **OPTIONS)
+    rules.reduced(loss, partial.double().sum(1) / 77, plain=partial.sum(1) / 77)
 
 
 def test_any_layout(device, run, rules):
@@ -272,6 +307,12 @@ def test_zero_elements(device, copy_of, rules, shape):
         ("rows", {"rows": torch.zeros(5, 2)}),
         ("rows", {"rows": torch.zeros(5, 3, dtype=torch.float64)}),
         ("rows", {"rows": torch.zeros(3, 5).T}),
+        ("loss", {"loss": "l2"}),
+        ("loss", {"loss": ""}),
+        ("delta", {"loss": "huber", "delta": 0.0}),
+        ("delta", {"loss": "huber", "delta": -1.0}),
+        ("delta", {"loss": "huber", "delta": float("nan")}),
+        ("delta", {"loss": "huber", "delta": float("inf")}),
     ],
 )
 def test_bad_arguments(name, change):

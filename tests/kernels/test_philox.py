@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy import special
 
 from flashddpm import kernels
-from flashddpm.kernels import Purpose, reference
-from flashddpm.kernels.launch import OPTIONS
+from flashddpm.kernels import Purpose, launch, reference
+from flashddpm.kernels.launch import INTERPRETED, OPTIONS
 from flashddpm.kernels.philox import _philox_kernel, draw
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -46,7 +46,7 @@ KNOWN_NORMALS = {
 @triton.jit
 def _far_kernel(out, seed, key, block, BLOCK: tl.constexpr):
     """One block of noise anywhere in an image: draw(), without the image before it."""
-    z = draw(tl.load(seed), tl.load(key), tl.load(block), 1, BLOCK)
+    z = draw(tl.load(seed), tl.load(key), tl.load(block), out, 1, BLOCK)
     tl.store(out + tl.arange(0, BLOCK), z)
 
 
@@ -64,9 +64,9 @@ def part(seed, key, purpose, first, groups):
     """Return the normals of a few groups of one image, by the reference."""
     words = reference.philox_words(seed, key, purpose, groups, first=first)
     u = torch.stack([words[0], words[2]], -1).float() * 2.0**-32 + 2.0**-33
-    exponent, bits = reference._split(u.view(torch.int32))
+    exponent, bits = reference.noise._split(u.view(torch.int32))
     angle = torch.stack([words[1], words[3]], -1)
-    return reference._box_muller(bits.view(torch.float32), exponent, angle).flatten()
+    return reference.noise._box_muller(bits.view(torch.float32), exponent, angle).flatten()
 
 
 def both(device, seeds, keys, shape, purpose=1):
@@ -137,10 +137,23 @@ def test_independent_of_block_size(device, rules, Guarded, n):
     expected = elements(reference.philox(seeds.cpu(), seeds.cpu(), (1, 1, n), 2))
     for block in (64, 256, 1024):
         zone = Guarded.around(torch.full((2, 1, 1, n), torch.nan), n, device)
-        grid = (2 * triton.cdiv(n, block),)
-        _philox_kernel[grid](zone.view, seeds, seeds, n, 2, block, **OPTIONS)
+        _philox_kernel[launch.grid(2, n, block)](zone.view, seeds, seeds, n, 2, block, **OPTIONS)
         rules.same(elements(zone.view), expected)
         zone.check()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a compiled kernel holds the limit as a constant")
+@pytest.mark.parametrize("n", [64 * 4, 64 * 4 + 1, 64 * 5, 64 * 6 + 3])
+def test_blocks_past_the_limit_of_an_axis(device, rules, Guarded, monkeypatch, n):
+    """They go on along the third axis; blocks outside the image write nothing."""
+    monkeypatch.setattr(launch, "MAX_GRID_Y", tl.constexpr(2))
+    seeds = torch.tensor([7, -7], device=device)
+    zone = Guarded.around(torch.full((2, 1, 1, n), torch.nan), n, device)
+    grid = launch.grid(2, n, 64)
+    assert grid == (2, 2, -(-n // 128))
+    _philox_kernel[grid](zone.view, seeds, seeds, n, 2, 64, **OPTIONS)
+    rules.same(elements(zone.view), elements(reference.philox(seeds, seeds, (1, 1, n), 2)))
+    zone.check()
 
 
 def test_independent_of_batch_and_position(device, rules):
@@ -182,9 +195,9 @@ def test_extreme_words_are_finite(rules):
     word = torch.tensor([0, 1, 127, 128, 2**31, 2**32 - 129, 2**32 - 128, 2**32 - 1])
     u = word.float() * 2.0**-32 + 2.0**-33
     assert u.max() == 1 and u.min() == 2.0**-33
-    e, bits = reference._split(u.view(torch.int32))
+    e, bits = reference.noise._split(u.view(torch.int32))
     angle = torch.tensor([0, 2**30 - 1, 2**30, 2**31 - 1, 2**31, 3 * 2**30, 2**29, 2**32 - 1])
-    z = reference._box_muller(bits.view(torch.float32), e, angle).reshape(8, 2)
+    z = reference.noise._box_muller(bits.view(torch.float32), e, angle).reshape(8, 2)
     radius = (-2 * u.double().log()).sqrt()
     turn = angle.double() * (torch.pi / 2**31) - torch.pi / 4
     exact = radius[:, None] * torch.stack([turn.cos(), turn.sin()], -1)
@@ -196,8 +209,8 @@ def test_accuracy_of_the_transform():
     generator = torch.Generator().manual_seed(0)
     word, angle = torch.randint(2**32, (2, 1 << 18), generator=generator)
     u = word.float() * 2.0**-32 + 2.0**-33
-    e, bits = reference._split(u.view(torch.int32))
-    z = reference._box_muller(bits.view(torch.float32), e, angle).reshape(-1, 2).double()
+    e, bits = reference.noise._split(u.view(torch.int32))
+    z = reference.noise._box_muller(bits.view(torch.float32), e, angle).reshape(-1, 2).double()
     turn = angle.double() * (torch.pi / 2**31) - torch.pi / 4
     radius = z.square().sum(-1).sqrt()
     exact = (-2 * u.double().log()).sqrt()

@@ -1,0 +1,294 @@
+r"""Fused hybrid loss of a network that predicts its variance too   (S7 and S10).
+
+    L_b = w mean(l(error)) + b mean(bound),    error = out - (k0 x_0 + k1 eps)
+
+(Nichol & Dhariwal 2021, eq. 16.) The second C of the network's 2C channels, v, set the variance:
+over the log variance of the posterior (S5) the model's is d = offset + slope v, and a term of the
+variational bound is, in nats,
+
+    (d - 1 + e^-d (1 + (gain precision error)^2)) / 2      the divergence of two normals
+    -ln P(bin of x_0)                                      where half_bin is not 0 (t = 0)
+
+with P under a normal of deviation e^(d/2) / precision about x_0 + gain error. The bound has a
+gradient for v only. The formulas in PyTorch: ``reference/training.py``; columns: contract.py.
+Bytes an element: forward both halves of out and x_0 where used; backward the same and two written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashddpm.kernels import reference
+from flashddpm.kernels.contract import LOSSES, LossColumn
+from flashddpm.kernels.denoise_step import WARPS_2C, lane_elements
+from flashddpm.kernels.diffusion_loss import error_of, mean_loss, penalty, slope, store_partial
+from flashddpm.kernels.exact import exp, ln
+from flashddpm.kernels.launch import (
+    block_size,
+    channels_last,
+    check_image,
+    check_images_rows,
+    check_loss,
+    check_output,
+    empty_channels_last,
+    grid,
+    launch,
+    place,
+    runs_triton,
+)
+
+COLUMNS = tl.constexpr(len(LossColumn))
+WEIGHT = tl.constexpr(int(LossColumn.WEIGHT))
+BOUND_WEIGHT = tl.constexpr(int(LossColumn.BOUND_WEIGHT))
+OFFSET = tl.constexpr(int(LossColumn.OFFSET))
+SLOPE = tl.constexpr(int(LossColumn.SLOPE))
+GAIN = tl.constexpr(int(LossColumn.GAIN))
+PRECISION = tl.constexpr(int(LossColumn.PRECISION))
+HALF_BIN = tl.constexpr(int(LossColumn.HALF_BIN))
+EDGE = tl.constexpr(reference.training.EDGE)
+LEAST = tl.constexpr(reference.training.LEAST)
+FARTHEST = tl.constexpr(reference.training.FARTHEST)
+CDF_SLOPE = tl.constexpr(reference.training.CDF_SLOPE)
+CDF_CUBE = tl.constexpr(reference.training.CDF_CUBE)
+
+
+@triton.jit
+def _cdf(y):
+    """The normal distribution function as the reference approximates it."""
+    return tl.div_rn(1.0, 1.0 + exp((y + y * y * y * CDF_CUBE) * -CDF_SLOPE))
+
+
+@triton.jit
+def _density(y, cdf):
+    """Return the derivative of `_cdf` at y, where its value is cdf."""
+    return cdf * (1.0 - cdf) * CDF_SLOPE * (1.0 + y * y * (3 * CDF_CUBE))
+
+
+@triton.jit
+def _bin(d, shift, pixel, half):
+    """Return a pixel's bin in deviations from the mean, and the mass of each end (0 at an edge)."""
+    inverse = exp(d * -0.5)
+    upper = tl.clamp((half - shift) * inverse, -FARTHEST, FARTHEST, tl.PropagateNan.ALL)
+    lower = tl.clamp((-half - shift) * inverse, -FARTHEST, FARTHEST, tl.PropagateNan.ALL)
+    edge = tl.abs(pixel) > EDGE
+    mirrored = tl.where(edge, pixel > 0, shift < 0)
+    a = tl.where(mirrored, -lower, upper)
+    b = tl.where(mirrored, -upper, lower)
+    return a, b, _cdf(a), tl.where(edge, 0.0, _cdf(b))
+
+
+@triton.jit
+def _terms(
+    out, x0, row, seed, key, image, block, offsets, mask, n, C: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Return a block's error, shift = gain precision error, d, and pixels, float32 [BLOCK]."""
+    start = block * BLOCK
+    at, lane = lane_elements(start, offsets, n, C)
+    prediction = tl.load(out + image * lane + at, mask=mask, other=0).to(tl.float32)
+    v = tl.load(out + image * lane + C + at, mask=mask, other=0).to(tl.float32)
+    error = error_of(
+        prediction, x0, row, seed, key, block, image * n + start, offsets, mask, x0, BLOCK
+    )
+    shift = error * (tl.load(row + GAIN) * tl.load(row + PRECISION))
+    d = tl.load(row + OFFSET) + v * tl.load(row + SLOPE)
+    decoder = tl.load(row + HALF_BIN) != 0
+    pixel = tl.load(
+        x0 + image * n + start + offsets, mask=tl.where(decoder, mask, False), other=0
+    ).to(tl.float32)
+    return error, shift, d, pixel
+
+
+@triton.jit
+def _hybrid_loss_fwd_kernel(
+    partial,  # float32 [B, blocks], weighted sums of both terms, written
+    out,  # [B, 2n], the network's output
+    x0,  # [B, n], read where k0 or half_bin is not 0
+    t,  # int64 [B], row of each image
+    seeds,  # int64 [B]
+    keys,  # int64 [B]
+    rows,  # float32 [T, COLUMNS]
+    delta,
+    n,  # elements of an image
+    LOSS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image, block, offsets, mask, n = place(n, BLOCK)
+    row = rows + tl.load(t + image) * COLUMNS
+    seed, key = tl.load(seeds + image), tl.load(keys + image)
+    error, shift, d, pixel = _terms(
+        out, x0, row, seed, key, image, block, offsets, mask, n, C, BLOCK
+    )
+    half = tl.load(row + HALF_BIN)
+    if half != 0:
+        _, _, mass_a, mass_b = _bin(d, shift, pixel, half * tl.load(row + PRECISION))
+        mass = mass_a - mass_b
+        mass = tl.where(mass < LEAST, LEAST, mass)
+        bound = tl.where(mass == mass, -ln(mass, 0), mass)  # ln takes NaN for a number
+    else:
+        bound = 0.5 * (d - 1.0 + exp(-d) * (1.0 + shift * shift))
+    simple = tl.sum(tl.where(mask, penalty(error, delta, LOSS), 0.0), axis=0)
+    bound_sum = tl.sum(tl.where(mask, bound, 0.0), axis=0)
+    total = simple * tl.load(row + WEIGHT) + bound_sum * tl.load(row + BOUND_WEIGHT)
+    store_partial(partial, total, image, block)
+
+
+@triton.jit
+def _hybrid_loss_bwd_kernel(
+    d_out,  # [B, 2n], gradient of the network's output, written
+    d_loss,  # float32 [B]
+    out,  # [B, 2n]
+    x0,  # [B, n], read where k0 or half_bin is not 0
+    t,  # int64 [B]
+    seeds,  # int64 [B]
+    keys,  # int64 [B]
+    rows,  # float32 [T, COLUMNS]
+    delta,
+    n,  # elements of an image
+    LOSS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image, block, offsets, mask, n = place(n, BLOCK)
+    row = rows + tl.load(t + image) * COLUMNS
+    seed, key = tl.load(seeds + image), tl.load(keys + image)
+    error, shift, d, pixel = _terms(
+        out, x0, row, seed, key, image, block, offsets, mask, n, C, BLOCK
+    )
+    half = tl.load(row + HALF_BIN)
+    if half != 0:
+        a, b, mass_a, mass_b = _bin(d, shift, pixel, half * tl.load(row + PRECISION))
+        mass = mass_a - mass_b
+        inner = tl.where(mass_b == 0, 0.0, _density(b, mass_b) * b)
+        rate = tl.div_rn(_density(a, mass_a) * a - inner, mass)
+        bound = tl.where(mass <= LEAST, 0.0, rate)
+    else:
+        bound = 1.0 - exp(-d) * (1.0 + shift * shift)
+    scale = tl.div_rn(tl.load(d_loss + image), tl.cast(n, tl.float32))
+    d_error = scale * tl.load(row + WEIGHT) * slope(error, delta, LOSS)
+    d_v = scale * tl.load(row + BOUND_WEIGHT) * (0.5 * tl.load(row + SLOPE)) * bound
+    at, lane = lane_elements(block * BLOCK, offsets, n, C)
+    pixel_out = d_out + image * lane + at
+    tl.store(pixel_out, d_error.to(d_out.dtype.element_ty), mask=mask)
+    tl.store(pixel_out + C, d_v.to(d_out.dtype.element_ty), mask=mask)
+
+
+@torch.library.custom_op("flashddpm::hybrid_loss", mutates_args=())
+def _hybrid_loss(
+    out: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    seeds: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    loss: str,
+    delta: float,
+) -> Tensor:
+    if not runs_triton(out):
+        return reference.hybrid_loss(out, x0, t, seeds, keys, rows, loss, delta)
+    n, kind = x0[:1].numel(), LOSSES.index(loss)
+    out, x0 = channels_last(out), channels_last(x0)
+    return mean_loss(
+        _hybrid_loss_fwd_kernel,
+        out,
+        x0,
+        t,
+        seeds,
+        keys,
+        rows,
+        delta,
+        n,
+        kind,
+        x0.shape[1],
+        num_warps=WARPS_2C,
+    )
+
+
+@_hybrid_loss.register_fake
+def _hybrid_loss_fake(out, x0, t, seeds, keys, rows, loss, delta) -> Tensor:
+    return torch.empty(len(out), device=out.device)
+
+
+@torch.library.custom_op("flashddpm::hybrid_loss_backward", mutates_args=())
+def _hybrid_loss_backward(
+    d_loss: Tensor,
+    out: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    seeds: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    loss: str,
+    delta: float,
+) -> Tensor:
+    d_out = empty_channels_last(out)
+    if not runs_triton(out):
+        arguments = (d_loss, out, x0, t, seeds, keys, rows, loss, delta)
+        return d_out.copy_(reference.hybrid_loss_backward(*arguments))
+    if out.numel():
+        n, kind = x0[0].numel(), LOSSES.index(loss)
+        block = block_size(n)
+        out, x0 = channels_last(out), channels_last(x0)
+        launch(
+            _hybrid_loss_bwd_kernel, grid(len(out), n, block), out,
+            d_out, d_loss, out, x0, t, seeds, keys, rows, delta, n, kind, x0.shape[1], block,
+            num_warps=WARPS_2C,
+        )  # fmt: skip
+    return d_out
+
+
+@_hybrid_loss_backward.register_fake
+def _hybrid_loss_backward_fake(d_loss, out, x0, t, seeds, keys, rows, loss, delta) -> Tensor:
+    return empty_channels_last(out)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.loss, ctx.delta = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, d_loss: Tensor):
+    d_out = _hybrid_loss_backward(d_loss.contiguous(), *ctx.saved_tensors, ctx.loss, ctx.delta)
+    return d_out, *[None] * 7
+
+
+_hybrid_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+def hybrid_loss(
+    out: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    seeds: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    loss: str = "mse",
+    delta: float = 1.0,
+) -> Tensor:
+    """Return w mean(l(error)) + b mean(bound) of each image, float32 [B]   (S7 and S10).
+
+    Differentiable with respect to ``out``; the bound has a gradient for the variance only, and the
+    data have none.
+
+    Args:
+        out: the network's output, [B, 2C, H, W], float32, float16 or bfloat16, any layout.
+        x0: the images, [B, C, H, W] in [-1, 1], float32, float16 or bfloat16, any layout.
+        t: int64 [B], the row of each image, in [0, T): not checked, for that would wait.
+        seeds, keys: int64 [B], those given to ``add_noise``.
+        rows: float32 [T, len(LossColumn)] (parameterization.hybrid_rows).
+        loss: "mse", "l1" or "huber" (contract.LOSSES).
+        delta: where huber turns from a parabola to a line; above 0.
+
+    Raises:
+        ValueError: a shape, dtype, layout or device that does not fit, or another loss.
+    """
+    check_image("x0", x0)
+    check_output(out, x0, lanes=len(x0))
+    if out.shape[1] != 2 * x0.shape[1]:
+        raise ValueError(f"out of shape {tuple(out.shape)}: must have {2 * x0.shape[1]} channels")
+    check_images_rows(t, seeds, keys, rows, len(LossColumn), out)
+    check_loss(loss, delta)
+    return _hybrid_loss(out, x0, t, seeds, keys, rows, loss, delta)

@@ -1,0 +1,114 @@
+r"""The noise in plain PyTorch: a pure function of (seed, purpose, key, element).
+
+Philox4x32-10 (Salmon et al. 2011) with the image's 64-bit seed as key and the counter
+(element // 4, purpose, low and high word of the noise key); element in channels-last order
+(h, w, c) of one image. The four words of a call give four normals by the Box-Muller transform,
+written with exact float32 operations only, each rounded separately, so that every device draws
+the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flashddpm.kernels.contract import Purpose
+from flashddpm.kernels.reference.exact import ANGLE, COS, LN, LN2_HIGH, LN2_LOW, SIN, horner
+
+MASK = 0xFFFFFFFF
+
+
+def philox_words(
+    seeds: Tensor, keys: Tensor, purpose: int, groups: int, rounds: int = 10, first: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the four words of each of ``groups`` calls, int64 [B, groups] < 2^32.
+
+    Args:
+        seeds, keys: int64 [B].
+        purpose: the counter's second word.
+        groups: number of calls for each image.
+        rounds: 10; a test tells 7 from 10.
+        first: number of the first call.
+    """
+    c0 = torch.arange(first, first + groups, device=seeds.device).expand(len(seeds), groups)
+    c1 = torch.full_like(c0, purpose)
+    c2 = (keys & MASK)[:, None].expand_as(c0)
+    c3 = (keys >> 32 & MASK)[:, None].expand_as(c0)
+    k0, k1 = (seeds & MASK)[:, None], (seeds >> 32 & MASK)[:, None]
+    for _ in range(rounds):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = p1 >> 32 & MASK ^ c1 ^ k0, p1 & MASK, p0 >> 32 & MASK ^ c3 ^ k1, p0 & MASK
+        k0, k1 = k0 + 0x9E3779B9 & MASK, k1 + 0xBB67AE85 & MASK
+    return c0, c1, c2, c3
+
+
+def _uniform(seeds: Tensor, keys: Tensor, purpose: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Return u in (0, 1], float32, and the angle's word, int64, each [B, groups, 2]."""
+    w0, w1, w2, w3 = philox_words(seeds, keys, purpose, groups)
+    u = torch.stack([w0, w2], -1).float() * 2.0**-32 + 2.0**-33
+    return u, torch.stack([w1, w3], -1)
+
+
+def _split(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return e and the bits of m in [sqrt .5, sqrt 2) with u = m 2^e, both int32."""
+    e = (bits - 0x3F3504F3) >> 23
+    return e, bits - (e << 23)
+
+
+def _box_muller(m: Tensor, e: Tensor, word: Tensor) -> Tensor:
+    """Return the normals r cos, r sin of each pair, float32 [B, groups, 4]."""
+    exponent = e.float()
+    x = m - 1
+    z = x * x
+    y = horner(x, LN) * x * z
+    y = y + exponent * LN2_LOW
+    y = y - z * 0.5
+    ln_u = x + y + exponent * LN2_HIGH
+    # torch.sqrt on float32 may be off by an ulp on the CPU; through float64 it is exact.
+    r = torch.sqrt((ln_u * -2).double()).float()
+
+    quadrant = word >> 30
+    a = ((word & 0x3FFFFFFF) - 2**29).float() * ANGLE
+    z = a * a
+    s = horner(z, SIN) * z * a + a
+    c = horner(z, COS) * z * z - z * 0.5 + 1
+    swap = (quadrant & 1) == 1
+    cos, sin = torch.where(swap, s, c), torch.where(swap, c, s)
+    cos = torch.where((quadrant == 1) | (quadrant == 2), -cos, cos)
+    sin = torch.where(quadrant >= 2, -sin, sin)
+    return torch.stack([r * cos, r * sin], -1).flatten(-2)
+
+
+def philox(
+    seeds: Tensor, keys: Tensor, shape: tuple[int, int, int], purpose: int = Purpose.INITIAL
+) -> Tensor:
+    """Return standard normal noise, float32 [B, C, H, W], channels-last.
+
+    Args:
+        seeds, keys: int64 [B].
+        shape: (C, H, W) of one image.
+        purpose: what the noise is for.
+    """
+    return philox_in_pieces(PIECES, seeds, keys, shape, purpose)
+
+
+PIECES = (_uniform, _split, _box_muller)
+
+
+def philox_in_pieces(
+    pieces: tuple[Callable, Callable, Callable],
+    seeds: Tensor,
+    keys: Tensor,
+    shape: tuple[int, int, int],
+    purpose: int,
+) -> Tensor:
+    """Return ``philox``'s noise by the given forms of ``PIECES``, casts of bits between them."""
+    uniform, split, box_muller = pieces
+    C, H, W = shape
+    n = C * H * W
+    u, word = uniform(seeds, keys, int(purpose), (n + 3) // 4)
+    e, m_bits = split(u.view(torch.int32))
+    z = box_muller(m_bits.view(torch.float32), e, word)
+    return z.flatten(1)[:, :n].reshape(len(seeds), H, W, C).permute(0, 3, 1, 2)

@@ -1,0 +1,253 @@
+"""Noising and losses, in plain PyTorch (S2, S4, S7, S10)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashddpm.kernels.contract import LossColumn, Purpose
+from flashddpm.kernels.reference.noise import philox
+
+
+def add_noise(
+    x0: Tensor,
+    t: Tensor,
+    seeds: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    purpose: int = Purpose.TRAINING,
+) -> Tensor:
+    """Return x_t = rows[t, 0] x0 + rows[t, 1] eps in x0's dtype, computed in float32   (S2, S4).
+
+    Args:
+        x0: [B, C, H, W], float32, float16 or bfloat16.
+        t: int64 [B], the row of each image.
+        seeds, keys: int64 [B].
+        rows: float32 [T, 2].
+        purpose: what the noise is for.
+    """
+    a, b = rows[t].reshape(-1, 2, 1, 1, 1).unbind(1)
+    _, C, H, W = x0.shape
+    eps = philox(seeds, keys, (C, H, W), purpose)
+    return (term(a, x0.float()) + term(b, eps)).to(x0.dtype)
+
+
+def term(coefficient: Tensor, value: Tensor) -> Tensor:
+    """Return coefficient x value, and exactly 0 where the coefficient is 0."""
+    return torch.where(coefficient == 0, 0.0, coefficient * value)
+
+
+def diffusion_loss(
+    out: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    seeds: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    loss: str = "mse",
+    delta: float = 1.0,
+) -> Tensor:
+    """Return w mean(l(out - (k0 x0 + k1 eps))) for each image, float32 [B]   (S7).
+
+    (k0, k1, w) = rows[t]; eps is the noise that ``add_noise`` drew for the same seeds and keys.
+    float64 inputs are computed in float64 (for gradient checks). Gradient for ``out`` only.
+
+    Args:
+        out: the network's output, [B, C, H, W], float32, float16 or bfloat16.
+        x0: [B, C, H, W], float32, float16 or bfloat16.
+        t: int64 [B], the row of each image.
+        seeds, keys: int64 [B].
+        rows: float32 [T, 3].
+        loss: "mse", "l1" or "huber" (contract.LOSSES).
+        delta: where huber turns from a parabola to a line.
+    """
+    error, weight = _error(out, x0, t, seeds, keys, rows)
+    return weight.flatten() * _penalty(error, loss, delta).flatten(1).mean(1)
+
+
+def diffusion_loss_backward(
+    d_loss: Tensor,
+    out: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    seeds: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    loss: str = "mse",
+    delta: float = 1.0,
+) -> Tensor:
+    """Return w d_loss / n l'(out - target), the gradient for ``out``, in its dtype.
+
+    Args:
+        d_loss: float32 [B], the gradient of the loss; the others as for ``diffusion_loss``.
+    """
+    error, weight = _error(out, x0, t, seeds, keys, rows)
+    scale = weight * d_loss.reshape(-1, 1, 1, 1) / max(out.shape[1:].numel(), 1)
+    return (scale * _slope(error, loss, delta)).to(out.dtype)
+
+
+def _error(
+    out: Tensor, x0: Tensor, t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return out - (k0 x0 + k1 eps) and the weight, [B, 1, 1, 1]."""
+    dtype = torch.float64 if out.dtype is torch.float64 else torch.float32
+    k0, k1, weight = rows[t, :3].to(dtype).reshape(-1, 3, 1, 1, 1).unbind(1)
+    _, C, H, W = x0.shape
+    eps = philox(seeds, keys, (C, H, W), Purpose.TRAINING).to(dtype)
+    return out.to(dtype) - (term(k0, x0.detach().to(dtype)) + term(k1, eps)), weight
+
+
+def _penalty(error: Tensor, loss: str, delta: float) -> Tensor:
+    if loss == "mse":
+        return error * error
+    size = error.abs()
+    if loss == "l1":
+        return size
+    return torch.where(size > delta, delta * (size - 0.5 * delta), 0.5 * error * error)
+
+
+def _slope(error: Tensor, loss: str, delta: float) -> Tensor:
+    """Return the derivative of the penalty; NaN where the error is."""
+    if loss == "mse":
+        return 2 * error
+    if loss == "l1":
+        return torch.where(error > 0, 1, torch.where(error < 0, -1, error))
+    return error.clamp(-delta, delta)
+
+
+def hybrid_loss(
+    out: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    seeds: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    loss: str = "mse",
+    delta: float = 1.0,
+) -> Tensor:
+    """Return w mean(l(error)) + b mean(bound) for each image, float32 [B]   (S7 and S10).
+
+    Nichol & Dhariwal 2021, eq. 16: the first C channels of ``out`` are the prediction, the second,
+    v, set the variance; the bound's term has a gradient for v only. Over the log variance of the
+    posterior the model's is d = offset + slope v, and with error e of the prediction the term is
+
+        (d - 1 + exp(-d) (1 + (gain precision e)^2)) / 2     (the divergence of two normals)
+
+    or, where half_bin is not 0, -ln of the probability of x0's bin of 2 half_bin under a normal of
+    deviation exp(d / 2) / precision, off by gain e; its distribution function as `_cdf` has it.
+
+    Args:
+        out: [B, 2C, H, W], float32, float16 or bfloat16.
+        x0: [B, C, H, W], float32, float16 or bfloat16, in [-1, 1].
+        t, seeds, keys, loss, delta: as for ``diffusion_loss``.
+        rows: float32 [T, len(LossColumn)].
+    """
+    prediction, v = out.chunk(2, 1)
+    error, weight = _error(prediction, x0, t, seeds, keys, rows)
+    simple = weight.flatten() * _penalty(error, loss, delta).flatten(1).mean(1)
+    bound_weight, *columns = _bound_columns(rows, t, error.dtype)
+    bound = _bound(error.detach(), v.to(error.dtype), x0.to(error.dtype), *columns)
+    return simple + bound_weight.flatten() * bound.flatten(1).mean(1)
+
+
+def _bound_columns(rows: Tensor, t: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return the columns from bound_weight on, [B, 1, 1, 1] each."""
+    columns = rows[t].to(dtype).reshape(len(t), len(LossColumn), 1, 1, 1).unbind(1)
+    return list(columns[int(LossColumn.BOUND_WEIGHT) :])
+
+
+def _bound(
+    error: Tensor,
+    v: Tensor,
+    x0: Tensor,
+    offset: Tensor,
+    slope: Tensor,
+    gain: Tensor,
+    precision: Tensor,
+    half: Tensor,
+) -> Tensor:
+    """Return the term of the bound of each element."""
+    shift = gain * precision * error
+    d = offset + slope * v
+    divergence = 0.5 * (d - 1 + torch.exp(-d) * (1 + shift * shift))
+    upper, lower = _edges(d, shift, x0, half * precision)
+    probability = _cdf(upper) - torch.where(x0.abs() > EDGE, 0.0, _cdf(lower))
+    nll = -torch.log(probability.clamp(min=LEAST))
+    return torch.where(half == 0, divergence, nll)
+
+
+EDGE = 0.999  # pixels beyond are the first and the last: their bins have no outer edge
+LEAST = 1e-12
+FARTHEST = 12.0  # deviations; all of the mass lies within, to float32
+CDF_SLOPE, CDF_CUBE = 1.5957691216, 0.044715  # 2 sqrt(2 / pi); Page 1977
+
+
+def _cdf(y: Tensor) -> Tensor:
+    """The normal distribution function, to 3e-4: that of Nichol & Dhariwal's training loss."""
+    return torch.sigmoid(CDF_SLOPE * (y + CDF_CUBE * (y * y * y)))
+
+
+def _edges(d: Tensor, shift: Tensor, x0: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a pixel's bin in deviations from the mean, where both ends are at their smallest.
+
+    The probability of [a, b] is that of [-b, -a]: of the two, the one nearer to minus infinity
+    has values of the distribution function that do not cancel.
+    """
+    inverse = torch.exp(-0.5 * d)
+    upper = ((half - shift) * inverse).clamp(-FARTHEST, FARTHEST)
+    lower = ((-half - shift) * inverse).clamp(-FARTHEST, FARTHEST)
+    mirrored = torch.where(x0.abs() > EDGE, x0 > 0, shift < 0)
+    return torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
+
+
+def hybrid_loss_backward(
+    d_loss: Tensor,
+    out: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    seeds: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    loss: str = "mse",
+    delta: float = 1.0,
+) -> Tensor:
+    """Return the gradient of ``hybrid_loss`` for ``out``, in its dtype.
+
+    Args:
+        d_loss: float32 [B], the gradient of the loss; the others as for ``hybrid_loss``.
+    """
+    prediction, v = out.chunk(2, 1)
+    error, weight = _error(prediction, x0, t, seeds, keys, rows)
+    bound_weight, *columns = _bound_columns(rows, t, error.dtype)
+    d_loss = d_loss.reshape(-1, 1, 1, 1) / max(x0.shape[1:].numel(), 1)
+    d_v = _bound_slope(error, v.to(error.dtype), x0.to(error.dtype), *columns)
+    d_v = d_loss * bound_weight * d_v
+    return torch.cat([weight * d_loss * _slope(error, loss, delta), d_v], 1).to(out.dtype)
+
+
+def _bound_slope(
+    error: Tensor,
+    v: Tensor,
+    x0: Tensor,
+    offset: Tensor,
+    slope: Tensor,
+    gain: Tensor,
+    precision: Tensor,
+    half: Tensor,
+) -> Tensor:
+    """Return the derivative of the term for v."""
+    shift = gain * precision * error
+    d = offset + slope * v
+    divergence = 1 - torch.exp(-d) * (1 + shift * shift)
+    upper, lower = _edges(d, shift, x0, half * precision)
+    edge = x0.abs() > EDGE
+    probability = _cdf(upper) - torch.where(edge, 0.0, _cdf(lower))
+    rate = _density(upper) * upper - torch.where(edge, 0.0, _density(lower) * lower)
+    nll = torch.where(probability <= LEAST, 0.0, rate / probability)
+    return 0.5 * slope * torch.where(half == 0, divergence, nll)
+
+
+def _density(y: Tensor) -> Tensor:
+    """Return the derivative of `_cdf`."""
+    cdf = _cdf(y)
+    return cdf * (1 - cdf) * CDF_SLOPE * (1 + 3 * CDF_CUBE * (y * y))

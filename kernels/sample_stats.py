@@ -1,0 +1,260 @@
+r"""What a row asks of a slot's whole image: its threshold, and how guidance changed its contrast.
+
+    bounds  = the threshold-quantile of |x0|, held within [1, clip]   (Saharia et al. 2022, 2.3)
+    factors = phi std(out[lane_cond]) / std(out) + 1 - phi            (Lin et al. 2023, 15 and 16)
+
+One program a slot, sums and counts in a fixed order. It ends at once where the row asks for
+neither. Bytes an element, most from the L2 cache: each pass reads the slot's lanes, itemsize each;
+rescaling takes two passes, the threshold five with x besides (4). The quantile is exact: numbers
+without a sign are in the order of their bits, so three passes of a histogram over 8 bits and one
+over 7 find the number of the wanted rank, and the fifth its successor.
+
+Outside the exact tier: sums of a whole image depend on their order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashddpm.kernels import reference
+from flashddpm.kernels.contract import Column
+from flashddpm.kernels.denoise_step import (
+    CLIP,
+    COLUMNS,
+    INF_BITS,
+    RESCALE,
+    THRESHOLD,
+    guided_output,
+    lane_elements,
+    unclipped_x0,
+)
+from flashddpm.kernels.launch import (
+    channels_last,
+    check_in_place,
+    check_output,
+    check_table,
+    check_vector,
+    launch,
+    runs_triton,
+)
+
+BLOCK = 2048
+NUM_WARPS = 8
+
+
+@triton.jit
+def _magnitudes(
+    x, out, cond, uncond, weight, factor, row, start, n, C: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Return the bits of |x0| of a block, int32 [BLOCK], and which elements exist."""
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < n - start
+    at, lane = lane_elements(start, offsets, n, C)
+    o = guided_output(out, cond, uncond, weight, at, lane, mask) * factor
+    x_t = tl.load(x + start + offsets, mask=mask, other=0)
+    x0 = unclipped_x0(x_t, o, row, BLOCK)
+    return x0.to(tl.int32, bitcast=True) & 0x7FFFFFFF, mask
+
+
+@triton.jit
+def _factor(out, cond, uncond, weight, phi, n, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Return phi std(cond) / std(out) + 1 - phi, from sums of squares about the means."""
+    offsets = tl.arange(0, BLOCK)
+    count = n.to(tl.float32)
+    sum_c = tl.zeros([BLOCK], tl.float32)
+    sum_o = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        mask = offsets < n - start
+        at, lane = lane_elements(start, offsets, n, C)
+        sum_c += tl.load(out + cond * lane + at, mask=mask, other=0).to(tl.float32)
+        sum_o += guided_output(out, cond, uncond, weight, at, lane, mask)
+    mean_c = tl.div_rn(tl.sum(sum_c, axis=0), count)
+    mean_o = tl.div_rn(tl.sum(sum_o, axis=0), count)
+    squares_c = tl.zeros([BLOCK], tl.float32)
+    squares_o = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        mask = offsets < n - start
+        at, lane = lane_elements(start, offsets, n, C)
+        c = tl.load(out + cond * lane + at, mask=mask, other=0).to(tl.float32) - mean_c
+        o = guided_output(out, cond, uncond, weight, at, lane, mask) - mean_o
+        squares_c += tl.where(mask, c * c, 0.0)
+        squares_o += tl.where(mask, o * o, 0.0)
+    ratio = tl.div_rn(tl.sum(squares_c, axis=0), tl.sum(squares_o, axis=0))
+    return phi * tl.sqrt_rn(ratio) + (1.0 - phi)
+
+
+@triton.jit
+def _rank(q, last):
+    """Return the whole part of q last, int64, and the rest, float32; q in (0, 1], last < 2^34.
+
+    q is m 2^-shift with m < 2^24, so m last is exact in 64 bits, and none of it lies above bit 58.
+    """
+    bits = q.to(tl.int32, bitcast=True)
+    shift = tl.minimum(150 - (bits >> 23), 126)
+    product = ((bits & 0x7FFFFF) | 0x800000).to(tl.int64) * last
+    whole = tl.minimum(shift, 62).to(tl.int64)
+    k = product >> whole
+    rest = product - (k << whole)
+    unit = ((127 - shift) << 23).to(tl.float32, bitcast=True)
+    return k, rest.to(tl.float32) * unit
+
+
+@triton.jit
+def _quantile(x, out, cond, uncond, weight, factor, row, n, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the quantile of |x0| that the row's threshold names, as torch.quantile has it."""
+    last = n - 1
+    k, fraction = _rank(tl.load(row + THRESHOLD), last)
+
+    found = tl.zeros([], tl.int32)  # the bits known so far of the number of rank k
+    rank = k  # its rank among the numbers that begin with them
+    for shift in tl.static_range(24, -8, -8):
+        counts = tl.zeros([256], tl.int32)
+        for start in range(0, n, BLOCK):
+            bits, mask = _magnitudes(x, out, cond, uncond, weight, factor, row, start, n, C, BLOCK)
+            mask &= (bits >> shift >> 8) == (found >> shift >> 8)
+            counts += tl.histogram((bits >> shift) & 0xFF, 256, mask)
+        below = tl.cumsum(counts, axis=0) <= rank
+        found |= tl.sum(below.to(tl.int32), axis=0) << shift
+        rank -= tl.sum(tl.where(below, counts, 0), axis=0)
+
+    at_most = tl.zeros([], tl.int64)
+    successor = tl.full([], 0x7FFFFFFF, tl.int32)
+    largest = tl.zeros([], tl.int32)
+    for start in range(0, n, BLOCK):
+        bits, mask = _magnitudes(x, out, cond, uncond, weight, factor, row, start, n, C, BLOCK)
+        at_most += tl.sum((mask & (bits <= found)).to(tl.int32), axis=0)
+        above = tl.where(mask & (bits > found), bits, 0x7FFFFFFF)
+        successor = tl.minimum(successor, tl.min(above, axis=0))
+        largest = tl.maximum(largest, tl.max(tl.where(mask, bits, 0), axis=0))
+    if at_most > tl.minimum(k + 1, last):
+        successor = found
+    low = found.to(tl.float32, bitcast=True)
+    high = successor.to(tl.float32, bitcast=True)
+    step = high - low
+    value = tl.where(fraction < 0.5, low + fraction * step, high - (1.0 - fraction) * step)
+    return tl.where(largest > INF_BITS, float("nan"), value)
+
+
+@triton.jit
+def _sample_stats_kernel(
+    bounds,  # float32 [S], written where the row has a threshold
+    factors,  # float32 [S], written where the row rescales and the slot is guided
+    x,  # float32 [S, n], rows of stride x_stride
+    out,  # [L, n], or [L, 2n] of 2C channels
+    idx,  # int64 [S]
+    guidance,  # float32 [S]
+    lane_cond,  # int32 [S]
+    lane_uncond,  # int32 [S], -1 for none
+    rows,  # float32 [R, COLUMNS]
+    next,  # int64 [R]
+    n,  # elements of an image
+    x_stride,
+    C: tl.constexpr,  # channels of an image if out has 2C, else 0
+    BLOCK: tl.constexpr,
+):
+    n = tl.cast(n, tl.int64)
+    slot = tl.program_id(0).to(tl.int64)
+    i = tl.load(idx + slot)
+    if tl.load(next + i) == i:
+        return
+    row = rows + i * COLUMNS
+    cond = tl.load(lane_cond + slot).to(tl.int64)
+    uncond = tl.load(lane_uncond + slot).to(tl.int64)
+    weight = tl.load(guidance + slot)
+    phi = tl.load(row + RESCALE)
+    factor = tl.full([], 1.0, tl.float32)
+    if phi != 0:
+        if uncond >= 0:
+            factor = _factor(out, cond, uncond, weight, phi, n, C, BLOCK)
+            tl.store(factors + slot, factor)
+    if tl.load(row + THRESHOLD) != 0:
+        image = x + slot * x_stride
+        bound = _quantile(image, out, cond, uncond, weight, factor, row, n, C, BLOCK)
+        cap = tl.maximum(tl.load(row + CLIP), 1.0)
+        tl.store(bounds + slot, tl.clamp(bound, 1.0, cap, propagate_nan=tl.PropagateNan.ALL))
+
+
+@torch.library.custom_op("flashddpm::sample_stats", mutates_args=("bounds", "factors"))
+def _sample_stats(
+    bounds: Tensor,
+    factors: Tensor,
+    x: Tensor,
+    out: Tensor,
+    idx: Tensor,
+    guidance: Tensor,
+    lane_cond: Tensor,
+    lane_uncond: Tensor,
+    rows: Tensor,
+    next: Tensor,
+) -> None:
+    arguments = (idx, guidance, lane_cond, lane_uncond, rows, next)
+    if not runs_triton(x):
+        reference.sample_stats(bounds, factors, x, out, *arguments)
+    elif x.numel():
+        n, C = x[0].numel(), x.shape[1] if out.shape[1] != x.shape[1] else 0
+        block = min(triton.next_power_of_2(max(n, 16)), BLOCK)
+        launch(
+            _sample_stats_kernel, (len(x),), x,
+            bounds, factors, x, channels_last(out), *arguments, n, x.stride(0), C, block,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+
+@_sample_stats.register_fake
+def _sample_stats_fake(
+    bounds, factors, x, out, idx, guidance, lane_cond, lane_uncond, rows, next
+) -> None:
+    return None
+
+
+def sample_stats(
+    bounds: Tensor,
+    factors: Tensor,
+    x: Tensor,
+    out: Tensor,
+    idx: Tensor,
+    guidance: Tensor,
+    lane_cond: Tensor,
+    lane_uncond: Tensor,
+    rows: Tensor,
+    next: Tensor,
+) -> None:
+    """Compute, before ``denoise_step``, what a slot's row asks of its whole image, in place.
+
+    Slots whose row asks for nothing, or points at itself, are left untouched.
+
+    Args:
+        bounds: float32 [S]; written where the row has a threshold: the bound of x0.
+        factors: float32 [S]; written where the row rescales and the slot is guided.
+        x: float32 [S, C, H, W], the state x_t.
+        out: [L, C or 2C, H, W], the network's output, float32, float16 or bfloat16, any layout.
+        idx: int64 [S], each slot's row.
+        guidance: float32 [S], read where lane_uncond is not negative.
+        lane_cond, lane_uncond: int32 [S], the slot's lanes; lane_uncond is -1 where unguided.
+        rows: float32 [R, len(Column)].
+        next: int64 [R].
+
+    Raises:
+        ValueError: a shape, dtype, layout or device that does not fit.
+    """
+    check_in_place("x", x)
+    if x.dtype is not torch.float32:
+        raise ValueError(f"x of {x.dtype}: must be float32")
+    check_output(out, x)
+    for name, vector, dtype in (
+        ("bounds", bounds, torch.float32),
+        ("factors", factors, torch.float32),
+        ("idx", idx, torch.int64),
+        ("guidance", guidance, torch.float32),
+        ("lane_cond", lane_cond, torch.int32),
+        ("lane_uncond", lane_uncond, torch.int32),
+    ):
+        check_vector(name, vector, len(x), dtype, x)
+    check_table("rows", rows, len(Column), x)
+    check_vector("next", next, len(rows), torch.int64, x)
+    _sample_stats(
+        bounds, factors, x, out, idx, guidance, lane_cond, lane_uncond, rows, next
+    )  # fmt: skip
