@@ -1,0 +1,118 @@
+"""The gates of compiled code for anybody's kernel, from a process that may not compile.
+
+Triton's interpreter and its compiler cannot share a process, so where the interpreter is on, the
+kernel is compiled in a child process, which imports the kernel's file again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KernelCode:
+    """A Triton kernel and how it is compiled.
+
+    Attributes:
+        fn: the function, by its own name in a module or file.
+        signature: type of each argument, "*fp32:16" for a pointer or int divisible by 16, in the
+            dtype to test.
+        constants: value of each constexpr argument.
+        images: pointer arguments that must be accessed 16 bytes at a time.
+        options: of the launch.
+    """
+
+    fn: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, int]
+    images: Sequence[str] = ()
+    options: Mapping[str, int | bool] | None = None
+
+
+ARCHITECTURES = (80, 90, 100)
+"""Compute capabilities, times 10."""
+
+
+def code_faults(kernel: KernelCode, architectures: Sequence[int] = ARCHITECTURES) -> list[str]:
+    """Return what is wrong with the kernel's machine code, nothing if all is well; no GPU needed.
+
+    What is looked for stands in ``flashddpm.kernels.checks``. The file of the kernel must not set
+    TRITON_INTERPRET where it is set already.
+
+    Raises:
+        ImportError: without Triton.
+        ValueError: under the interpreter, a kernel that is not found by its name in its file.
+        RuntimeError: the child process failed; with what it said.
+    """
+    from flashddpm.kernels.launch import INTERPRETED
+
+    if not INTERPRETED:
+        return _faults(kernel, architectures)
+    function = kernel.fn.fn
+    if "<locals>" in function.__qualname__:
+        raise ValueError(f"fn={function.__qualname__}: must be a function of a module")
+    described = asdict(KernelCode(None, kernel.signature, kernel.constants, tuple(kernel.images)))
+    request = {
+        "file": inspect.getsourcefile(function),
+        "module": function.__module__,
+        "name": function.__name__,
+        "architectures": list(architectures),
+        "kernel": described | {"options": kernel.options and dict(kernel.options)},
+    }
+    command = [sys.executable, "-P", "-c", f"from {__name__} import _child; _child()"]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    child = subprocess.run(
+        command, input=json.dumps(request), capture_output=True, text=True, env=environment
+    )
+    if child.returncode:
+        raise RuntimeError(f"compiling {function.__name__} failed:\n{child.stderr}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def _faults(kernel: KernelCode, architectures: Sequence[int]) -> list[str]:
+    from flashddpm.kernels.checks.compiled import compile_kernel, faults
+    from flashddpm.kernels.launch import OPTIONS
+
+    signature, constants = dict(kernel.signature), dict(kernel.constants)
+    options = OPTIONS if kernel.options is None else dict(kernel.options)
+    return [
+        f"for {arch}: {fault}"
+        for arch in architectures
+        for fault in faults(
+            compile_kernel(kernel.fn, signature, constants, arch, options), tuple(kernel.images)
+        )
+    ]
+
+
+def _child() -> None:
+    """Read a request, print the faults."""
+    request = json.loads(sys.stdin.read())
+    fn = getattr(_module(request["module"], request["file"]), request["name"], None)
+    if fn is None:
+        raise ValueError(f"fn={request['name']}: not found in {request['file']}")
+    kernel = KernelCode(**request["kernel"] | {"fn": fn})
+    print(json.dumps(_faults(kernel, request["architectures"])))
+
+
+def _module(name: str, file: str) -> Any:
+    """Return the module; from its file, where it cannot be imported by name."""
+    try:
+        found = None if name == "__main__" else importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        found = None
+    if found is not None and found.origin == file:
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location("kernel_under_test", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

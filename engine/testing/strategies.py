@@ -1,0 +1,205 @@
+"""Hypothesis strategies of what kernels are called with: where they fail, not what is typical.
+
+A strategy returns plain numbers or functions, never tensors, so that failures print short.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor
+
+from flashddpm.kernels.contract import Column
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+PRIMES = (5, 7, 11, 13, 17, 31, 127)
+BAD = (math.nan, math.inf, -math.inf)
+
+Layout = Callable[[Tensor], Tensor]
+
+
+class Case(NamedTuple):
+    """What ``check_op`` hands to ``arguments``, after the device."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    batch: int
+    seed: int
+
+
+def sizes(block: int = 1024) -> SearchStrategy[int]:
+    """Return one dimension's size: 0, 1, 2, 3, primes, 16, and a block's edges."""
+    return st.sampled_from([1, 0, 2, 3, *PRIMES, 16, block - 1, block, block + 1])
+
+
+def shapes(
+    dims: int = 3, channels: Sequence[int] = (1, 3), block: int = 1024
+) -> SearchStrategy[tuple[int, ...]]:
+    """Return the shape of one sample: (n,), (H, W) or (C, H, W).
+
+    Zero elements, 1, 2, 3, primes, 17x17, and as many elements as ``block`` gives or take one.
+
+    Args:
+        dims: 1, 2 or 3.
+        channels: C, where there are three dimensions.
+        block: elements that one program of the kernel handles.
+    """
+    if dims not in (1, 2, 3):
+        raise ValueError(f"dims={dims}: must be 1, 2 or 3")
+    if dims == 1:
+        return sizes(block).map(lambda n: (n,))
+    flat = sizes(block).map(lambda n: (1, n))
+    small = st.integers(1, 9)
+    side = math.isqrt(block)
+    images = st.one_of(
+        st.sampled_from([(1, 1), (17, 17), (0, 4), (4, 0), (side, block // side), (8, 8), (7, 5)]),
+        flat,
+        st.tuples(small, small),
+    )
+    if dims == 2:
+        return images
+    return st.builds(lambda C, size: (C, *size), st.sampled_from(list(channels)), images)
+
+
+def batches(largest: int = 4) -> SearchStrategy[int]:
+    """Return the number of samples, at least 1; a batch of none has a check of its own."""
+    return st.integers(1, largest)
+
+
+def dtypes(allowed: Sequence[torch.dtype] = FLOATS) -> SearchStrategy[torch.dtype]:
+    """Return a dtype, of floating-point images if nothing is said."""
+    return st.sampled_from(list(allowed))
+
+
+def seeds() -> SearchStrategy[int]:
+    """Return a signed 64-bit seed: any, and the edges of 32 and 64 bits."""
+    edges = [0, 1, -1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, -(2**31), 2**63 - 1, -(2**63)]
+    return st.one_of(st.sampled_from(edges), st.integers(-(2**63), 2**63 - 1))
+
+
+def noise_keys() -> SearchStrategy[int]:
+    """Return a noise key: a timestep, a number past 32 bits, or any 64 bits."""
+    return st.one_of(st.integers(0, 999), st.integers(2**32, 2**40), seeds())
+
+
+def coefficients(limit: float = 4.0) -> SearchStrategy[float]:
+    """Return a float32 in [-limit, limit], often 0, -0 or 1."""
+    numbers = st.floats(-limit, limit, width=32, allow_subnormal=False)
+    return st.one_of(st.sampled_from([0.0, 1.0, -0.0, -1.0]), numbers)
+
+
+def step_rows() -> SearchStrategy[list[float]]:
+    """Return a row of ``denoise_step``, in the order of ``kernels.Column``, any columns 0.
+
+    What has a sign or a range by its meaning keeps it: the two of a clip, a quantile in [0, 1].
+    """
+    positive = coefficients().map(abs)
+    share = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1, width=32))
+    meant = {
+        "SIGMA": positive,
+        "CLIP": st.one_of(st.just(0.0), st.floats(0.125, 4, width=32)),
+        "THRESHOLD": share,
+        "RESCALE": share,
+        "TIMESTEP": st.integers(0, 999).map(float),
+    }
+    columns = [meant.get(column.name, coefficients()) for column in Column]
+    return st.tuples(*(st.one_of(st.just(0.0), column) for column in columns)).map(list)
+
+
+def noising_rows() -> SearchStrategy[list[float]]:
+    """Return (a, b) of ``add_noise``: of the process, a^2 + b^2 = 1, or any two coefficients."""
+    angles = st.floats(0, math.pi / 2).map(lambda angle: [math.cos(angle), math.sin(angle)])
+    ends = st.sampled_from([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    return st.one_of(ends, angles, st.tuples(coefficients(), coefficients()).map(list))
+
+
+def nonfinite(shape: Sequence[int]) -> SearchStrategy[tuple[tuple[int, ...], float]]:
+    """Return where in a tensor of this shape to put which of NaN, Inf and -Inf."""
+    if 0 in shape:
+        raise ValueError(f"shape={tuple(shape)}: must have an element")
+    index = st.tuples(*(st.integers(0, size - 1) for size in shape))
+    return st.tuples(index, st.sampled_from(BAD))
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """Return the tensor with elements in the order of its dimensions."""
+    return x.contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return [B, C, H, W] with elements in (b, h, w, c) order."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def offset(x: Tensor) -> Tensor:
+    """Return a view that begins one element into its memory, so not at 16 bytes; same strides."""
+    return _placed(x, x.stride(), 1)
+
+
+def spaced(x: Tensor) -> Tensor:
+    """Return every second sample of a batch twice as long; strides within a sample stay."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True))
+    return _placed(x, (2 * max(x.stride(0), extent), *x.stride()[1:]), 0)
+
+
+def strided(x: Tensor) -> Tensor:
+    """Return every second element of a last dimension twice as long."""
+    return x.repeat_interleave(2, -1)[..., ::2]
+
+
+def transposed(x: Tensor) -> Tensor:
+    """Return a view of memory in which the last two dimensions are exchanged."""
+    return x.mT.contiguous().mT
+
+
+def padded(x: Tensor) -> Tensor:
+    """Return a view of the middle of rows that are three elements longer."""
+    return torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
+
+
+def _placed(x: Tensor, strides: Sequence[int], start: int) -> Tensor:
+    extent = start + 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True) if n)
+    memory = torch.zeros(extent, dtype=x.dtype, device=x.device)
+    return memory.as_strided(x.shape, strides, start).copy_(x)
+
+
+LAYOUTS: dict[Layout, int] = {
+    strided: 1,
+    offset: 1,
+    spaced: 1,
+    contiguous: 1,
+    padded: 1,
+    transposed: 2,
+    channels_last: 4,
+}
+"""Layout -> dimensions that a tensor needs for it (``channels_last``: has)."""
+
+
+def layouts_of(dims: int) -> list[Layout]:
+    """Return the layouts that a tensor of so many dimensions can have; none where it has none."""
+    return [f for f, needed in LAYOUTS.items() if dims >= needed and (needed != 4 or dims == 4)]
+
+
+def layouts(dims: int = 4) -> SearchStrategy[Layout]:
+    """Return a function tensor -> tensor of the same values in another layout.
+
+    Args:
+        dims: of the tensor, at least 1.
+    """
+    if dims < 1:
+        raise ValueError(f"dims={dims}: must be at least 1")
+    return st.sampled_from(layouts_of(dims))
+
+
+def cases(
+    dtypes: SearchStrategy[torch.dtype],
+    shapes: SearchStrategy[tuple[int, ...]],
+    batches: SearchStrategy[int],
+) -> SearchStrategy[Case]:
+    """Return what ``check_op`` draws."""
+    return st.builds(Case, dtypes, shapes, batches, seeds())
