@@ -38,7 +38,14 @@ setup(
         "flashddpm.kernels": "kernels",
         "flashddpm.benchmarks": "benchmarks",
     },
-    packages=["flashddpm", "flashddpm.kernels", "flashddpm.benchmarks"],
+    packages=[
+        "flashddpm",
+        "flashddpm.testing",
+        "flashddpm.kernels",
+        "flashddpm.kernels.checks",
+        "flashddpm.kernels.reference",
+        "flashddpm.benchmarks",
+    ],
     package_data={"flashddpm": ["py.typed", "models/**/*"]},
     install_requires=[
         "torch>=2.11",

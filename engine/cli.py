@@ -1,4 +1,4 @@
-"""The command line: ``flashddpm sample``, ``train`` and ``info``."""
+"""The command line: ``flashddpm sample``, ``train``, ``kernels`` and ``info``."""
 
 from __future__ import annotations
 
@@ -123,6 +123,16 @@ def sample(
         str | None, Option(help="leading, linspace or trailing.  [default: the model's]")
     ] = None,
     eta: Annotated[float, Option(help="Of ddim: 0 deterministic, 1 as noisy as ddpm.")] = 0.0,
+    clip: Annotated[
+        float | None, Option(help="Bound of x0, 0 for none.  [default: model's]")
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        Option(help="Quantile of |x0| to clip to, at most --clip; 0 for none.  [default: model's]"),
+    ] = None,
+    guidance_rescale: Annotated[
+        float, Option(help="From 0 to 1: brings guided outputs back to their usual deviation.")
+    ] = 0.0,
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
         str | None, Option(help="float32, bfloat16 or float16.  [default: by device]")
@@ -176,6 +186,9 @@ def sample(
             num_steps,
             spacing=spacing,
             eta=eta,
+            clip=clip,
+            threshold=threshold,
+            guidance_rescale=guidance_rescale,
             batch_size=batch_size if trajectory is None else len(seed),
             progress=True,
             on_step=None if trajectory is None else keep,
@@ -210,7 +223,13 @@ def train(
     label_dropout: Annotated[float, Option(help="Share of labels dropped, for guidance.")] = 0.1,
     precision: Annotated[str, Option(help="float32 or bfloat16 (autocast).")] = "float32",
     prediction_type: Annotated[str, Option(help="epsilon, sample or v_prediction.")] = "epsilon",
-    loss_weighting: Annotated[str, Option(help="constant or min_snr.")] = "constant",
+    loss: Annotated[str, Option(help="mse, l1 or huber.")] = "mse",
+    huber_delta: Annotated[float, Option(help="Where huber turns to a line.")] = 1.0,
+    loss_weighting: Annotated[
+        str, Option(help="constant, min_snr, truncated_snr or p2.")
+    ] = "constant",
+    min_snr_gamma: Annotated[float, Option(help="Of min_snr: the largest SNR that counts.")] = 5.0,
+    p2_gamma: Annotated[float, Option(help="Of p2: how steeply weights fall with SNR.")] = 1.0,
     beta_schedule: Annotated[
         str, Option(help="linear, scaled_linear, squaredcos_cap_v2 or sigmoid.")
     ] = "linear",
@@ -246,7 +265,11 @@ def train(
         label_dropout=label_dropout,
         precision=precision,
         prediction_type=prediction_type,
+        loss=loss,
+        huber_delta=huber_delta,
         loss_weighting=loss_weighting,
+        min_snr_gamma=min_snr_gamma,
+        p2_gamma=p2_gamma,
         beta_schedule=beta_schedule,
         block_out_channels=channels,
         layers_per_block=layers_per_block,
@@ -263,6 +286,42 @@ def train(
     except KeyboardInterrupt:
         _fail(f"interrupted at step {trainer.step}, saved; go on with --resume", INTERRUPTED)
     print(f"{trainer.step} steps of {batch_size} images, {trainer.device} -> {out}")
+
+
+@app.command()
+def kernels(
+    arch: Annotated[
+        str | None, Option(help="Of 80, 90, 100, comma-separated.  [default: all]")
+    ] = None,
+    kernel: Annotated[
+        str | None, Option(help="Names of kernels, comma-separated.  [default: all]")
+    ] = None,
+    json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
+    verbose: Annotated[
+        bool, Option("--verbose", help="Also accesses and opcodes of every variant.")
+    ] = False,
+) -> None:
+    """Compile the kernels for GPUs, none needed, and print a scorecard; 1 where a gate fails."""
+    from flashddpm import arguments
+
+    try:
+        from flashddpm.kernels.checks.compiled import ARCHITECTURES, INTERPRETED, KERNELS
+        from flashddpm.kernels.checks.report import text
+        from flashddpm.kernels.checks.scorecard import scorecard
+    except ImportError as error:
+        raise ValueError(f"kernels: Triton is needed to compile them ({error})") from None
+    names = [part.strip() for part in kernel.split(",")] if kernel else list(KERNELS)
+    archs = [part.strip() for part in arch.split(",")] if arch else list(map(str, ARCHITECTURES))
+    for name in names:
+        arguments.one_of("kernel", name, tuple(KERNELS))
+    for number in archs:
+        arguments.one_of("arch", number, tuple(map(str, ARCHITECTURES)))
+    if INTERPRETED:
+        raise ValueError("TRITON_INTERPRET=1: the interpreter compiles nothing; unset it")
+    card = scorecard(dict.fromkeys(names), sorted({int(number) for number in archs}))
+    print(card.json() if json else text(card, verbose))
+    if card.faults:
+        sys.exit(1)
 
 
 @app.command()

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -69,6 +71,35 @@ def test_sample_is_what_python_gives(run, tmp_path):
         assert np.abs(written.astype(int) - image[0].numpy().astype(int)).max() <= 1
 
 
+def test_sample_passes_threshold_and_rescale(run, tmp_path):
+    run("sample", "--seeds", "5", "--labels", "3", "--guidance", 6, "--num-steps", 3,
+        "--threshold", 0.9, "--clip", 2, "--guidance-rescale", 0.7, "--out", tmp_path)  # fmt: skip
+    sampler = fd.Sampler.from_pretrained(fd.bundled())
+    options = {"threshold": 0.9, "clip": 2.0, "guidance_rescale": 0.7}
+    written = np.asarray(Image.open(tmp_path / "5.png")).astype(int)
+    asked, plain = (
+        fd.to_uint8(sampler.sample([5], 3, 6.0, num_steps=3, **more))[0, 0].numpy().astype(int)
+        for more in (options, {})
+    )
+    assert np.abs(written - asked).max() <= 1
+    assert np.abs(written - plain).max() > 10
+
+
+def test_train_passes_loss_and_weighting(run, idx_folder, tmp_path):
+    out = tmp_path / "run"
+    options = ("--loss", "huber", "--huber-delta", 0.5, "--loss-weighting", "min_snr",
+               "--min-snr-gamma", 3)  # fmt: skip
+    code, _, _ = run("train", idx_folder, "--out", out, "--steps", 1, *options, *TRAIN)
+    assert code == 0
+    stored = json.loads((out / "train_config.json").read_text())
+    assert (stored["loss"], stored["huber_delta"]) == ("huber", 0.5)
+    assert (stored["loss_weighting"], stored["min_snr_gamma"]) == ("min_snr", 3.0)
+    code, _, err = run("train", idx_folder, "--out", out, "--steps", 2, "--p2-gamma", 2, *TRAIN)
+    assert code == 2 and "p2_gamma=2.0: is of loss_weighting='p2' only" in err
+    code, _, err = run("train", idx_folder, "--out", out, "--steps", 2, "--loss", "l2", *TRAIN)
+    assert code == 2 and "loss='l2': must be one of mse, l1, huber" in err
+
+
 def test_trajectory_is_an_animation(run, tmp_path):
     gif = tmp_path / "t.gif"
     code, _, _ = run("sample", "--num-images", 2, "--num-steps", 4, "--trajectory", gif,
@@ -103,6 +134,9 @@ def test_trajectory_is_an_animation(run, tmp_path):
         (("--labels", "none", "--guidance", "2"), "guidance=2.0: must be 1 where no labels"),
         (("--backend", "q"), "backend='q': must be one of auto, reference, fused"),
         (("--compile", "q"), "compile='q': must be one of auto, on, off"),
+        (("--threshold", "0.9"), "threshold=0.9: needs clip"),
+        (("--threshold", "2", "--clip", "2"), "threshold=2.0: must be a finite number in [0, 1]"),
+        (("--guidance-rescale", "2"), "guidance_rescale=2.0: must be a finite number in [0, 1]"),
         (("--out", "x.foo"), "must be one of .png"),
         (("--trajectory", "x.png"), "must be one of .gif"),
         (("nowhere",), "nowhere: no such folder"),
@@ -207,3 +241,68 @@ def test_info_says_what_auto_chooses_and_why(run):
     assert code == 0
     for part in ("flashddpm 0.1.0", "torch", "device auto:", "backend auto:", "compile auto:", "("):
         assert part in out
+
+
+def compile_kernels(*arguments, prepare="") -> tuple[int, str, str]:
+    """Run ``flashddpm kernels`` in a process that may compile: (exit code, stdout, stderr)."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = f"import sys; from flashddpm import cli; {prepare or 'pass'}; cli.main()"
+    command = [sys.executable, "-P", "-c", code, "kernels", *arguments]
+    end = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return end.returncode, end.stdout, end.stderr
+
+
+ONE = ("--kernel", "advance", "--arch", "90")
+
+
+def test_kernels_prints_a_scorecard():
+    code, out, err = compile_kernels("--kernel", "philox,advance", "--arch", "100,90")
+    assert code == 0 and err == ""
+    assert "Compiled for sm_90 sm_100" in out and "every gate passes" in out
+    assert "Picoseconds an element" in out and "Bytes an element" in out
+    assert "add_noise" not in out
+    code, out, _ = compile_kernels(*ONE, "--verbose")
+    assert code == 0 and "advance fp32 sm_90" in out and "opcodes: " in out
+    code, out, _ = compile_kernels(*ONE, "--json")
+    assert code == 0
+    (entry,) = json.loads(out)["kernels"]
+    assert (entry["kernel"], entry["arch"], entry["stack"]) == ("advance", 90, 0)
+
+
+def test_kernels_exits_with_1_where_a_gate_fails():
+    planted = (
+        "from flashddpm.kernels.checks import budgets; "
+        "budgets.BUDGETS['advance', 4] = budgets.Budget(1, 0, 99.0, 'planted'); "
+    )
+    code, out, _ = compile_kernels(*ONE, prepare=planted + "budgets.pinned = lambda: True")
+    assert code == 1 and "FAIL advance fp32 sm_90: " in out and "1 fault\n" in out
+    code, out, _ = compile_kernels(*ONE, prepare=planted + "budgets.pinned = lambda: False")
+    assert code == 0 and "registers, 1 budgeted (planted)" in out and "not gated" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--arch", "70"), "arch='70': must be one of 80, 90, 100"),
+        (("--arch", "sm_90"), "arch='sm_90': must be one of 80, 90, 100"),
+        (("--kernel", "advance,foo"), "kernel='foo': must be one of philox, add_noise"),
+    ],
+)
+def test_kernels_refuses_bad_input(run, arguments, message):
+    code, out, err = run("kernels", *arguments)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_kernels_refuses_the_interpreter(run):
+    from flashddpm.kernels.launch import INTERPRETED
+
+    if not INTERPRETED:
+        pytest.skip("the interpreter is off")
+    code, out, err = run("kernels", *ONE)
+    assert (code, out) == (2, "") and "TRITON_INTERPRET=1: the interpreter compiles nothing" in err
+
+
+def test_kernels_needs_triton(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashddpm.kernels.checks.compiled", None)
+    code, _, err = run("kernels", *ONE)
+    assert code == 2 and "Triton is needed" in err and err.count("\n") == 1

@@ -1,0 +1,228 @@
+"""A scorecard of the compiled kernels: resources, instructions, bytes, and what bounds them.
+
+``scorecard`` compiles every kernel for every architecture and counts bytes in a second process;
+``Scorecard.faults`` is what fails. No GPU is used, and nothing here is evidence of speed: the times
+are those that the counts alone would take on the reference card, an H100 SXM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import triton
+
+from flashddpm.kernels.checks import budgets, compiled, counting, gates, sass
+
+MULTIPROCESSORS = 132
+CLOCK = 1.755e9
+"""Hz. The lowest boost clock of an H100: the PCIe card's 51.2 TFLOP/s in float32 are 114
+multiprocessors x 256 x 1.755 GHz. The SXM card boosts to 1.98 GHz and falls below it under load, so
+that arithmetic is not made to look cheaper than it is."""
+BANDWIDTH = 3.0e12
+"""Bytes a second, read and written together: a large copy, measured on an H100 SXM."""
+REFERENCE = 90
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel, compiled for images of one dtype and one architecture.
+
+    Attributes:
+        images: whether the code depends on the dtype of images.
+        registers, stack, local: of a thread.
+        shared: bytes of a program.
+        accesses: by pointer argument, bytes of an access of global memory -> how many a thread.
+        instructions: an element; None where a loop makes them no total.
+        slow: instructions a thread of rare paths, which are left out of the others.
+        pipes: instructions an element by pipe.
+        opcodes: instructions a thread by opcode.
+        unknown: opcodes of no known pipe.
+        rounding: rounding modes named in the assembly.
+        clocks: of a multiprocessor for one element: at issue, in each pipe.
+        faults: gates that fail.
+        over: budgets that are exceeded.
+    """
+
+    kernel: str
+    dtype: str
+    arch: int
+    images: bool
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    accesses: dict[str, dict[int, int]]
+    instructions: float | None
+    slow: int
+    pipes: dict[str, float]
+    opcodes: dict[str, int]
+    unknown: list[str]
+    rounding: list[str]
+    clocks: dict[str, float]
+    faults: list[str]
+    over: list[str]
+
+    @property
+    def name(self) -> str:
+        """Of the kernel, the dtype and the architecture."""
+        return f"{self.kernel} {self.dtype} sm_{self.arch}"
+
+
+def measure(kernel: compiled.Kernel, dtype: str, arch: int) -> Entry:
+    """Compile one variant and read its code."""
+    code = compiled.compile_for(kernel, dtype, arch)
+    machine = sass.read(sass.disassemble(code.cubin))
+    elements = kernel.constants["BLOCK"] / code.threads
+    instructions = None if machine.loops else machine.instructions / elements
+    widths = {name: dict(sorted(counts.items())) for name, counts in code.accesses.items()}
+    images = [min(widths[name]) for name in (*kernel.images, *kernel.foreign) if name in widths]
+    budget = budgets.BUDGETS.get((kernel.name, 4 if dtype == "fp32" else 2))
+    return Entry(
+        kernel=kernel.name,
+        dtype=dtype,
+        arch=arch,
+        images=len(kernel.dtypes) > 1,
+        registers=code.registers,
+        stack=code.stack,
+        local=code.local,
+        shared=code.shared,
+        accesses=widths,
+        instructions=instructions,
+        slow=machine.slow,
+        pipes={} if machine.loops else {k: n / elements for k, n in machine.pipes.items()},
+        opcodes=dict(machine.opcodes.most_common()),
+        unknown=machine.unknown,
+        rounding=gates.rounding_modes(code.ptx),
+        clocks={} if machine.loops else {k: n / elements for k, n in machine.clocks().items()},
+        faults=compiled.faults(code, kernel.images, kernel.exact, registers=None),
+        over=budgets.exceeded(
+            budget, code.registers, code.shared, instructions, min(images, default=None)
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Picoseconds an element that the counts take on the reference card.
+
+    ``memory`` is of the lightest row that a kernel is used with; the others are of a row that uses
+    every term, since a term is a branch that stands in the code.
+    """
+
+    kernel: str
+    dtype: str
+    times: dict[str, float]
+
+    @property
+    def by(self) -> str:
+        """What takes longest."""
+        return max(self.times, key=lambda name: self.times[name])
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    """Every entry, the bytes of every case, and the bounds that follow from both."""
+
+    entries: list[Entry]
+    bytes: counting.Bytes
+    gated: bool
+
+    @property
+    def bounds(self) -> list[Bound]:
+        """Of the kernels that move images, on the reference card."""
+        light: dict[str, str] = {}
+        for case in counting.CASES:
+            for name in case.kernels:
+                light.setdefault(name, case.name)
+        found = []
+        for entry in self.entries:
+            case_bytes = self.bytes.get(light.get(entry.kernel, ""), {})
+            dtype = "fp32" if entry.dtype == "fp32" else "bf16"
+            if entry.arch == REFERENCE and entry.clocks and dtype in case_bytes:
+                moved = case_bytes[dtype]["counted"] or 0.0
+                clock = MULTIPROCESSORS * CLOCK
+                times = {"memory": moved / BANDWIDTH * 1e12}
+                times |= {name: n / clock * 1e12 for name, n in entry.clocks.items()}
+                found.append(Bound(entry.kernel, entry.dtype, times))
+        return found
+
+    @property
+    def faults(self) -> list[str]:
+        """What fails, a line each: gates always, budgets for the pinned version of Triton."""
+        found = [f"{entry.name}: {fault}" for entry in self.entries for fault in entry.faults]
+        for case, dtypes in self.bytes.items():
+            for dtype, counts in dtypes.items():
+                if counts["counted"] != counts["formula"]:
+                    found.append(
+                        f"{case} {dtype}: {counts['counted']:.4g} bytes an element counted, "
+                        f"{counts['formula']:.4g} by the formula"
+                    )
+        return found + (self.excess if self.gated else [])
+
+    @property
+    def excess(self) -> list[str]:
+        """Budgets that are exceeded, whichever the version of Triton."""
+        found = [f"{entry.name}: {excess}" for entry in self.entries for excess in entry.over]
+        for bound in self.bounds:
+            budget = budgets.BUDGETS.get((bound.kernel, 4 if bound.dtype == "fp32" else 2))
+            if budget and budget.memory_bound and bound.by != "memory":
+                found.append(
+                    f"{bound.kernel} {bound.dtype}: bound by {bound.by}, must be by memory"
+                )
+        return found
+
+    def json(self) -> str:
+        """Return everything as JSON."""
+        return json.dumps(
+            {
+                "triton": triton.__version__,
+                "pinned": budgets.PINNED,
+                "reference": {
+                    "multiprocessors": MULTIPROCESSORS,
+                    "clock_hz": CLOCK,
+                    "bandwidth_bytes_per_s": BANDWIDTH,
+                },
+                "kernels": [asdict(entry) for entry in self.entries],
+                "bytes_per_element": self.bytes,
+                "bounds_ps_per_element": [asdict(b) | {"by": b.by} for b in self.bounds],
+                "faults": self.faults,
+                "over_budget": self.excess,
+            },
+            indent=2,
+        )
+
+
+def scorecard(
+    kernels: Iterable[str] | None = None, archs: Sequence[int] = compiled.ARCHITECTURES
+) -> Scorecard:
+    """Compile, count and judge.
+
+    Args:
+        kernels: names in ``compiled.KERNELS``; all by default.
+        archs: compute capabilities x 10.
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET, or if the counting process fails.
+    """
+    names = list(compiled.KERNELS if kernels is None else kernels)
+    variants: list[tuple[Any, str, int]] = [
+        (compiled.KERNELS[name], dtype, arch)
+        for name in names
+        for dtype in compiled.KERNELS[name].dtypes
+        for arch in archs
+    ]
+    used = {case.name for case in counting.CASES if not set(names).isdisjoint(case.kernels)}
+    child = counting.start() if used else None
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            entries = list(pool.map(lambda variant: measure(*variant), variants))
+        moved = counting.result(child) if child else {}
+    finally:
+        if child:
+            child.kill()
+    return Scorecard(entries, {k: v for k, v in moved.items() if k in used}, budgets.pinned())
