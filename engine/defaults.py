@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashddpm import arguments
-from flashddpm.solvers import SPACINGS, VARIANCE_TYPES
+from flashddpm.solvers import FIXED_VARIANCES, SPACINGS
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class SamplingDefaults:
     steps_offset: int = 0
     clip: float = 1.0
     variance_type: str = "fixed_small"
+    threshold: float = 0.0
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SamplingDefaults:
@@ -27,7 +28,6 @@ class SamplingDefaults:
         """
         multistep = config.get("_class_name") == "DPMSolverMultistepScheduler"
         for key, allowed in {
-            "thresholding": False,
             "set_alpha_to_one": True,
             "solver_order": 2,
             "algorithm_type": "dpmsolver++",
@@ -43,17 +43,30 @@ class SamplingDefaults:
         }.items():
             if config.get(key, allowed) != allowed:
                 raise ValueError(f"{key}={config[key]!r}: only {allowed!r} is supported")
-        clip = not multistep and arguments.boolean("clip_sample", config.get("clip_sample", True))
+        clip, threshold = _bounds(config, clips=not multistep)
         spacing = config.get("timestep_spacing", "linspace" if multistep else "leading")
         return cls(
             arguments.one_of("timestep_spacing", spacing, SPACINGS),
             arguments.integer("steps_offset", config.get("steps_offset", 0), 0),
-            arguments.number("clip_sample_range", config.get("clip_sample_range", 1.0), 0)
-            if clip
-            else 0.0,
+            clip,
             arguments.one_of(
                 "variance_type",
                 config.get("variance_type") or "fixed_small",
-                VARIANCE_TYPES,
+                FIXED_VARIANCES,
             ),
+            threshold,
         )
+
+
+def _bounds(config: dict[str, Any], clips: bool) -> tuple[float, float]:
+    """Return clip and threshold; thresholding overrules clipping, as in diffusers."""
+    if arguments.boolean("thresholding", config.get("thresholding", False)):
+        ratio = config.get("dynamic_thresholding_ratio", 0.995)
+        if arguments.number("dynamic_thresholding_ratio", ratio, 0, 1) == 0:
+            raise ValueError("dynamic_thresholding_ratio=0: must be above 0 for thresholding")
+        value = config.get("sample_max_value", 1.0)
+        return arguments.number("sample_max_value", value, 1), float(ratio)
+    if clips and arguments.boolean("clip_sample", config.get("clip_sample", True)):
+        bound = config.get("clip_sample_range", 1.0)
+        return arguments.number("clip_sample_range", bound, 0), 0.0
+    return 0.0, 0.0

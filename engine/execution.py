@@ -17,7 +17,7 @@ from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Column, Purpose
 from flashddpm.network import HoistedUNet, flops_per_image
 from flashddpm.noise import CompiledNoise
-from flashddpm.slots import Network, Slots, evaluate, step, update
+from flashddpm.slots import Network, Slots, evaluate, measure, step, update
 from flashddpm.solvers import Plan
 from flashddpm.unet import UNet
 
@@ -159,9 +159,11 @@ class Execution:
                 replay()
                 yield None
             return
-        noise = self._noise(slots, plan, compiled)
+        noise, stats = self._noise(slots, plan, compiled), plan.needs_stats
         for i in range(len(plan)):
             out = evaluate(slots, network)
+            if stats:
+                measure(slots, out, self.ops)
             x0 = _preview(slots, out, i + 1) if previews else None
             update(slots, out, self.ops, next(noise))
             yield x0
@@ -233,11 +235,13 @@ class Execution:
 
 def _preview(slots: Slots, out: Tensor, row: int) -> Tensor:
     """Return the x0 that the slots, all on one row, predict from their output."""
+    numbers = slots.rows[row].tolist()
     cond = out[slots.lane_cond.long()].float()
-    uncond = out[slots.lane_uncond.clamp(min=0).long()]
+    o = reference.combine(cond, out[slots.lane_uncond.clamp(min=0).long()], slots.guidance)
+    if numbers[Column.RESCALE]:
+        o *= slots.factors.reshape(-1, 1, 1, 1)
     guided = (slots.lane_uncond >= 0).reshape(-1, 1, 1, 1)
-    o = torch.where(guided, reference.combine(cond, uncond, slots.guidance), cond)
-    return reference.predict_x0(slots.x, o, slots.rows[row].tolist())
+    return reference.predict_x0(slots.x, torch.where(guided, o, cond), numbers, slots.bounds)
 
 
 def _check_unet(unet: UNet, shape: tuple[int, int, int], conditioning: Conditioning) -> None:

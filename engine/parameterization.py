@@ -1,4 +1,4 @@
-r"""What the network predicts (S7): epsilon, sample (x_0) or v_prediction.
+r"""What the network predicts (S7): epsilon, sample (x_0) or v_prediction; and the loss's rows.
 
 With a = sqrt(abar_t) and b = sqrt(1 - abar_t), x_t = a x_0 + b eps (S4) and
 v = a eps - b x_0 (Salimans & Ho 2022, section 4 and appendix D). So each of x_0 and eps is affine
@@ -9,18 +9,21 @@ Every function returns float64 arrays of shape [len(abar), 2] unless it says oth
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flashddpm import arguments
+from flashddpm.kernels.contract import LossColumn
 from flashddpm.schedule import NoiseSchedule
 
 Table = NDArray[np.float64]
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-LOSS_WEIGHTINGS = ("constant", "min_snr")
+LOSS_WEIGHTINGS = ("constant", "min_snr", "truncated_snr", "p2")
+LEARNED_VARIANCES = ("learned", "learned_range")
 
 
 def _signal_noise(abar: ArrayLike) -> tuple[Table, Table]:
@@ -71,38 +74,107 @@ def forward_step_rows(schedule: NoiseSchedule) -> Table:
 
 
 def loss_weights(
-    schedule: NoiseSchedule, prediction_type: str, weighting: str = "constant", gamma: float = 5.0
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    weighting: str | ArrayLike = "constant",
+    gamma: float | None = None,
+    k: float | None = None,
 ) -> Table:
-    """Weight of the squared error on the network's own target, [T].
+    r"""Weight of the penalty on the network's own target, [T]   (S7).
 
-    constant: 1. min_snr: min(SNR, gamma) times (1/SNR, 1, 1/(SNR + 1)) for (epsilon, sample,
-    v_prediction) (Hang et al. 2023); warns where that weight is 0.
+    An error e of x_0 is the error -(a/b) e of eps and -(1/b) e of v. So with S = SNR the squares
+    of the errors of (eps, x_0, v) are as S : 1 : S + 1, and a weight of the error of x_0 is divided
+    by these for the network's own error:
+
+        min_snr        min(S, gamma) (1/S, 1, 1/(S + 1))           Hang et al. 2023
+        truncated_snr  max(S, 1) (1/S, 1, 1/(S + 1))               Salimans & Ho 2022
+        p2             (1, S, S/(S + 1)) / (k + S)^gamma           Choi et al. 2022
+
+    constant is 1 for every target (Ho et al. 2020, eq. 14).
+
+    Args:
+        schedule: the forward process.
+        prediction_type: epsilon, sample or v_prediction.
+        weighting: constant, min_snr, truncated_snr, p2, or the weights themselves: T finite
+            numbers, none negative.
+        gamma: of min_snr, by default 5, and of p2, by default 1; at least 0.
+        k: of p2, by default 1; at least 0.
+
+    Raises:
+        ValueError: an argument out of its range, or no finite weight where S = 0.
+
+    Warns:
+        UserWarning: the last timestep has no weight, for its S is 0.
     """
     arguments.one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+    if not isinstance(weighting, str):
+        _check_unused("an array", gamma=gamma, k=k)
+        return _custom_weights(weighting, len(schedule))
     arguments.one_of("loss_weighting", weighting, LOSS_WEIGHTINGS)
+    used = {"min_snr": ("gamma",), "p2": ("gamma", "k")}.get(weighting, ())
+    given = {"gamma": gamma, "k": k}
+    _check_unused(weighting, **{name: given[name] for name in given if name not in used})
     if weighting == "constant":
         return np.ones(len(schedule))
-    snr = schedule.snr
-    if snr[-1] == 0:
-        if prediction_type == "epsilon":
-            raise ValueError("prediction_type='epsilon': cannot train where alphas_cumprod = 0")
-        warnings.warn("min_snr gives the last timestep no weight: its SNR is 0", stacklevel=2)
-    clipped = np.minimum(snr, arguments.number("gamma", gamma, 0))
-    if prediction_type == "sample":
-        return clipped
-    if prediction_type == "v_prediction":
-        return clipped / (snr + 1)
-    return clipped / snr
+    if gamma is None:
+        gamma = 1.0 if weighting == "p2" else 5.0
+    gamma = arguments.number("gamma", gamma, 0)
+    k = arguments.number("k", 1.0 if k is None else k, 0)
+
+    S = schedule.snr
+    square = {"epsilon": S, "sample": np.ones_like(S), "v_prediction": S + 1}[prediction_type]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if weighting == "p2":
+            of_eps = np.ones_like(S) if prediction_type == "epsilon" else S / square
+            weights = of_eps / (k + S) ** gamma
+        else:
+            of_x0 = np.minimum(S, gamma) if weighting == "min_snr" else np.maximum(S, 1)
+            weights = of_x0 / square
+    if not np.isfinite(weights).all():
+        raise ValueError(
+            f"prediction_type={prediction_type!r}: {weighting} has no finite weight where "
+            "alphas_cumprod = 0"
+        )
+    if S[-1] == weights[-1] == 0:
+        warnings.warn(f"{weighting} gives the last timestep no weight: its SNR is 0", stacklevel=2)
+    return weights
+
+
+def _check_unused(weighting: str, **options: float | None) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r}: must not be given where loss_weighting={weighting}"
+            )
+
+
+def _custom_weights(weighting: ArrayLike, T: int) -> Table:
+    try:
+        weights = np.array(weighting, np.float64)
+    except (TypeError, ValueError):
+        weights = np.array(np.nan)
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(weights.astype(np.float32)).all()
+    if weights.shape != (T,) or not finite or (weights < 0).any():
+        raise ValueError(
+            f"loss_weighting={weighting!r}: must be one of {', '.join(LOSS_WEIGHTINGS)}, or {T} "
+            "numbers, finite in float32 and not negative"
+        )
+    return weights
 
 
 def target_rows(
     schedule: NoiseSchedule,
     prediction_type: str,
-    weighting: str = "constant",
-    gamma: float = 5.0,
+    weighting: str | ArrayLike = "constant",
+    gamma: float | None = None,
+    k: float | None = None,
 ) -> Table:
-    """Coefficients (of x_0, of eps) in the training target, and the loss weight, [T, 3]   (S7)."""
-    weights = loss_weights(schedule, prediction_type, weighting, gamma)
+    """Coefficients (of x_0, of eps) in the training target, and the loss weight, [T, 3]   (S7).
+
+    The arguments are those of `loss_weights`.
+    """
+    weights = loss_weights(schedule, prediction_type, weighting, gamma, k)
     a, b = _signal_noise(schedule.alphas_cumprod)
     target = {
         "epsilon": (np.zeros_like(a), np.ones_like(a)),
@@ -110,3 +182,62 @@ def target_rows(
         "v_prediction": (-b, a),
     }[prediction_type]
     return np.stack([*target, weights], -1)
+
+
+def hybrid_rows(
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    variance_type: str = "learned_range",
+    weighting: str | ArrayLike = "constant",
+    gamma: float | None = None,
+    k: float | None = None,
+    bound_weight: float | None = None,
+) -> Table:
+    r"""The table of ``hybrid_loss`` for a network that learns its variance, [T, len(LossColumn)].
+
+    Nichol & Dhariwal 2021, section 3.1; S10. The first C channels of the output predict as ever;
+    the second C are v, and with beta~ the posterior's variance (S5) the logarithm of the model's is
+
+        learned_range   (v + 1)/2 log beta_t + (1 - v)/2 log beta~_t    (eq. 15, its v in [0, 1])
+        learned         v
+
+    Over log beta~_t that is offset + slope v: offset = slope = (log beta_t - log beta~_t) / 2, or
+    -log beta~_t and 1. An error e of the output is one of x0_out e in x_0 and of c_x0 x0_out e in
+    the model's mean, c_x0 being the posterior's coefficient of x_0: the gain. beta~_0 = 0, so
+    beta~_1 stands in for it; at t = 0 the term is that of the decoder, whose mean is x_0 as
+    predicted (c_x0 = 1) and whose bins are those of 8-bit pixels, 2/255 wide.
+
+    Args:
+        schedule: the forward process, of at least 2 timesteps.
+        prediction_type, weighting, gamma, k: as for `loss_weights`.
+        variance_type: learned_range or learned.
+        bound_weight: lambda T / ln 2 of the mean of a term over elements, in nats. By default
+            lambda = 0.001 (eq. 16 there): the bound is the sum of T terms, in bits, of which a
+            step of training draws one.
+
+    Raises:
+        ValueError: an argument out of its range, or epsilon where abar = 0.
+    """
+    arguments.one_of("variance_type", variance_type, LEARNED_VARIANCES)
+    T = len(schedule)
+    if T < 2:
+        raise ValueError("schedule: must have at least 2 timesteps, for beta~_0 = 0")
+    if bound_weight is None:
+        bound_weight = 0.001 * T / math.log(2)
+    variance = schedule.posterior_variance.copy()
+    variance[0] = variance[1]
+
+    rows = np.zeros((T, len(LossColumn)))
+    rows[:, : LossColumn.WEIGHT + 1] = target_rows(schedule, prediction_type, weighting, gamma, k)
+    rows[:, LossColumn.BOUND_WEIGHT] = arguments.number("bound_weight", bound_weight, 0)
+    if variance_type == "learned_range":
+        half_range = (np.log(schedule.betas) - np.log(variance)) / 2
+        rows[:, LossColumn.OFFSET] = rows[:, LossColumn.SLOPE] = half_range
+    else:
+        rows[:, LossColumn.OFFSET] = -np.log(variance)
+        rows[:, LossColumn.SLOPE] = 1
+    x0_out = x0_rows(schedule.alphas_cumprod, prediction_type)[:, 1]
+    rows[:, LossColumn.GAIN] = schedule.posterior_mean_coef_x0 * x0_out
+    rows[:, LossColumn.PRECISION] = 1 / np.sqrt(variance)
+    rows[0, LossColumn.HALF_BIN] = 1 / 255
+    return rows

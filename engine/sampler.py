@@ -1,7 +1,7 @@
 r"""Sampling: x_T from the seeds, then S times (network, fused update, advance), then images.
 
 ``backend="reference"`` is plain PyTorch: the U-Net as written, the update of
-``kernels/reference.py``, no compilation, no graph. ``backend="fused"`` is the fast path: on CUDA
+``kernels/reference/``, no compilation, no graph. ``backend="fused"`` is the fast path: on CUDA
 the Triton kernels and a captured step, on the CPU the reference operations with the noise of many
 steps drawn in one call; on both, the time half of our U-Net hoisted and the rest compiled if asked.
 """
@@ -31,7 +31,7 @@ from flashddpm.kernels.contract import Purpose
 from flashddpm.parameterization import PREDICTION_TYPES
 from flashddpm.schedule import NoiseSchedule
 from flashddpm.slots import Slots
-from flashddpm.solvers import Plan, make_plan
+from flashddpm.solvers import FIXED_VARIANCES, Plan, make_plan
 
 
 class Sampler:
@@ -45,7 +45,7 @@ class Sampler:
         call: how to call a network of another signature: (x_t, t, labels) -> out, with x_t
             [L, C, H, W] in the network's dtype, t int64 [L], labels int64 [L] or None.
         conditioning: what labels the network takes.
-        defaults: spacing, offset, clipping and variance unless ``sample`` is told otherwise.
+        defaults: what ``sample`` does unless told otherwise: spacing, offset, clipping, variance.
         device: "auto", "cpu", "cuda" or "cuda:N"; a foreign module is moved there.
         dtype: of the network's input; by default the network's own.
         backend: "auto" is "fused".
@@ -196,13 +196,24 @@ class Sampler:
         eta: float = 0.0,
         variance_type: str | None = None,
         clip: float | None = None,
+        threshold: float | None = None,
+        guidance_rescale: float = 0.0,
     ) -> Plan:
         """Return the rows that ``sample`` would apply; arguments are those of ``sample``."""
         if isinstance(solver, Plan):
-            given = {"spacing": spacing, "variance_type": variance_type, "clip": clip}
-            for name, value in {**given, "eta": eta or None}.items():
+            given = {
+                "spacing": spacing,
+                "eta": eta or None,
+                "variance_type": variance_type,
+                "clip": clip,
+                "threshold": threshold,
+                "guidance_rescale": guidance_rescale or None,
+            }
+            for name, value in given.items():
                 if value is not None:
                     raise ValueError(f"{name}={value!r}: must not be given beside a Plan")
+            if solver.learns_variance:
+                raise ValueError("solver: the plan learns its variance; a Sampler's must be fixed")
             t = solver.timesteps
             if (t != t.round()).any() or t.min() < 0 or t.max() >= len(self.schedule):
                 raise ValueError(
@@ -210,6 +221,14 @@ class Sampler:
                 )
             return solver
         defaults = self.defaults
+        if variance_type is None:
+            variance_type = defaults.variance_type if solver == "ddpm" else "fixed_small"
+        arguments.one_of("variance_type", variance_type, FIXED_VARIANCES)
+        if threshold and clip is None and defaults.clip <= 1:
+            raise ValueError(
+                f"threshold={threshold!r}: needs clip, the largest threshold, above 1; the model's "
+                f"own clip={defaults.clip:g} would leave plain clipping"
+            )
         return make_plan(
             self.schedule,
             solver,
@@ -218,9 +237,10 @@ class Sampler:
             spacing=defaults.spacing if spacing is None else spacing,
             steps_offset=defaults.steps_offset,
             eta=eta,
-            variance_type=variance_type
-            or (defaults.variance_type if solver == "ddpm" else "fixed_small"),
+            variance_type=variance_type,
             clip=defaults.clip if clip is None else clip,
+            threshold=defaults.threshold if threshold is None else threshold,
+            guidance_rescale=guidance_rescale,
         )
 
     @torch.inference_mode(False)
@@ -237,6 +257,8 @@ class Sampler:
         eta: float = 0.0,
         variance_type: str | None = None,
         clip: float | None = None,
+        threshold: float | None = None,
+        guidance_rescale: float = 0.0,
         batch_size: int = 64,
         progress: bool = False,
         on_step: Callable[[int, Tensor], None] | None = None,
@@ -254,6 +276,10 @@ class Sampler:
             eta: of ddim: 0 is deterministic, 1 as noisy as ddpm.
             variance_type: of ddpm: "fixed_small" or "fixed_large"; None is the model's own.
             clip: bound of x0, 0 for none; None is the model's own.
+            threshold: of dynamic thresholding: the quantile of |x0| that an image is clipped to and
+                divided by, held within [1, clip]; 0 for none, None is the model's own.
+            guidance_rescale: how far guided outputs are brought back to the deviation of their
+                conditional half, in [0, 1].
             batch_size: images at a time.
             progress: show a bar.
             on_step: called after each step of each chunk with the step's number and the x0
@@ -271,7 +297,14 @@ class Sampler:
         scale = self._guidance(guidance, len(seed), labels)
         batch = arguments.integer("batch_size", batch_size, 1)
         plan = self.plan(
-            solver, num_steps, spacing=spacing, eta=eta, variance_type=variance_type, clip=clip
+            solver,
+            num_steps,
+            spacing=spacing,
+            eta=eta,
+            variance_type=variance_type,
+            clip=clip,
+            threshold=threshold,
+            guidance_rescale=guidance_rescale,
         )
         if len(plan) > len(self.schedule):
             raise ValueError(f"solver: a plan of {len(plan)} rows; at most {len(self.schedule)}")

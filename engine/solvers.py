@@ -3,7 +3,7 @@ r"""Solvers: from a schedule and a list of timesteps to a `Plan`, one row of num
 Every solver here is affine in what a step has at hand, so a step is a row (kernels/contract.py):
 
     x0     = x0_xt x_t + x0_out out, then clipped                              (S7)
-    x_next = c_x0 x0 + c_xt x_t + c_out out + c_hist (previous x0) + sigma z
+    x_next = c_x0 x0 + c_xt x_t + c_out out + c_hist (previous x0) + sigma e^(log_sigma v) z
 
 Throughout, t is a step's timestep, s the next entry of the list (past its end abar_s = 1),
 a = sqrt(abar) and b = sqrt(1 - abar), so that x_t = a_t x_0 + b_t eps (S4). All in float64.
@@ -26,14 +26,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from flashddpm import arguments
 from flashddpm.kernels.contract import Column
-from flashddpm.parameterization import eps_rows, x0_rows
+from flashddpm.parameterization import LEARNED_VARIANCES, eps_rows, x0_rows
 from flashddpm.schedule import NoiseSchedule
 
 Table = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 SPACINGS = ("leading", "linspace", "trailing")
-VARIANCE_TYPES = ("fixed_small", "fixed_large")
+FIXED_VARIANCES = ("fixed_small", "fixed_large")
+VARIANCE_TYPES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
 
 
 def timesteps(
@@ -104,8 +105,9 @@ class Plan:
 
     Raises:
         ValueError: wrong shapes, a number that is not finite in float32 (in which kernels read it),
-            a negative sigma or clip, a first row that reads history, or noise keys that are
-            negative, not integers, or repeat.
+            a negative sigma or clip, a threshold or rescale outside [0, 1], a threshold beside a
+            clip below 1, a first row that reads history, or noise keys that are negative, not
+            integers, or repeat.
     """
 
     rows: Table
@@ -122,6 +124,11 @@ class Plan:
             raise ValueError(f"rows[{i}, {Column(j).name}]={rows[i, j]}: must be finite in float32")
         if (rows[:, [Column.SIGMA, Column.CLIP]] < 0).any():
             raise ValueError("rows: sigma and clip must not be negative")
+        shares = rows[:, [Column.THRESHOLD, Column.RESCALE]]
+        if (shares < 0).any() or (shares > 1).any():
+            raise ValueError("rows: threshold and rescale must be in [0, 1]")
+        if (rows[rows[:, Column.THRESHOLD] != 0, Column.CLIP] < 1).any():
+            raise ValueError("rows: clip must be at least 1 where there is a threshold")
         if rows[0, Column.C_HIST] != 0:
             raise ValueError("rows[0, C_HIST]: must be 0, for the first step has no previous x0")
         keys = np.array(self.noise_keys)
@@ -146,6 +153,16 @@ class Plan:
     def timesteps(self) -> Table:
         """What the network is told at each step, float64 [S]."""
         return self.rows[:, Column.TIMESTEP]
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether some row asks for ``sample_stats``: has a threshold, or rescales."""
+        return bool(self.rows[:, [Column.THRESHOLD, Column.RESCALE]].any())
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network must have 2C channels, the second C of them for the variance."""
+        return bool(self.rows[:, Column.LOG_SIGMA].any())
 
 
 def _begin(
@@ -185,16 +202,32 @@ def ddpm(
 
         c_x0 = a_s beta / (1 - abar_t),   c_xt = sqrt(alpha) (1 - abar_s) / (1 - abar_t).
 
-    The variance is beta~ = beta (1 - abar_s) / (1 - abar_t) for fixed_small and beta for
-    fixed_large (section 3.2 there). The last step adds no noise, at whatever timestep it is.
+    The variance is, with beta~ = beta (1 - abar_s) / (1 - abar_t) and v the second C channels of
+    the network's output,
+
+        fixed_small     beta~                                          (section 3.2 there)
+        fixed_large     beta
+        learned_range   beta^((1 + v)/2) beta~^((1 - v)/2)             (Nichol & Dhariwal, eq. 15)
+        learned         e^v
+
+    so for learned_range sigma = (beta beta~)^(1/4) e^(log(beta / beta~) v / 4). (Of learned, v is
+    the logarithm as in Nichol & Dhariwal; diffusers takes v for the variance itself.) The last step
+    adds no noise, at whatever timestep it is; it is the only one where beta~ = 0.
     """
     arguments.one_of("variance_type", variance_type, VARIANCE_TYPES)
     rows, abar, abar_s = _begin(schedule, steps, prediction_type, clip)
     beta = (abar_s - abar) / abar_s
+    small = beta * (1 - abar_s) / (1 - abar)
     rows[:, Column.C_X0] = np.sqrt(abar_s) * beta / (1 - abar)
     rows[:, Column.C_XT] = np.sqrt(abar / abar_s) * (1 - abar_s) / (1 - abar)
-    variance = beta if variance_type == "fixed_large" else beta * (1 - abar_s) / (1 - abar)
-    rows[:-1, Column.SIGMA] = np.sqrt(variance[:-1])
+    beta, small = beta[:-1], small[:-1]  # the last step adds no noise
+    columns: dict[str, tuple[Table | float, Table | float]] = {
+        "fixed_small": (np.sqrt(small), 0),
+        "fixed_large": (np.sqrt(beta), 0),
+        "learned_range": ((beta * small) ** 0.25, (np.log(beta) - np.log(small)) / 4),
+        "learned": (1, 0.5),
+    }
+    rows[:-1, Column.SIGMA], rows[:-1, Column.LOG_SIGMA] = columns[variance_type]
     return _finish(rows)
 
 
@@ -273,11 +306,21 @@ def make_plan(
     clip: float = 1.0,
     eta: float = 0.0,
     variance_type: str = "fixed_small",
+    threshold: float = 0.0,
+    guidance_rescale: float = 0.0,
 ) -> Plan:
     """Return the plan of a named solver over ``num_steps`` timesteps of the given spacing.
 
-    The arguments are those of `timesteps` and of the solver's own function; ``clip`` holds for
-    every solver.
+    The arguments are those of `timesteps` and of the solver's own function; these hold for every
+    solver:
+
+    Args:
+        clip: bound of x0, 0 for none; with a threshold, the largest that it may be, at least 1.
+        threshold: the quantile of |x0| that each image is clipped to and divided by, where it is
+            above 1 (dynamic thresholding, Saharia et al. 2022, section 2.3: .995); 0 for none.
+            diffusers names it dynamic_thresholding_ratio, and ``clip`` sample_max_value.
+        guidance_rescale: how far a guided output is brought back to the deviation of its
+            conditional half (Lin et al. 2023, section 3.4: .7); 0 for not at all.
 
     Raises:
         ValueError: an argument out of its range, or one that the solver has no use for.
@@ -296,4 +339,13 @@ def make_plan(
     steps = timesteps(
         num_steps, len(schedule), spacing, steps_offset, drop_last=solver in DROP_LAST
     )
-    return solve(schedule, steps, prediction_type=prediction_type, **options)
+    plan = solve(schedule, steps, prediction_type=prediction_type, **options)
+    threshold = arguments.number("threshold", threshold, 0, 1)
+    rescale = arguments.number("guidance_rescale", guidance_rescale, 0, 1)
+    if threshold and clip < 1:
+        raise ValueError(f"clip={clip!r}: must be at least 1, the least threshold, or threshold=0")
+    if not threshold and not rescale:
+        return plan
+    rows = plan.rows.copy()
+    rows[:, Column.THRESHOLD], rows[:, Column.RESCALE] = threshold, rescale
+    return Plan(rows, plan.noise_keys)

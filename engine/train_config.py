@@ -7,11 +7,18 @@ from typing import Any
 
 from flashddpm import arguments
 from flashddpm.data import ImageData
+from flashddpm.kernels.contract import LOSSES
 from flashddpm.parameterization import LOSS_WEIGHTINGS, PREDICTION_TYPES
 from flashddpm.schedule import BETA_SCHEDULES, MAX_TIMESTEPS
 from flashddpm.unet_config import UNetConfig
 
 LR_SCHEDULES = ("constant", "cosine")
+ONLY_WITH = {
+    "huber_delta": ("loss", "huber"),
+    "min_snr_gamma": ("loss_weighting", "min_snr"),
+    "p2_gamma": ("loss_weighting", "p2"),
+}
+"""Settings that must stay at their defaults unless another setting has that value."""
 MAY_CHANGE = ("steps", "save_every", "sample_every")
 """Settings that a resumed run may have other values of."""
 
@@ -31,7 +38,11 @@ class TrainConfig:
     label_dropout: float = 0.1
     precision: str = "float32"
     prediction_type: str = "epsilon"
+    loss: str = "mse"
+    huber_delta: float = 1.0
     loss_weighting: str = "constant"
+    min_snr_gamma: float = 5.0
+    p2_gamma: float = 1.0
     beta_schedule: str = "linear"
     num_train_timesteps: int = 1000
     block_out_channels: tuple[int, ...] = (32, 64, 96)
@@ -62,7 +73,9 @@ class TrainConfig:
         arguments.one_of("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         arguments.one_of("precision", self.precision, ("float32", "bfloat16"))
         arguments.one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        arguments.one_of("loss", self.loss, LOSSES)
         arguments.one_of("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
+        self._check_loss_settings()
         arguments.one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         channels = self.block_out_channels
         if not isinstance(channels, (list, tuple)) or not channels:
@@ -70,6 +83,19 @@ class TrainConfig:
         for c in channels:
             arguments.integer("block_out_channels", c, 1)
         object.__setattr__(self, "block_out_channels", tuple(channels))
+
+    def _check_loss_settings(self) -> None:
+        for name, (owner, value) in ONLY_WITH.items():
+            given = arguments.number(name, getattr(self, name), 0)
+            if given != getattr(type(self), name) and getattr(self, owner) != value:
+                raise ValueError(f"{name}={given!r}: is of {owner}={value!r} only")
+        if self.huber_delta == 0:
+            raise ValueError("huber_delta=0: must be above 0")
+
+    @property
+    def weighting_gamma(self) -> float | None:
+        """The gamma of the weighting, if it has one."""
+        return {"min_snr": self.min_snr_gamma, "p2": self.p2_gamma}.get(self.loss_weighting)
 
     def unet_config(self, data: ImageData) -> UNetConfig:
         """Return the network for these images: attention at the lowest resolution only."""

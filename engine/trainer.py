@@ -1,5 +1,7 @@
 r"""Training: the simple objective of Ho et al. 2020 (eq. 14, S7) on any of the three targets.
 
+The penalty of the error may be another than the square, and its weight another than 1.
+
 A step is: images -> ``add_noise`` (x_t; noise in registers) -> U-Net -> ``diffusion_loss`` (the
 same noise drawn again) -> clipping -> AdamW -> exponential moving average of the weights. Which
 images, timesteps, noise and dropped labels a step uses is a pure function of (seed, step), so a
@@ -72,7 +74,12 @@ class Trainer:
         self.schedule = NoiseSchedule.create(config.beta_schedule, config.num_train_timesteps)
         self.noising = self._table(noising_rows(self.schedule))
         self.targets = self._table(
-            target_rows(self.schedule, config.prediction_type, config.loss_weighting)
+            target_rows(
+                self.schedule,
+                config.prediction_type,
+                config.loss_weighting,
+                config.weighting_gamma,
+            )
         )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)  # torch.manual_seed reseeds CUDA too
@@ -143,7 +150,9 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, config.precision == "bfloat16"):
             x_t = self.ops.add_noise(x0, t, seeds, keys, self.noising)
             out = self.unet(x_t, t, labels)
-        loss = self.ops.diffusion_loss(out, x0, t, seeds, keys, self.targets).mean()
+        loss = self.ops.diffusion_loss(
+            out, x0, t, seeds, keys, self.targets, config.loss, config.huber_delta
+        ).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if config.grad_clip:
@@ -235,12 +244,19 @@ class Trainer:
             }
 
     def _check_settings(self, stored: dict[str, Any]) -> None:
-        """Refuse to go on with settings other than those that the run was started with."""
-        given = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        """Refuse to go on with settings other than those that the run was started with.
+
+        A setting that is younger than the run was at its default then.
+        """
+        given, defaults = (
+            json.loads(json.dumps(dataclasses.asdict(config)))
+            for config in (self.config, TrainConfig(self.config.steps))
+        )
+        had = defaults | stored
         changed = [
-            f"{name}={value!r} (the run has {stored[name]!r})"
+            f"{name}={value!r} (the run has {had[name]!r})"
             for name, value in given.items()
-            if name not in MAY_CHANGE and stored.get(name, value) != value
+            if name not in MAY_CHANGE and had[name] != value
         ]
         if changed:
             raise ValueError(

@@ -100,33 +100,56 @@ def test_zero_terminal_snr():
         x0_rows([0.5, 0.0], "epsilon")
 
 
+WEIGHTINGS = [
+    ("min_snr", {}, lambda snr: np.minimum(snr, 5)),
+    ("min_snr", {"gamma": 0.5}, lambda snr: np.minimum(snr, 0.5)),
+    ("min_snr", {"gamma": 1e9}, lambda snr: snr),
+    ("truncated_snr", {}, lambda snr: np.maximum(snr, 1)),
+    ("p2", {}, lambda snr: snr / (1 + snr)),
+    ("p2", {"gamma": 0.5, "k": 2.0}, lambda snr: snr / np.sqrt(2 + snr)),
+]
+every_weighting = pytest.mark.parametrize(("weighting", "options", "of_x0"), WEIGHTINGS)
+
+
 @every_type
-@pytest.mark.parametrize("gamma", [0.5, 5.0, 1e9])
-def test_min_snr_weighs_the_error_of_x0(prediction_type, gamma):
-    """Hang et al. 2023: whatever is predicted, the loss is min(SNR, gamma) |x0 - prediction|^2."""
+@every_weighting
+def test_weights_are_those_of_the_error_of_x0(prediction_type, weighting, options, of_x0):
+    """Whatever is predicted, the loss is the paper's weight times |x0 - predicted x0|^2.
+
+    p2 weighs the error of eps by 1 / (k + SNR)^gamma, and that is SNR times the error of x0.
+    """
     schedule = NoiseSchedule.create("squaredcos_cap_v2", 100)
     abar = schedule.alphas_cumprod
     x0_error = x0_rows(abar, prediction_type)[:, 1] ** 2
-    expected = np.minimum(abar / (1 - abar), gamma) * x0_error
-    weights = loss_weights(schedule, prediction_type, "min_snr", gamma)
+    expected = of_x0(abar / (1 - abar)) * x0_error
+    weights = loss_weights(schedule, prediction_type, weighting, **options)
     np.testing.assert_allclose(weights, expected, rtol=1e-12)
     np.testing.assert_array_equal(
-        target_rows(schedule, prediction_type, "min_snr", gamma)[:, 2], weights
+        target_rows(schedule, prediction_type, weighting, **options)[:, 2], weights
     )
 
 
-def test_min_snr_formulas():
-    schedule = NoiseSchedule([0.1, 0.5, 0.5])
-    snr = np.array([0.9 / 0.1, 0.45 / 0.55, 0.225 / 0.775])
-    least = np.array([5, snr[1], snr[2]])
-    for prediction_type, factor in (
-        ("epsilon", 1 / snr),
-        ("sample", 1),
-        ("v_prediction", 1 / (snr + 1)),
-    ):
-        np.testing.assert_allclose(
-            loss_weights(schedule, prediction_type, "min_snr"), least * factor, rtol=1e-12
-        )
+@pytest.mark.parametrize(
+    ("weighting", "prediction_type", "expected"),
+    [
+        # SNR 9, 1 and 1/3.
+        ("min_snr", "epsilon", [5 / 9, 1, 1]),
+        ("min_snr", "sample", [5, 1, 1 / 3]),
+        ("min_snr", "v_prediction", [5 / 10, 1 / 2, 1 / 4]),
+        ("truncated_snr", "epsilon", [1, 1, 3]),
+        ("truncated_snr", "sample", [9, 1, 1]),
+        ("truncated_snr", "v_prediction", [9 / 10, 1 / 2, 3 / 4]),
+        ("p2", "epsilon", [1 / 10, 1 / 2, 3 / 4]),
+        ("p2", "sample", [9 / 10, 1 / 2, 1 / 4]),
+        ("p2", "v_prediction", [9 / 100, 1 / 4, 3 / 16]),
+        ("constant", "v_prediction", [1, 1, 1]),
+    ],
+)
+def test_loss_weights_by_hand(weighting, prediction_type, expected):
+    abar = np.array([0.9, 0.5, 0.25])
+    schedule = NoiseSchedule(1 - abar / np.append(1, abar[:-1]))
+    weights = loss_weights(schedule, prediction_type, weighting)
+    np.testing.assert_allclose(weights, expected, rtol=1e-12)
 
 
 @every_type
@@ -135,15 +158,36 @@ def test_constant_weights(prediction_type):
     np.testing.assert_array_equal(loss_weights(schedule, prediction_type), np.ones(10))
 
 
-def test_min_snr_at_zero_terminal_snr():
+@every_type
+def test_weights_of_ones_own(prediction_type):
+    schedule = NoiseSchedule.create("linear", 3)
+    for weights in ([0, 1, 2.5], np.array([0, 1, 2.5], np.float32)):
+        rows = target_rows(schedule, prediction_type, weights)
+        np.testing.assert_array_equal(rows[:, 2], [0, 1, 2.5])
+    for wrong in ([1, 2], [[1, 2, 3]], [1, 2, -1], [1, 2, np.nan], [1, 2, 1e39], ["a"] * 3, None):
+        with pytest.raises(ValueError, match="loss_weighting=.*or 3 numbers"):
+            loss_weights(schedule, prediction_type, wrong)
+
+
+@every_weighting
+@every_type
+def test_weights_at_zero_terminal_snr(weighting, options, of_x0, prediction_type):
+    """Where SNR = 0: no weight is warned of, an infinite one refused, and a finite one kept."""
     schedule = NoiseSchedule.create("linear", 10, rescale_betas_zero_snr=True)
-    for prediction_type in ("sample", "v_prediction"):
+    arguments = (schedule, prediction_type, weighting)
+    if prediction_type == "epsilon" and weighting != "p2":
+        with pytest.raises(ValueError, match=f"epsilon.*{weighting}.*alphas_cumprod = 0"):
+            loss_weights(*arguments, **options)
+    elif prediction_type == "epsilon":
+        last = loss_weights(*arguments, **options)[-1]
+        assert last == pytest.approx(options.get("k", 1.0) ** -options.get("gamma", 1.0))
+    elif weighting == "truncated_snr":
+        assert loss_weights(*arguments, **options)[-1] == 1
+    else:
         with pytest.warns(UserWarning, match="no weight"):
-            weights = loss_weights(schedule, prediction_type, "min_snr")
+            weights = loss_weights(*arguments, **options)
         assert weights[-1] == 0
         assert (weights[:-1] > 0).all()
-    with pytest.raises(ValueError, match="epsilon.*alphas_cumprod = 0"):
-        loss_weights(schedule, "epsilon", "min_snr")
 
 
 def test_unknown_names():
@@ -160,6 +204,15 @@ def test_unknown_names():
             call()
     with pytest.raises(ValueError, match="loss_weighting='snr'.*constant, min_snr"):
         loss_weights(schedule, "epsilon", "snr")
-    for gamma in (-1, np.nan, True, "x"):
-        with pytest.raises(ValueError, match="gamma="):
-            loss_weights(schedule, "epsilon", "min_snr", gamma)
+    for wrong in (-1, np.nan, True, "x"):
+        for weighting, name in (("min_snr", "gamma"), ("p2", "gamma"), ("p2", "k")):
+            with pytest.raises(ValueError, match=f"{name}="):
+                loss_weights(schedule, "epsilon", weighting, **{name: wrong})
+    for weighting, option in (
+        ("constant", {"gamma": 1.0}),
+        ("truncated_snr", {"gamma": 1.0}),
+        ("min_snr", {"k": 1.0}),
+        (np.ones(10), {"k": 1.0}),
+    ):
+        with pytest.raises(ValueError, match="=1.0: must not be given where loss_weighting="):
+            loss_weights(schedule, "epsilon", weighting, **option)

@@ -489,8 +489,8 @@ def test_reference_kernel_applies_a_plan(solver, options):
         out = torch.from_numpy(np.random.default_rng(i).standard_normal((2, *shape))).float()
         z = reference.philox(seeds, keys[idx], shape, Purpose.REVERSE_STEP).double().numpy()
         reference.denoise_step(
-            x, hist, net_in, flags, out, idx, seeds, torch.ones(2),
-            lanes, torch.full_like(lanes, -1), rows, keys, follow,
+            x, hist, net_in, flags, out, idx, seeds, torch.ones(2), lanes,
+            torch.full_like(lanes, -1), torch.ones(2), torch.ones(2), rows, keys, follow,
         )  # fmt: skip
         reference.advance(idx, follow)
         ours, ours_hist = apply(plan.rows[i], ours, out.double().numpy(), ours_hist, z)
@@ -500,8 +500,8 @@ def test_reference_kernel_applies_a_plan(solver, options):
     assert not flags.any()
     before = x.clone()
     reference.denoise_step(
-        x, hist, net_in, flags, out, idx, seeds, torch.ones(2),
-        lanes, torch.full_like(lanes, -1), rows, keys, follow,
+        x, hist, net_in, flags, out, idx, seeds, torch.ones(2), lanes,
+        torch.full_like(lanes, -1), torch.ones(2), torch.ones(2), rows, keys, follow,
     )  # fmt: skip
     assert torch.equal(x, before)
 
@@ -553,6 +553,10 @@ def make_rows(*changes):
         (make_rows((0, Column.X0_XT, 1e39))[0], [1, 2, 3], r"rows\[0, X0_XT\]=1e\+39.*float32"),
         (make_rows((1, Column.SIGMA, -0.1))[0], [1, 2, 3], "sigma and clip"),
         (make_rows((1, Column.CLIP, -1))[0], [1, 2, 3], "sigma and clip"),
+        (make_rows((1, Column.LOG_SIGMA, np.inf))[0], [1, 2, 3], r"rows\[1, LOG_SIGMA\]=inf"),
+        (make_rows((1, Column.THRESHOLD, -0.1))[0], [1, 2, 3], r"threshold .* in \[0, 1\]"),
+        (make_rows((1, Column.RESCALE, 1.1))[0], [1, 2, 3], r"rescale must be in \[0, 1\]"),
+        (make_rows((1, Column.THRESHOLD, 0.5))[0], [1, 2, 3], "clip must be at least 1"),
         (make_rows((0, Column.C_HIST, 0.5))[0], [1, 2, 3], "no previous x0"),
         (make_rows()[0], [1, 2], r"noise_keys of shape \(2,\)"),
         (make_rows()[0], [1.0, 2.0, 3.0], "3 integers"),
@@ -605,7 +609,7 @@ def test_bad_steps(solver, steps, message):
         ({"eta": np.nan}, "eta=nan"),
         ({"eta": 0.5, "solver": "ddpm"}, "eta=0.5: must be 0.0; ddpm"),
         ({"eta": 0.5, "solver": "dpmpp_2m"}, "eta=0.5: must be 0.0; dpmpp_2m"),
-        ({"variance_type": "learned", "solver": "ddpm"}, "variance_type='learned'.*fixed_large"),
+        ({"variance_type": "fixed", "solver": "ddpm"}, "variance_type='fixed'.*learned_range"),
         (
             {"variance_type": "fixed_large"},
             "variance_type='fixed_large': must be 'fixed_small'; ddim",

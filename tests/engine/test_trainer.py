@@ -22,7 +22,9 @@ from flashddpm import kernels
 from flashddpm.checkpoint import WEIGHTS, Conditioning, load_conditioning, load_unet
 from flashddpm.data import ImageData
 from flashddpm.errors import CheckpointError, DivergedError
+from flashddpm.kernels.contract import LOSSES
 from flashddpm.parameterization import PREDICTION_TYPES
+from flashddpm.train_config import ONLY_WITH
 from flashddpm.trainer import MAY_CHANGE, STATE, TrainConfig, Trainer
 from flashddpm.unet import UNet
 
@@ -114,12 +116,27 @@ def test_the_loss_falls_on_two_images(tmp_path: Path, prediction_type: str) -> N
     assert 0.8 < losses[0] < 1.2  # the untrained network predicts 0, and targets have variance 1
 
 
+WEIGHTS_OF_X0_ERROR: dict[str, tuple[dict[str, Any], Any]] = {
+    "min_snr": ({"loss_weighting": "min_snr"}, lambda snr: snr.clamp(max=5)),
+    "min_snr_3": (
+        {"loss_weighting": "min_snr", "min_snr_gamma": 3.0},
+        lambda snr: snr.clamp(max=3),
+    ),
+    "truncated_snr": ({"loss_weighting": "truncated_snr"}, lambda snr: snr.clamp(min=1)),
+    "p2": ({"loss_weighting": "p2"}, lambda snr: snr / (1 + snr)),
+    "p2_half": ({"loss_weighting": "p2", "p2_gamma": 0.5}, lambda snr: snr / (1 + snr).sqrt()),
+}
+
+
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("weighting", ["constant", "min_snr"])
-def test_the_first_loss_is_the_weighted_square_of_the_target(
-    tmp_path: Path, prediction_type: str, weighting: str
+@pytest.mark.parametrize("name", ["constant", *WEIGHTS_OF_X0_ERROR])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_first_loss_is_the_weighted_penalty_of_the_target(
+    tmp_path: Path, prediction_type: str, name: str, loss: str
 ) -> None:
-    run = trainer(tmp_path, prediction_type=prediction_type, loss_weighting=weighting)
+    settings, of_x0 = WEIGHTS_OF_X0_ERROR.get(name, ({}, None))
+    settings = settings | ({"huber_delta": 0.5} if loss == "huber" else {})
+    run = trainer(tmp_path, prediction_type=prediction_type, loss=loss, **settings)
     x0, _, t, seeds, keys = run.draw(0)
     eps = kernels.philox(seeds, keys, (1, 8, 8), kernels.Purpose.TRAINING).double()
     abar = torch.from_numpy(run.schedule.alphas_cumprod)[t].reshape(-1, 1, 1, 1)
@@ -127,10 +144,37 @@ def test_the_first_loss_is_the_weighted_square_of_the_target(
     target = {"epsilon": eps, "sample": x0.double(), "v_prediction": a * eps - b * x0}
     snr = abar / (1 - abar)
     weight = {"epsilon": 1 / snr, "sample": 1, "v_prediction": 1 / (snr + 1)}[prediction_type]
-    weight = snr.clamp(max=5) * weight if weighting == "min_snr" else 1
-    # The untrained network predicts 0.
-    expected = (weight * target[prediction_type].square()).mean()
+    weight = 1 if of_x0 is None else of_x0(snr) * weight
+    size = target[prediction_type].abs()  # the untrained network predicts 0
+    penalty = {
+        "mse": size.square(),
+        "l1": size,
+        "huber": torch.where(size > 0.5, 0.5 * (size - 0.25), size.square() / 2),
+    }[loss]
+    expected = (weight * penalty).mean()
     assert float(run.train_step()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_each_loss_and_weighting_trains_its_own_way(tmp_path: Path) -> None:
+    choices: list[dict[str, Any]] = [
+        {},
+        {"loss": "l1"},
+        {"loss": "huber"},
+        {"loss": "huber", "huber_delta": 0.1},
+        *(settings for settings, _ in WEIGHTS_OF_X0_ERROR.values()),
+    ]
+    gradients = []
+    for i, settings in enumerate(choices):
+        run = trainer(tmp_path / str(i), steps=2, grad_clip=0.0, **settings)
+        assert all(math.isfinite(float(run.train_step())) for _ in range(2))
+        run.save()
+        stored = json.loads((run.out / "train_config.json").read_text())
+        assert stored.items() >= settings.items()
+        gradients.append(torch.cat([p.grad.flatten() for p in run.params.values()]))
+    for i, one in enumerate(gradients):
+        assert one.isfinite().all() and one.abs().max() > 0
+        for other in gradients[:i]:
+            assert (one - other).norm() > 1e-3 * one.norm()
 
 
 def test_a_step_is_adamw_on_the_mean_loss(tmp_path: Path) -> None:
@@ -498,12 +542,13 @@ def test_every_setting_but_three_is_compared(whole: Any) -> None:
         "lr_schedule": "cosine",
         "precision": "bfloat16",
         "prediction_type": "sample",
-        "loss_weighting": "min_snr",
+        "loss": "l1",
+        "loss_weighting": "truncated_snr",
         "beta_schedule": "sigmoid",
     }
     for field in dataclasses.fields(TrainConfig):
         # Settings that the parameters' shapes depend on make another network.
-        if field.name in (*MAY_CHANGE, "block_out_channels", "layers_per_block"):
+        if field.name in (*MAY_CHANGE, *ONLY_WITH, "block_out_channels", "layers_per_block"):
             continue
         value = other.get(field.name)
         if value is None:
@@ -513,13 +558,35 @@ def test_every_setting_but_three_is_compared(whole: Any) -> None:
             resumed(whole[0], **{field.name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "owner"),
+    [
+        ("huber_delta", 0.5, {"loss": "huber"}),
+        ("min_snr_gamma", 3.0, {"loss_weighting": "min_snr"}),
+        ("p2_gamma", 0.5, {"loss_weighting": "p2"}),
+    ],
+)
+def test_settings_of_a_loss_are_compared_too(
+    tmp_path: Path, name: str, value: float, owner: dict[str, Any]
+) -> None:
+    trainer(tmp_path, **owner).save()
+    assert resumed(tmp_path, **owner).step == 0
+    with pytest.raises(ValueError, match=f"^{name}={value} \\(the run has"):
+        resumed(tmp_path, **owner, **{name: value})
+
+
 def test_a_state_of_an_older_version_has_fewer_settings(tmp_path: Path, whole: Any) -> None:
+    """What it does not name was at its default: that goes on, and nothing else does."""
     settings = dataclasses.asdict(TINY)
-    del settings["loss_weighting"]
+    for name in ("loss", "huber_delta", "loss_weighting", "min_snr_gamma", "p2_gamma"):
+        del settings[name]
     tensors = safetensors.torch.load_file(whole[0] / STATE)
     metadata = {"step": "6", "config": json.dumps(settings)}
     safetensors.torch.save_file(tensors, tmp_path / STATE, metadata)
     assert_same(resumed(tmp_path), whole[1])
+    for name, value, default in (("loss", "l1", "mse"), ("loss_weighting", "p2", "constant")):
+        with pytest.raises(ValueError, match=f"^{name}='{value}' .the run has '{default}'"):
+            resumed(tmp_path, **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -688,7 +755,11 @@ def test_images_that_are_not_square(tmp_path: Path) -> None:
         ("label_dropout", [-0.1, 1.1, math.nan]),
         ("precision", ["float16", 32]),
         ("prediction_type", ["eps", None]),
-        ("loss_weighting", ["snr", None]),
+        ("loss", ["l2", None]),
+        ("huber_delta", [-1, 0, 2.0, math.nan, None]),
+        ("loss_weighting", ["snr", None, [1.0] * 100]),
+        ("min_snr_gamma", [-1, 3.0, math.nan, None]),
+        ("p2_gamma", [-1, 2.0, math.inf, None]),
         ("beta_schedule", ["cosine", None]),
         ("num_train_timesteps", [0, 100_001, 10.0]),
         ("block_out_channels", [8, None, (), "88", (8, 0), (8, "16"), (8, True)]),
@@ -703,6 +774,17 @@ def test_bad_settings_are_refused_by_name(field: str, values: list[Any]) -> None
     for value in values:
         with pytest.raises(ValueError, match=f"^{field}="):
             dataclasses.replace(TINY, **{field: value})
+
+
+def test_settings_of_another_loss_are_refused() -> None:
+    for changes, message in (
+        ({"huber_delta": 0.5, "loss": "l1"}, "huber_delta=0.5: is of loss='huber' only"),
+        ({"huber_delta": 0.0, "loss": "huber"}, "huber_delta=0: must be above 0"),
+        ({"p2_gamma": 0.5, "loss_weighting": "min_snr"}, "p2_gamma=0.5: is of loss_weighting='p2'"),
+        ({"min_snr_gamma": 3}, "min_snr_gamma=3.0: is of loss_weighting='min_snr' only"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            dataclasses.replace(TINY, **changes)
 
 
 def test_every_setting_is_checked() -> None:
