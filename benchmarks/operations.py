@@ -1,19 +1,29 @@
 """Every operation of the registry: the fast path against the reference, on the same arguments.
 
-On the CPU the fast path of the noise is the compiled reference; the other operations have none
-there, so only a GPU has anything to compare.
+On a GPU each kernel's own time (``kernel_time``), forward and gradient apart, stands against the
+bytes it moves, a copy's bandwidth, the bound of its instructions, an empty kernel, and the best
+that a compiler makes of the same work; a call from Python stands against the eager reference.
+On the CPU the fast path of the noise is the compiled reference; the other operations have none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from flashddpm.benchmarks.harness import Result, compare
+from flashddpm.benchmarks.peers import (
+    compiled_peer,
+    copied,
+    directions,
+    elements_of,
+    upstream_of,
+)
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Purpose
 from flashddpm.noise import CompiledNoise
@@ -21,7 +31,21 @@ from flashddpm.noise import CompiledNoise
 if TYPE_CHECKING:
     from flashddpm.kernels.registry import Arguments, Op
 
-SHAPES = ((16, (3, 32, 32)), (256, (3, 32, 32)), (64, (3, 256, 256)))
+SMALLEST = (1, (3, 32, 32))
+LARGE = ((64, (3, 256, 256)), (256, (3, 256, 256)))
+SIZES = (SMALLEST, (256, (3, 32, 32)), *LARGE)
+DTYPES = (torch.float32, torch.bfloat16)
+OF_BOUND, OF_EMPTY = 0.9, 1.5  # the goals: at large sizes at least, at the smallest at most
+
+ROWS = {
+    "add_noise": {"t": 1},
+    "diffusion_loss": {"t": 0},
+    "hybrid_loss": {"t": 0},
+    "sample_stats": {"idx": 4},
+    "denoise_step": {"idx": 1, "next": 0, "lane_uncond": -1},  # no next row reads the history
+}
+"""What every image is given, of the example's rows, so that an element costs the same in all:
+the lightest row that draws noise; of ``sample_stats``, the one that asks for both statistics."""
 
 
 def noise_on_the_cpu(device: str) -> Iterator[Result]:
@@ -42,33 +66,215 @@ def noise_on_the_cpu(device: str) -> Iterator[Result]:
         )
 
 
+def arguments_of(op: Op, dtype: torch.dtype, size: Any, device: str) -> Arguments:
+    """Return the operation's example of a size (batch, (C, H, W)), every image on its row."""
+    batch, shape = size
+    arguments = op.example(device, dtype, shape, batch, 0)
+    for name, row in ROWS.get(op.name, {}).items():
+        arguments[name].fill_(row)
+    return arguments
+
+
+def with_gradients(op: Op, function: Callable[..., Any], arguments: Arguments) -> list[Any]:
+    """Return the result, the gradients, and what was changed in place, of copies."""
+    copies = copied(arguments)
+    leaves = [copies[name].requires_grad_() for name in op.differentiable]
+    result = function(**copies)
+    gradients = (
+        torch.autograd.grad(result, leaves, upstream_of(op, result, copies)) if leaves else ()
+    )
+    return [result, *gradients, *(copies[name] for name in op.mutates)]
+
+
 def check(op: Op, arguments: Arguments) -> None:
-    """Refuse to time an operation whose results are not the reference's."""
-    results = []
-    for function in (op.fast, op.reference):
-        copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-        returned = function(**copies)
-        results.append([returned, *(copies[name] for name in op.mutates)])
-    torch.testing.assert_close(*results, equal_nan=True)
+    """Refuse to time an operation whose results or gradients are not the reference's."""
+    fast, slow = (with_gradients(op, function, arguments) for function in (op.fast, op.reference))
+    torch.testing.assert_close(fast, slow, equal_nan=True)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What kernels are held against, measured in the same run.
+
+    Attributes:
+        copy: bytes a second of a large copy, read and written together.
+        empty: seconds of an empty kernel.
+        cache: bytes of the L2 cache.
+        instructions: kernel and dtype -> seconds an element of its instructions alone.
+    """
+
+    copy: float
+    empty: float
+    cache: int
+    instructions: dict[tuple[str, torch.dtype], float]
+
+
+def this_card() -> Card:
+    """Measure a copy and an empty kernel; count instructions, where they are those of the card."""
+    from flashddpm.benchmarks import kernel_time
+
+    card = torch.cuda.get_device_properties()
+    return Card(
+        kernel_time.copy_bandwidth(),
+        kernel_time.empty_seconds(),
+        card.L2_cache_size,
+        instruction_seconds(10 * card.major + card.minor, card.multi_processor_count),
+    )
+
+
+def instruction_seconds(arch: int, multiprocessors: int) -> dict[tuple[str, torch.dtype], float]:
+    """Return the scorecard's time of each kernel's instructions, at its clock, in seconds.
+
+    Nothing on another architecture than the scorecard's, whose pipes it knows.
+    """
+    from flashddpm.kernels.checks import scorecard
+    from flashddpm.kernels.checks.compiled import KERNELS
+
+    if arch != scorecard.REFERENCE:
+        return {}
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    found = {}
+    for kernel in KERNELS.values():
+        for dtype in kernel.dtypes:
+            clocks = scorecard.measure(kernel, dtype, arch).clocks
+            if clocks:  # none where a loop makes them no total
+                slowest = max(clocks.values()) / (multiprocessors * scorecard.CLOCK)
+                found[kernel.name, dtypes[dtype]] = slowest
+    return found
+
+
+def bytes_of(op: Op, arguments: Arguments, backward: bool) -> int:
+    """Return what a call moves, or its gradient: what the call reads, and a gradient each."""
+    moved = op.bytes_moved(arguments)
+    if not backward:
+        return moved
+    written = arguments["x0"].nbytes if op.name == "add_noise" else 0  # the losses write no image
+    return moved - written + sum(arguments[name].nbytes for name in op.differentiable)
+
+
+def memory_of(op: Op, arguments: Arguments) -> int:
+    """Return the bytes of the arguments and the result: what a call touches, read often or not."""
+    result = op.fast(**copied(arguments))
+    tensors = [value for value in (result, *arguments.values()) if isinstance(value, Tensor)]
+    return sum(value.nbytes for value in tensors)
+
+
+def bound_seconds(card: Card, moved: int, elements: int, kernel: str, dtype: torch.dtype) -> float:
+    """Return the longer of the times of the bytes, at a copy's speed, and of the instructions."""
+    by_instructions = card.instructions.get((kernel, dtype), 0.0) * elements
+    return max(moved / card.copy, by_instructions)
+
+
+def figures(
+    card: Card,
+    size: Any,
+    seconds: float,
+    moved: int,
+    bound: float,
+    working_set: int,
+    hot: float | None = None,
+) -> dict[str, float]:
+    """Return a kernel's figures: how fast, and how near to what could be.
+
+    Args:
+        card: what it ran on.
+        size: of the case, as in SIZES.
+        seconds: of a call, arguments in memory.
+        moved: bytes of a call.
+        bound: the least seconds of a call.
+        working_set: bytes of all arguments and results that calls take in turn.
+        hot: seconds of a call that finds its arguments in the cache, at the smallest size.
+    """
+    found = {
+        "us": seconds * 1e6,
+        "gb_per_s": moved / seconds / 1e9,
+        "of_copy": moved / seconds / card.copy,
+        "of_bound": bound / seconds,
+        "working_set_mb": working_set / 1e6,
+    }
+    if size in LARGE:
+        found["goal_met"] = float(found["of_bound"] >= OF_BOUND)
+    if hot is not None:
+        found |= {"of_empty": seconds / card.empty, "hot_us": hot * 1e6}
+        found["hot_of_empty"] = hot / card.empty
+        found["goal_met"] = float(found["hot_of_empty"] <= OF_EMPTY)
+    return found
+
+
+def measure(
+    op: Op, dtype: torch.dtype, size: Any, card: Card, timer: Any, device: str = "cuda"
+) -> Iterator[Result]:
+    """Check an operation, then time it and its gradient at one size against both peers.
+
+    Args:
+        op: of the registry.
+        dtype, size: of the images.
+        card: what it runs on.
+        timer: the module ``kernel_time``, or a stand-in.
+        device: of the arguments.
+    """
+    arguments = arguments_of(op, dtype, size, device)
+    check(op, arguments)
+    peer_name, peer = compiled_peer(op, arguments)
+    batch, shape = size
+    memory = memory_of(op, arguments)
+    slow = directions(op, arguments, op.reference)
+    theirs = directions(op, arguments, peer) if peer else {}
+    for way, make in directions(op, arguments, op.fast).items():
+        moved = bytes_of(op, arguments, bool(way))
+        footprint = min(moved, memory)
+        sets = timer.sets_beyond(card.cache, footprint)
+        capture = partial(timer.capture, sets=sets, least=timer.calls_for(moved))
+        case = f"{op.name}{way}-{batch}x{'x'.join(map(str, shape))}-{str(dtype)[6:]}"
+        ours = capture(make)
+        comparison = compare(
+            ours,
+            capture(theirs[way]) if way in theirs else ours,
+            rounds=5,
+            warm_ups=2,
+            clock=timer.seconds_a_call,
+        )
+        hot = timer.median_seconds(make) if size == SMALLEST else None
+        kernel = op.name + way.replace("-", "_")
+        bound = bound_seconds(card, moved, elements_of(arguments), kernel, dtype)
+        flushed, counted = sets * footprint > card.cache, (kernel, dtype) in card.instructions
+        yield Result(
+            case,
+            "",
+            f"kernel time in a CUDA graph; L2 {'flushed' if flushed else 'hot'}, by {sets} sets of "
+            "arguments in turn; hot: one set. of_copy, of_bound: shares of a copy's bandwidth, of "
+            f"the kernel's bound ({'with' if counted else 'without'} its instructions). The goal: "
+            f"of_bound {OF_BOUND}, at the smallest size hot_of_empty {OF_EMPTY}",
+            figures(card, size, comparison.ours_seconds, moved, bound, sets * footprint, hot),
+        )
+        if way in theirs:
+            yield Result.of(case, peer_name, "kernel times, in CUDA graphs alike", comparison)
+        else:
+            yield Result(f"{case}-peer", peer_name, "no compiled peer", {})
+        del ours
+        yield Result.of(
+            case,
+            "eager reference",
+            "calls from Python, the host's part included",
+            compare(make(), slow[way](), rounds=5, warm_ups=2),
+        )
 
 
 def operations_on_a_gpu(device: str) -> Iterator[Result]:
-    """Triton kernels against the eager reference, from one CIFAR batch to large images."""
+    """Every kernel, from one CIFAR image to 256 images of 256x256, in float32 and bfloat16."""
     if device != "cuda":
         return
+    from flashddpm.benchmarks import kernel_time
     from flashddpm.kernels.registry import OPS
 
-    for op in OPS.values():
-        for batch, shape in SHAPES:
-            arguments = op.example("cuda", op.dtypes[-1], shape, batch, 0)
-            if "idx" in arguments:
-                arguments["idx"].fill_(1)  # every slot at work
-            check(op, arguments)
-            comparison = compare(
-                partial(op.fast, **arguments),
-                partial(op.reference, **arguments),
-                rounds=10,
-                warm_ups=3,
-            )
-            size = "x".join(map(str, (batch, *shape)))
-            yield Result.of(f"{op.name}-{size}", "eager reference", str(op.dtypes[-1]), comparison)
+    card = this_card()
+    yield Result(
+        "card",
+        "",
+        "a copy of 1 GiB, read and written; an empty kernel in a graph; the L2 cache",
+        {"copy_gb_per_s": card.copy / 1e9, "empty_us": card.empty * 1e6, "l2_mb": card.cache / 1e6},
+    )
+    for size in SIZES:
+        for op in OPS.values():
+            for dtype in [x for x in DTYPES if x in op.dtypes] or op.dtypes[:1]:
+                yield from measure(op, dtype, size, card, kernel_time)
