@@ -48,7 +48,9 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise ValueError(f"{name}={value!r}: must be a number") from None
     if not math.isfinite(result) or not low <= result <= high:
-        limits = "" if low == -high == -math.inf else f" in [{low:g}, {high:g}]"
+        limits = f" in [{low:g}, {high:g}]" if high < math.inf else f" of at least {low:g}"
+        if low == -math.inf:
+            limits = ""
         raise ValueError(f"{name}={value!r}: must be a finite number{limits}")
     return result
 
@@ -94,7 +96,7 @@ def label_list(
     items = list(labels) if isinstance(labels, Iterable) else [labels] * count
     if len(items) != count:
         raise ValueError(
-            f"labels: {len(items)} labels for {count} seeds; give one each, or one int"
+            f"labels: {len(items)} labels for {count} seeds; give one each, or one for all"
         )
     return [integer("labels", item, 0, num_classes - 1) for item in items]
 

@@ -114,7 +114,8 @@ def sample(
         str | None, Option(help="7 (the first seed), 1,2,5 or 0:64.  [default: from 0]")
     ] = None,
     labels: Annotated[
-        str | None, Option(help="3, or 0,1,2 (one an image), or none.  [default: in turn]")
+        str | None,
+        Option(help="3, Boot, or 0,1,2 (one an image), or none.  [default: in turn]"),
     ] = None,
     guidance: Annotated[float, Option(help="Guidance weight w; 1 is off.")] = 1.0,
     solver: Annotated[str, Option(help="ddim, ddpm or dpmpp_2m.")] = "ddim",
@@ -128,7 +129,10 @@ def sample(
     ] = None,
     threshold: Annotated[
         float | None,
-        Option(help="Quantile of |x0| to clip to, at most --clip; 0 for none.  [default: model's]"),
+        Option(
+            help="Dynamic thresholding: quantile of |x0| to clip to (.995, say), at most --clip, "
+            "which must be above 1 (2, say); 0 for none.  [default: model's]"
+        ),
     ] = None,
     guidance_rescale: Annotated[
         float, Option(help="From 0 to 1: brings guided outputs back to their usual deviation.")
@@ -291,7 +295,7 @@ def train(
 @app.command()
 def kernels(
     arch: Annotated[
-        str | None, Option(help="Of 80, 90, 100, comma-separated.  [default: all]")
+        str | None, Option(help="80, 90 or 100 (sm_90), comma-separated.  [default: all]")
     ] = None,
     kernel: Annotated[
         str | None, Option(help="Names of kernels, comma-separated.  [default: all]")
@@ -301,7 +305,11 @@ def kernels(
         bool, Option("--verbose", help="Also accesses and opcodes of every variant.")
     ] = False,
 ) -> None:
-    """Compile the kernels for GPUs, none needed, and print a scorecard; 1 where a gate fails."""
+    """Print a scorecard of the compiled kernels; no GPU is needed.
+
+    Compiles all of them for three generations of GPUs, which takes about a minute the first time.
+    The exit code is 1 where a gate fails.
+    """
     from flashddpm import arguments
 
     try:
@@ -310,12 +318,13 @@ def kernels(
         from flashddpm.kernels.checks.scorecard import scorecard
     except ImportError as error:
         raise ValueError(f"kernels: Triton is needed to compile them ({error})") from None
-    names = [part.strip() for part in kernel.split(",")] if kernel else list(KERNELS)
-    archs = [part.strip() for part in arch.split(",")] if arch else list(map(str, ARCHITECTURES))
+    names = list(KERNELS) if kernel is None else [part.strip() for part in kernel.split(",")]
+    known = list(map(str, ARCHITECTURES))
+    archs = known if arch is None else [part.strip() for part in arch.split(",")]
     for name in names:
         arguments.one_of("kernel", name, tuple(KERNELS))
     for number in archs:
-        arguments.one_of("arch", number, tuple(map(str, ARCHITECTURES)))
+        arguments.one_of("arch", number, known)
     if INTERPRETED:
         raise ValueError("TRITON_INTERPRET=1: the interpreter compiles nothing; unset it")
     card = scorecard(dict.fromkeys(names), sorted({int(number) for number in archs}))

@@ -119,6 +119,8 @@ def loss_weights(
     if gamma is None:
         gamma = 1.0 if weighting == "p2" else 5.0
     gamma = arguments.number("gamma", gamma, 0)
+    if gamma == 0 and weighting == "min_snr":
+        raise ValueError("gamma=0: must be above 0 for min_snr, whose weights are all 0 otherwise")
     k = arguments.number("k", 1.0 if k is None else k, 0)
 
     S = schedule.snr

@@ -224,10 +224,12 @@ class Sampler:
         if variance_type is None:
             variance_type = defaults.variance_type if solver == "ddpm" else "fixed_small"
         arguments.one_of("variance_type", variance_type, FIXED_VARIANCES)
+        if threshold is not None:
+            threshold = arguments.number("threshold", threshold, 0, 1)
         if threshold and clip is None and defaults.clip <= 1:
             raise ValueError(
-                f"threshold={threshold!r}: needs clip, the largest threshold, above 1; the model's "
-                f"own clip={defaults.clip:g} would leave plain clipping"
+                f"threshold={threshold!r}: needs clip, the largest threshold, above 1, such "
+                f"as 2; the model's own clip={defaults.clip:g} would leave plain clipping"
             )
         return make_plan(
             self.schedule,

@@ -343,7 +343,7 @@ def make_plan(
     threshold = arguments.number("threshold", threshold, 0, 1)
     rescale = arguments.number("guidance_rescale", guidance_rescale, 0, 1)
     if threshold and clip < 1:
-        raise ValueError(f"clip={clip!r}: must be at least 1, the least threshold, or threshold=0")
+        raise ValueError(f"clip={clip!r}: must be at least 1 beside a threshold, as its largest")
     if not threshold and not rescale:
         return plan
     rows = plan.rows.copy()

@@ -89,8 +89,9 @@ class TrainConfig:
             given = arguments.number(name, getattr(self, name), 0)
             if given != getattr(type(self), name) and getattr(self, owner) != value:
                 raise ValueError(f"{name}={given!r}: is of {owner}={value!r} only")
-        if self.huber_delta == 0:
-            raise ValueError("huber_delta=0: must be above 0")
+        for name in ("huber_delta", "min_snr_gamma"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name}=0: must be above 0")
 
     @property
     def weighting_gamma(self) -> float | None:

@@ -21,6 +21,7 @@ from flashddpm.kernels.launch import (
     empty_channels_last,
     grid,
     launch,
+    minus_zeros,
     place,
     runs_triton,
 )
@@ -47,7 +48,7 @@ def _add_noise_kernel(
     signal = a * tl.load(x0 + start + offsets, mask=tl.where(a != 0, mask, False), other=0).to(
         tl.float32
     )
-    noise = tl.zeros([BLOCK], tl.float32)
+    noise = minus_zeros(BLOCK)
     if b != 0:
         seed, key = tl.load(seeds + image), tl.load(keys + image)
         noise = b * draw(seed, key, block, x_t, PURPOSE, BLOCK)
@@ -80,15 +81,15 @@ def _add_noise_fake(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x0, t, _, _, rows, _ = inputs
-    ctx.save_for_backward(t, rows)
+    _, *tensors, _ = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad: Tensor):
-    """Gradient of x_0: a times that of x_t, and 0 where a is 0."""
-    t, rows = ctx.saved_tensors
-    a = rows[t, 0].reshape(-1, 1, 1, 1)
-    return reference.term(a, grad.float()).to(grad.dtype), None, None, None, None, None
+    """Gradient of x_0: a times that of x_t, as noising without noise has it."""
+    t, seeds, keys, rows = ctx.saved_tensors
+    rows = torch.stack([rows[:, 0], torch.zeros_like(rows[:, 1])], 1)
+    return _add_noise(grad, t, seeds, keys, rows, 0), None, None, None, None, None
 
 
 _add_noise.register_autograd(_backward, setup_context=_setup_context)

@@ -22,6 +22,7 @@ from flashddpm.kernels.exact import exp
 from flashddpm.kernels.launch import (
     FLOATS,
     OPTIONS,
+    WARPS_2C,
     block_size,
     channels_last,
     check_image,
@@ -31,68 +32,29 @@ from flashddpm.kernels.launch import (
     check_vector,
     grid,
     launch,
+    minus_zeros,
     place,
     runs_triton,
 )
 from flashddpm.kernels.philox import draw
+from flashddpm.kernels.rows import (
+    C_HIST,
+    C_OUT,
+    C_X0,
+    C_XT,
+    CLIP,
+    COLUMNS,
+    INF_BITS,
+    LOG_SIGMA,
+    RESCALE,
+    SIGMA,
+    THRESHOLD,
+    guided_output,
+    lane_elements,
+    unclipped_x0,
+)
 
-COLUMNS = tl.constexpr(len(Column))
-X0_XT = tl.constexpr(int(Column.X0_XT))
-X0_OUT = tl.constexpr(int(Column.X0_OUT))
-C_X0 = tl.constexpr(int(Column.C_X0))
-C_XT = tl.constexpr(int(Column.C_XT))
-C_OUT = tl.constexpr(int(Column.C_OUT))
-C_HIST = tl.constexpr(int(Column.C_HIST))
-SIGMA = tl.constexpr(int(Column.SIGMA))
-LOG_SIGMA = tl.constexpr(int(Column.LOG_SIGMA))
-CLIP = tl.constexpr(int(Column.CLIP))
-THRESHOLD = tl.constexpr(int(Column.THRESHOLD))
-RESCALE = tl.constexpr(int(Column.RESCALE))
-WARPS_2C = 4
-"""Of kernels that read 2C channels: half as many elements a thread, for they hold more of each."""
-INF_BITS = tl.constexpr(0x7F800000)
 REVERSE_STEP = tl.constexpr(int(Purpose.REVERSE_STEP))
-
-
-@triton.jit
-def minus_zeros(BLOCK: tl.constexpr):
-    """Return -0.0, float32 [BLOCK], where a sum starts; tl.full would make it +0.0."""
-    return tl.full([BLOCK], -2147483648, tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def lane_elements(start, offsets, n, C: tl.constexpr):
-    """Return where a lane of ``out`` has these elements, and how many elements a lane has.
-
-    C is 0 if the lane has nothing else; of 2C channels, each pixel's first C are these.
-    """
-    if C == 0:
-        return start + offsets, n
-    element = start + offsets
-    return element + element // C * C, n * 2
-
-
-@triton.jit
-def guided_output(out, cond, uncond, weight, at, lane, mask):
-    """Return the slot's output, combined where it has a lane for no label (Ho & Salimans 2022)."""
-    o = tl.load(out + cond * lane + at, mask=mask, other=0).to(tl.float32)
-    if uncond >= 0:
-        u = tl.load(out + uncond * lane + at, mask=mask, other=0).to(tl.float32)
-        o = u + weight * (o - u)
-    return o
-
-
-@triton.jit
-def unclipped_x0(x_t, o, row, BLOCK: tl.constexpr):
-    """Return x0_xt x_t + x0_out o."""
-    x0 = minus_zeros(BLOCK)
-    c = tl.load(row + X0_XT)
-    if c != 0:
-        x0 = x_t * c
-    c = tl.load(row + X0_OUT)
-    if c != 0:
-        x0 += o * c
-    return x0
 
 
 @triton.jit
@@ -272,7 +234,8 @@ def denoise_step(
     contract.py. Indices are not checked, for that would wait.
 
     Args:
-        x: float32 [S, C, H, W], the state x_t; becomes x_next.
+        x: float32 [S, C, H, W], the state x_t; becomes x_next. It, hist and net_in must not
+            overlap: not checked.
         hist: float32 [S, C, H, W], the previous x0; written where the next row reads it.
         net_in: [L, C, H, W], float32, float16 or bfloat16: x_next goes to each lane of the slot.
         nonfinite: int32 [S]; becomes idx[s] where it is 0 and the slot's output is not finite.

@@ -24,6 +24,7 @@ from flashddpm.kernels.launch import (
     empty_channels_last,
     grid,
     launch,
+    minus_zeros,
     place,
     runs_triton,
 )
@@ -42,7 +43,7 @@ def error_of(o, x0, row, seed, key, block, start, offsets, mask, like, BLOCK: tl
     signal = k0 * tl.load(x0 + start + offsets, mask=tl.where(k0 != 0, mask, False), other=0).to(
         tl.float32
     )
-    noise = tl.zeros([BLOCK], tl.float32)
+    noise = minus_zeros(BLOCK)
     if k1 != 0:
         noise = k1 * draw(seed, key, block, like, TRAINING, BLOCK)
     return o - (signal + noise)
@@ -152,16 +153,17 @@ def mean_loss(kernel, out: Tensor, x0: Tensor, *arguments, **options: int) -> Te
         arguments: t, seeds, keys, rows, delta, n and constants of the kernel.
         options: of its launch.
     """
-    loss = torch.full((len(x0),), torch.nan, device=x0.device)  # a mean over nothing is 0 / 0
-    if x0.numel():
-        n = x0[0].numel()
-        block = block_size(n)
-        programs = grid(len(x0), n, block)
-        blocks = programs[1] * programs[2]
-        partial = torch.empty(len(x0), blocks, device=x0.device)
-        launch(kernel, programs, out, partial, out, x0, *arguments, block, **options)
-        width = min(triton.next_power_of_2(blocks), 1024)
-        launch(_mean_kernel, (len(x0),), out, loss, partial, n, blocks, width)
+    if not x0.numel():
+        return torch.full((len(x0),), torch.nan, device=x0.device)  # a mean over nothing is 0 / 0
+    n = x0[0].numel()
+    block = block_size(n)
+    programs = grid(len(x0), n, block)
+    blocks = programs[1] * programs[2]
+    partial = torch.empty(len(x0), blocks, device=x0.device)
+    launch(kernel, programs, out, partial, out, x0, *arguments, block, **options)
+    loss = torch.empty(len(x0), device=x0.device)
+    width = min(triton.next_power_of_2(blocks), 1024)
+    launch(_mean_kernel, (len(x0),), out, loss, partial, n, blocks, width)
     return loss
 
 
@@ -249,7 +251,7 @@ def diffusion_loss(
 ) -> Tensor:
     """Return w mean(l(error)) of each image, float32 [B]   (S7).
 
-    Differentiable with respect to ``out``; the data have no gradient.
+    Differentiable with respect to ``out``, once; the data have no gradient.
 
     Args:
         out: the network's output, [B, C, H, W], float32, float16 or bfloat16, any layout.

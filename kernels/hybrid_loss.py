@@ -23,10 +23,10 @@ from torch import Tensor
 
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import LOSSES, LossColumn
-from flashddpm.kernels.denoise_step import WARPS_2C, lane_elements
 from flashddpm.kernels.diffusion_loss import error_of, mean_loss, penalty, slope, store_partial
 from flashddpm.kernels.exact import exp, ln
 from flashddpm.kernels.launch import (
+    WARPS_2C,
     block_size,
     channels_last,
     check_image,
@@ -39,8 +39,9 @@ from flashddpm.kernels.launch import (
     place,
     runs_triton,
 )
+from flashddpm.kernels.rows import lane_elements
 
-COLUMNS = tl.constexpr(len(LossColumn))
+LOSS_COLUMNS = tl.constexpr(len(LossColumn))
 WEIGHT = tl.constexpr(int(LossColumn.WEIGHT))
 BOUND_WEIGHT = tl.constexpr(int(LossColumn.BOUND_WEIGHT))
 OFFSET = tl.constexpr(int(LossColumn.OFFSET))
@@ -109,7 +110,7 @@ def _hybrid_loss_fwd_kernel(
     t,  # int64 [B], row of each image
     seeds,  # int64 [B]
     keys,  # int64 [B]
-    rows,  # float32 [T, COLUMNS]
+    rows,  # float32 [T, LOSS_COLUMNS]
     delta,
     n,  # elements of an image
     LOSS: tl.constexpr,
@@ -117,7 +118,7 @@ def _hybrid_loss_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     image, block, offsets, mask, n = place(n, BLOCK)
-    row = rows + tl.load(t + image) * COLUMNS
+    row = rows + tl.load(t + image) * LOSS_COLUMNS
     seed, key = tl.load(seeds + image), tl.load(keys + image)
     error, shift, d, pixel = _terms(
         out, x0, row, seed, key, image, block, offsets, mask, n, C, BLOCK
@@ -145,7 +146,7 @@ def _hybrid_loss_bwd_kernel(
     t,  # int64 [B]
     seeds,  # int64 [B]
     keys,  # int64 [B]
-    rows,  # float32 [T, COLUMNS]
+    rows,  # float32 [T, LOSS_COLUMNS]
     delta,
     n,  # elements of an image
     LOSS: tl.constexpr,
@@ -153,7 +154,7 @@ def _hybrid_loss_bwd_kernel(
     BLOCK: tl.constexpr,
 ):
     image, block, offsets, mask, n = place(n, BLOCK)
-    row = rows + tl.load(t + image) * COLUMNS
+    row = rows + tl.load(t + image) * LOSS_COLUMNS
     seed, key = tl.load(seeds + image), tl.load(keys + image)
     error, shift, d, pixel = _terms(
         out, x0, row, seed, key, image, block, offsets, mask, n, C, BLOCK
@@ -270,8 +271,8 @@ def hybrid_loss(
 ) -> Tensor:
     """Return w mean(l(error)) + b mean(bound) of each image, float32 [B]   (S7 and S10).
 
-    Differentiable with respect to ``out``; the bound has a gradient for the variance only, and the
-    data have none.
+    Differentiable with respect to ``out``, once; the bound has a gradient for the variance only,
+    and the data have none.
 
     Args:
         out: the network's output, [B, 2C, H, W], float32, float16 or bfloat16, any layout.

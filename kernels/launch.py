@@ -19,6 +19,9 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 """Of every launch. No fused multiply-add: each product and sum is rounded, as on the CPU."""
 
+WARPS_2C = 4
+"""Of kernels that read 2C channels: half as many elements a thread, for they hold more of each."""
+
 BLOCK = 1024
 """Elements a program handles, 16 a thread; the interpreter, slow per program, is given more."""
 
@@ -61,6 +64,12 @@ def place(n, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     mask = offsets < n - block * BLOCK
     return image, block, offsets, mask, n
+
+
+@triton.jit
+def minus_zeros(BLOCK: tl.constexpr):
+    """Return -0.0, float32 [BLOCK], where a sum starts; tl.full would make it +0.0."""
+    return tl.full([BLOCK], -2147483648, tl.int32).to(tl.float32, bitcast=True)
 
 
 def block_size(n: int) -> int:

@@ -20,14 +20,14 @@ from flashddpm.kernels.add_noise import _add_noise_kernel
 from flashddpm.kernels.advance import _advance_kernel
 from flashddpm.kernels.checks import gates, sass
 from flashddpm.kernels.contract import LOSSES, Purpose
-from flashddpm.kernels.denoise_step import WARPS_2C, _denoise_step_kernel
+from flashddpm.kernels.denoise_step import _denoise_step_kernel
 from flashddpm.kernels.diffusion_loss import (
     _diffusion_loss_bwd_kernel,
     _diffusion_loss_fwd_kernel,
     _mean_kernel,
 )
 from flashddpm.kernels.hybrid_loss import _hybrid_loss_bwd_kernel, _hybrid_loss_fwd_kernel
-from flashddpm.kernels.launch import BLOCK, INTERPRETED, OPTIONS
+from flashddpm.kernels.launch import BLOCK, INTERPRETED, OPTIONS, WARPS_2C
 from flashddpm.kernels.philox import _philox_kernel
 from flashddpm.kernels.sample_stats import BLOCK as STATS_BLOCK
 from flashddpm.kernels.sample_stats import NUM_WARPS as STATS_WARPS

@@ -2,7 +2,8 @@
 
 Each chain is what a user would write, after diffusers' schedulers and training scripts, with
 ``torch.randn`` for the noise. They take the arguments of the operation of the registry and ignore
-those that they have no use for. Only their bytes are counted, so numbers stand for coefficients.
+those that they have no use for. Numbers stand for coefficients: of ``sample_stats`` those of the
+registry's row that asks for both.
 """
 
 from __future__ import annotations
@@ -88,13 +89,19 @@ def hybrid_loss(out: Tensor, x0: Tensor, t: Tensor, rows: Tensor, **_: Any) -> T
     return epsilon_loss(prediction, x0, t, rows) + bound.mean(dim=(1, 2, 3))
 
 
-def sample_stats(x: Tensor, out: Tensor, guidance: Tensor, **_: Any) -> Tensor:
-    """The deviations of the conditional and the combined output; the quantile of |x0|."""
-    cond, uncond = out.chunk(2)
+def sample_stats(x: Tensor, out: Tensor, guidance: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    """The bounds: a quantile of |x0|, clamped; the factors: a ratio of deviations, mixed with 1.
+
+    The first lanes are the conditional ones, the last the others; of fewer than two an image (the
+    registry's example guides every second) some are both.
+    """
+    cond, uncond = out[: len(x)], out[-len(x) :]
     combined = uncond + guidance.to(out.dtype).reshape(-1, 1, 1, 1) * (cond - uncond)
-    factors = cond.std(dim=(1, 2, 3)) / combined.std(dim=(1, 2, 3))
+    ratio = cond.std(dim=(1, 2, 3)) / combined.std(dim=(1, 2, 3))
+    factors = 0.7 * ratio.float() + 0.3
     x0 = (x - 0.6 * factors.reshape(-1, 1, 1, 1) * combined.float()) / 0.8
-    return torch.quantile(x0.abs().flatten(1), 0.9, dim=1)
+    bounds = torch.quantile(x0.abs().flatten(1), 0.9, dim=1)
+    return bounds.clamp(1.0, 1.5), factors
 
 
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach")
@@ -134,7 +141,7 @@ class _Bytes(TorchDispatchMode):
         return result
 
 
-CHAINS: dict[str, Callable[..., Tensor]] = {
+CHAINS: dict[str, Callable[..., Any]] = {
     "philox": noise,
     "add_noise": add_noise,
     "diffusion_loss": epsilon_loss,

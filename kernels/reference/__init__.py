@@ -15,7 +15,6 @@ from flashddpm.kernels.reference.training import (
     diffusion_loss_backward,
     hybrid_loss,
     hybrid_loss_backward,
-    term,
 )
 
 __all__ = [
@@ -34,5 +33,4 @@ __all__ = [
     "philox_words",
     "predict_x0",
     "sample_stats",
-    "term",
 ]

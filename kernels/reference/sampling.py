@@ -140,6 +140,12 @@ def _rescale(cond: Tensor, out: Tensor, phi: float) -> Tensor:
     return phi * (squares[0] / squares[1]).sqrt() + (1 - phi)
 
 
+def _drawn(seeds: Tensor, slots: list[int], key: Tensor, like: Tensor) -> Tensor:
+    """Return the step's noise for these slots."""
+    _, C, H, W = like.shape
+    return philox(_take(seeds, slots), key.expand(len(slots)), (C, H, W), Purpose.REVERSE_STEP)
+
+
 def denoise_step(
     x: Tensor,
     hist: Tensor,
@@ -198,17 +204,12 @@ def denoise_step(
             x_t = _take(x, slots)
             x0 = predict_x0(x_t, o, row, _take(bounds, slots))
             z, sigma = o, row[Column.SIGMA]  # z is not read where sigma is 0
-            if row[Column.SIGMA]:
-                if noise is None:
-                    key = keys[i].expand(len(slots))
-                    shape = (x.shape[1], x.shape[2], x.shape[3])
-                    z = philox(_take(seeds, slots), key, shape, Purpose.REVERSE_STEP)
-                else:
-                    z = _take(noise, slots)
+            if sigma:
+                z = _drawn(seeds, slots, keys[i], x) if noise is None else _take(noise, slots)
                 if row[Column.LOG_SIGMA] and prediction is not out:
                     v = _take(out, lanes)[:, C:].float()
                     _flag(nonfinite, slots, v, i)
-                    sigma = row[Column.SIGMA] * exp(row[Column.LOG_SIGMA] * v)
+                    sigma = sigma * exp(row[Column.LOG_SIGMA] * v)
             x_next = _sum(
                 (row[Column.C_X0], x0),
                 (row[Column.C_XT], x_t),

@@ -29,12 +29,12 @@ def add_noise(
     a, b = rows[t].reshape(-1, 2, 1, 1, 1).unbind(1)
     _, C, H, W = x0.shape
     eps = philox(seeds, keys, (C, H, W), purpose)
-    return (term(a, x0.float()) + term(b, eps)).to(x0.dtype)
+    return _sum(a, x0.float(), b, eps).to(x0.dtype)
 
 
-def term(coefficient: Tensor, value: Tensor) -> Tensor:
-    """Return coefficient x value, and exactly 0 where the coefficient is 0."""
-    return torch.where(coefficient == 0, 0.0, coefficient * value)
+def _sum(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """Return a x + b y; a term whose coefficient is 0 is 0, and b's is -0, which adds nothing."""
+    return a * torch.where(a == 0, 0.0, x) + torch.where(b == 0, -0.0, b * y)
 
 
 def diffusion_loss(
@@ -94,7 +94,7 @@ def _error(
     k0, k1, weight = rows[t, :3].to(dtype).reshape(-1, 3, 1, 1, 1).unbind(1)
     _, C, H, W = x0.shape
     eps = philox(seeds, keys, (C, H, W), Purpose.TRAINING).to(dtype)
-    return out.to(dtype) - (term(k0, x0.detach().to(dtype)) + term(k1, eps)), weight
+    return out.to(dtype) - _sum(k0, x0.detach().to(dtype), k1, eps), weight
 
 
 def _penalty(error: Tensor, loss: str, delta: float) -> Tensor:

@@ -1,0 +1,58 @@
+"""What kernels share that read a step's row: its columns, a slot's output, x_0 before its clip."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flashddpm.kernels.contract import Column
+from flashddpm.kernels.launch import minus_zeros
+
+COLUMNS = tl.constexpr(len(Column))
+X0_XT = tl.constexpr(int(Column.X0_XT))
+X0_OUT = tl.constexpr(int(Column.X0_OUT))
+C_X0 = tl.constexpr(int(Column.C_X0))
+C_XT = tl.constexpr(int(Column.C_XT))
+C_OUT = tl.constexpr(int(Column.C_OUT))
+C_HIST = tl.constexpr(int(Column.C_HIST))
+SIGMA = tl.constexpr(int(Column.SIGMA))
+LOG_SIGMA = tl.constexpr(int(Column.LOG_SIGMA))
+CLIP = tl.constexpr(int(Column.CLIP))
+THRESHOLD = tl.constexpr(int(Column.THRESHOLD))
+RESCALE = tl.constexpr(int(Column.RESCALE))
+INF_BITS = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def lane_elements(start, offsets, n, C: tl.constexpr):
+    """Return where a lane of ``out`` has these elements, and how many elements a lane has.
+
+    C is 0 if the lane has nothing else; of 2C channels, each pixel's first C are these.
+    """
+    if C == 0:
+        return start + offsets, n
+    element = start + offsets
+    return element + element // C * C, n * 2
+
+
+@triton.jit
+def guided_output(out, cond, uncond, weight, at, lane, mask):
+    """Return the slot's output, combined where it has a lane for no label (Ho & Salimans 2022)."""
+    o = tl.load(out + cond * lane + at, mask=mask, other=0).to(tl.float32)
+    if uncond >= 0:
+        u = tl.load(out + uncond * lane + at, mask=mask, other=0).to(tl.float32)
+        o = u + weight * (o - u)
+    return o
+
+
+@triton.jit
+def unclipped_x0(x_t, o, row, BLOCK: tl.constexpr):
+    """Return x0_xt x_t + x0_out o."""
+    x0 = minus_zeros(BLOCK)
+    c = tl.load(row + X0_XT)
+    if c != 0:
+        x0 = x_t * c
+    c = tl.load(row + X0_OUT)
+    if c != 0:
+        x0 += o * c
+    return x0
