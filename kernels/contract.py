@@ -6,9 +6,10 @@ A step is a row of float32 numbers (the float64 plan, cast once) and two integer
     x_next = c_x0 x0 + c_xt x_t + c_out out + c_hist hist + sigma e^(log_sigma v) z
     hist   = x0
 
-A coefficient that is exactly 0 is a term that is neither loaded nor added, clip = 0 means no
-clipping, and terms are added from left to right, every product and sum rounded, starting from -0
-(the one number that adds nothing: -0 + p is p, its sign included).
+A coefficient that is exactly 0 is a term that is not added, whatever its value (noise, history and
+variance are not even loaded), and clip = 0 means no clipping. Terms are added from left to right,
+every product and sum rounded, starting from -0 (the one number that adds nothing: -0 + p is p, its
+sign included).
 ``keys`` is the noise key of z. ``next`` is the row that follows; a row that points at itself is
 the end, where nothing is loaded, computed or stored: row 0 of every table is such a row of rest.
 
@@ -16,7 +17,7 @@ Three columns are 0 for most models:
 
 - log_sigma: the network has 2C channels, and v, the second C of the slot's conditional lane, is
   how far the logarithm of sigma departs from that of the column (Nichol & Dhariwal 2021, eq. 15).
-- threshold: ``sample_stats`` takes this quantile of the slot's |x0|, held within [1, clip], for
+- threshold: ``sample_stats`` takes this quantile of the slot's |x0|, in [1, max(clip, 1)], for
   ``bounds``; x0 is clipped to it and divided by it (Saharia et al. 2022, section 2.3).
 - rescale: of a guided slot, ``sample_stats`` compares the deviation of out with that of its
   conditional lane for ``factors``, by which out is multiplied (Lin et al. 2023, eq. 15 and 16).

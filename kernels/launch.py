@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 """Of every launch. No fused multiply-add: each product and sum is rounded, as on the CPU."""
+
+SMALLEST = 1e-37
+"""Of a positive number that has a place in float32, as its inverse has."""
 
 WARPS_2C = 4
 """Of kernels that read 2C channels: half as many elements a thread, for they hold more of each."""
@@ -156,22 +160,28 @@ def check_images_rows(
 
 
 def check_loss(loss: str, delta: float) -> None:
-    """Refuse a loss that is not one of ``LOSSES``, and a delta that is not above 0."""
+    """Refuse a loss that is not one of ``LOSSES``, and a delta that float32 has no place for."""
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r}: must be one of {', '.join(LOSSES)}")
-    if not 0 < delta < float("inf"):
-        raise ValueError(f"delta={delta!r}: must be a finite number above 0")
+    if not SMALLEST <= delta <= 1 / SMALLEST:
+        raise ValueError(
+            f"delta={delta!r}: must be in [{SMALLEST:g}, {1 / SMALLEST:g}], for float32"
+        )
 
 
 def check_purpose(purpose: int) -> int:
     """Return the purpose as an int, refusing what does not fit the counter's 32-bit word."""
-    if not 0 <= purpose < 2**32:
-        raise ValueError(f"purpose={purpose}: must be in 0..2^32-1")
-    return int(purpose)
+    try:
+        number = operator.index(purpose)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**32:
+        raise ValueError(f"purpose={purpose!r}: must be an integer in 0..2^32-1")
+    return number
 
 
 def check_in_place(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
-    """Refuse buffers that are not float32 images with channels-last elements, row by row.
+    """Refuse images whose elements are not channels-last, row by row.
 
     The stride from image to image is free, so that rows may be padded.
     """

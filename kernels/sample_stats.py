@@ -1,7 +1,9 @@
 r"""What a row asks of a slot's whole image: its threshold, and how guidance changed its contrast.
 
-    bounds  = the threshold-quantile of |x0|, held within [1, clip]   (Saharia et al. 2022, 2.3)
+    bounds  = the threshold-quantile of |x0|, in [1, max(clip, 1)]   (Saharia et al. 2022, 2.3)
     factors = phi std(out[lane_cond]) / std(out) + 1 - phi            (Lin et al. 2023, 15 and 16)
+
+(1 where std(out) is 0; squares are float32's, so outputs beyond 1e19 have no factor but NaN.)
 
 One program a slot, sums and counts in a fixed order. It ends at once where the row asks for
 neither. Bytes an element, most from the L2 cache: each pass reads the slot's lanes, itemsize each;
@@ -62,7 +64,10 @@ def _magnitudes(
 
 @triton.jit
 def _factor(out, cond, uncond, weight, phi, n, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Return phi std(cond) / std(out) + 1 - phi, from sums of squares about the means."""
+    """Return phi std(cond) / std(out) + 1 - phi, from sums of squares about the means.
+
+    An output that is the same everywhere has no deviation to bring back: its ratio is 1.
+    """
     offsets = tl.arange(0, BLOCK)
     count = n.to(tl.float32)
     sum_c = tl.zeros([BLOCK], tl.float32)
@@ -83,7 +88,8 @@ def _factor(out, cond, uncond, weight, phi, n, C: tl.constexpr, BLOCK: tl.conste
         o = guided_output(out, cond, uncond, weight, at, lane, mask) - mean_o
         squares_c += tl.where(mask, c * c, 0.0)
         squares_o += tl.where(mask, o * o, 0.0)
-    ratio = tl.div_rn(tl.sum(squares_c, axis=0), tl.sum(squares_o, axis=0))
+    total = tl.sum(squares_o, axis=0)
+    ratio = tl.where(total == 0, 1.0, tl.div_rn(tl.sum(squares_c, axis=0), total))
     return phi * tl.sqrt_rn(ratio) + (1.0 - phi)
 
 

@@ -76,7 +76,7 @@ def quantile(values: Tensor, q: float) -> Tensor:
 
     Args:
         values: float32 [S, n], n >= 1.
-        q: in [0, 1].
+        q: in (0, 1].
     """
     ordered = values.sort(1).values
     last = ordered.shape[1] - 1
@@ -135,9 +135,10 @@ def sample_stats(
 
 
 def _rescale(cond: Tensor, out: Tensor, phi: float) -> Tensor:
-    """Return phi std(cond) / std(out) + 1 - phi   (Lin et al. 2023, eq. 15 and 16)."""
-    squares = [(o - o.mean()).square().sum() for o in (cond, out)]
-    return phi * (squares[0] / squares[1]).sqrt() + (1 - phi)
+    """Return phi std(cond) / std(out) + 1 - phi (Lin et al. 2023, eq. 15, 16); 1 if std(out) is 0."""
+    squares, total = [(o - o.mean()).square().sum() for o in (cond, out)]
+    ratio = torch.where(total == 0, 1.0, squares / total)
+    return phi * ratio.sqrt() + (1 - phi)
 
 
 def _drawn(seeds: Tensor, slots: list[int], key: Tensor, like: Tensor) -> Tensor:

@@ -283,6 +283,8 @@ def test_kernels_exits_with_1_where_a_gate_fails():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--arch", ""), "arch='': must be one of 80, 90, 100"),
+        (("--kernel", ""), "kernel='': must be one of philox"),
         (("--arch", "70"), "arch='70': must be one of 80, 90, 100"),
         (("--arch", "sm_90"), "arch='sm_90': must be one of 80, 90, 100"),
         (("--kernel", "advance,foo"), "kernel='foo': must be one of philox, add_noise"),

@@ -208,6 +208,8 @@ def test_unknown_names():
         for weighting, name in (("min_snr", "gamma"), ("p2", "gamma"), ("p2", "k")):
             with pytest.raises(ValueError, match=f"{name}="):
                 loss_weights(schedule, "epsilon", weighting, **{name: wrong})
+    with pytest.raises(ValueError, match="gamma=0: must be above 0"):
+        loss_weights(schedule, "epsilon", "min_snr", gamma=0.0)
     for weighting, option in (
         ("constant", {"gamma": 1.0}),
         ("truncated_snr", {"gamma": 1.0}),

@@ -313,6 +313,8 @@ def test_zero_elements(device, copy_of, rules, shape):
         ("delta", {"loss": "huber", "delta": -1.0}),
         ("delta", {"loss": "huber", "delta": float("nan")}),
         ("delta", {"loss": "huber", "delta": float("inf")}),
+        ("delta", {"loss": "huber", "delta": 1e300}),
+        ("delta", {"loss": "huber", "delta": 1e-50}),
     ],
 )
 def test_bad_arguments(name, change):

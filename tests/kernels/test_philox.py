@@ -278,6 +278,7 @@ def test_zero_elements(device):
         ("shape", {"shape": (4, 2**16, 2**16)}),
         ("purpose", {"purpose": -1}),
         ("purpose", {"purpose": 2**32}),
+        ("purpose", {"purpose": 1.5}),
     ],
 )
 def test_bad_arguments(name, change):

@@ -190,6 +190,48 @@ def test_nonfinite_values_stay_in_their_sample(run, which, rules, bad):
     rules.same(results["factors"], clean["factors"])
 
 
+@both
+def test_lane_0_may_be_the_unconditional_one(run, which):
+    args = arguments(uncond=(-1, 0, -1, 0))
+    args["lane_cond"][:] = torch.tensor([2, 4, 3, 1])
+    got = run(args, which)["factors"]
+    cond, o = (value[None] for value in combined(args, 3, torch.float64))
+    wanted = rescale_noise_cfg(o, cond, 1.0)
+    torch.testing.assert_close(got[3].double() * o, wanted, rtol=1e-6, atol=1e-7)
+
+
+@both
+def test_padded_rows_of_the_state(run, which, rules, Guarded):
+    """Images of x may stand apart; what lies between is not read."""
+    args = arguments()
+    expected = run(args, which)
+    zone = Guarded.around(args["x"], 160, "cpu")
+    padded = torch.full_like(zone.whole, torch.nan)
+    view = padded.as_strided(zone.view.shape, zone.view.stride(), zone.ZONE)
+    args["x"] = view.copy_(args["x"])
+    for name, value in run(args, which).items():
+        rules.same(value, expected[name])
+
+
+@both
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_factor_of_small_and_large_outputs(run, which, scale):
+    args = arguments()
+    plain = run(args, which)["factors"]
+    args["out"] *= scale
+    torch.testing.assert_close(run(args, which)["factors"], plain, rtol=1e-6, atol=0)
+
+
+@both
+@pytest.mark.parametrize("value", [0.0, 2.0])
+def test_outputs_without_deviation_keep_their_scale(run, which, value):
+    """Such as those of a network whose last layer starts at 0."""
+    args = arguments()
+    args["out"][:] = value
+    got = run(args, which)["factors"]
+    torch.testing.assert_close(got[[1, 3]], torch.ones(2), rtol=1e-6, atol=0)
+
+
 def test_permuted_slots_give_permuted_results(run, rules):
     args = arguments()
     order = [2, 0, 3, 1]
