@@ -135,7 +135,7 @@ def sample_stats(
 
 
 def _rescale(cond: Tensor, out: Tensor, phi: float) -> Tensor:
-    """Return phi std(cond) / std(out) + 1 - phi (Lin et al. 2023, eq. 15, 16); 1 if std(out) is 0."""
+    """Return phi std(cond) / std(out) + 1 - phi, or 1 where out has no deviation."""
     squares, total = [(o - o.mean()).square().sum() for o in (cond, out)]
     ratio = torch.where(total == 0, 1.0, squares / total)
     return phi * ratio.sqrt() + (1 - phi)
