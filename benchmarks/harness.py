@@ -16,7 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -149,14 +150,35 @@ def _commit() -> str | None:
         return None
 
 
-def _gpu() -> dict[str, Any]:
-    """Return the card, its driver, clocks, temperature and throttle reasons now."""
+@contextmanager
+def _nvml() -> Iterator[tuple[Any, Any]]:
+    """Yield NVML and its handle of torch's current card."""
     import pynvml
 
     pynvml.nvmlInit()
     try:
         uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-        card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        yield pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def sm_clock() -> float | None:
+    """Return the clock of the card's multiprocessors now, in Hz; None where NVML gives none."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        with _nvml() as (nvml, card):
+            return 1e6 * nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_SM) or None
+    except pynvml.NVMLError:  # a virtual or a divided card may not tell
+        return None
+
+
+def _gpu() -> dict[str, Any]:
+    """Return the card, its driver, clocks, temperature and throttle reasons now."""
+    with _nvml() as (pynvml, card):
         return {
             "name": pynvml.nvmlDeviceGetName(card),
             "driver": pynvml.nvmlSystemGetDriverVersion(),
@@ -166,8 +188,6 @@ def _gpu() -> dict[str, Any]:
             "temperature_c": pynvml.nvmlDeviceGetTemperature(card, pynvml.NVML_TEMPERATURE_GPU),
             "throttle_reasons": pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(card),
         }
-    finally:
-        pynvml.nvmlShutdown()
 
 
 @dataclass(frozen=True)

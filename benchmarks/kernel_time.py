@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 
+from flashddpm.benchmarks import harness
 from flashddpm.kernels.launch import launch
 
 Make = Callable[[], Callable[[], Any]]
@@ -27,6 +28,7 @@ FEWEST, MOST, MOVED = 8, 256, 2**33  # calls in a graph: as many as move so many
 MAX_SETS = 8192
 FLUSH = 2  # the sets together, in sizes of the cache
 COPIED = 2**28  # float32 elements: 1 GiB, far beyond any cache
+BUSY = 0.3  # seconds of work that outlast a reading of the clock
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,15 @@ def seconds_a_call(replay: Replay) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / replay.calls
+
+
+def sm_clock(replay: Replay) -> float | None:
+    """Return the multiprocessors' clock while the graph runs, in Hz; None where NVML gives none."""
+    for _ in range(math.ceil(BUSY / (seconds_a_call(replay) * replay.calls))):
+        replay()  # queued: nothing waits, and the clock is read while they run
+    clock = harness.sm_clock()
+    torch.cuda.synchronize()
+    return clock
 
 
 def median_seconds(make: Make, least: int = MOST, rounds: int = 10) -> float:

@@ -8,7 +8,7 @@ On the CPU the fast path of the noise is the compiled reference; the other opera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from flashddpm.benchmarks.peers import (
     upstream_of,
 )
 from flashddpm.kernels import reference
-from flashddpm.kernels.contract import Purpose
+from flashddpm.kernels.contract import REST, Column, LossColumn, Purpose
 from flashddpm.noise import CompiledNoise
 
 if TYPE_CHECKING:
@@ -37,15 +37,20 @@ SIZES = (SMALLEST, (256, (3, 32, 32)), *LARGE)
 DTYPES = (torch.float32, torch.bfloat16)
 OF_BOUND, OF_EMPTY = 0.9, 1.5  # the goals: at large sizes at least, at the smallest at most
 
-ROWS = {
-    "add_noise": {"t": 1},
-    "diffusion_loss": {"t": 0},
-    "hybrid_loss": {"t": 0},
-    "sample_stats": {"idx": 4},
-    "denoise_step": {"idx": 1, "next": 0, "lane_uncond": -1},  # no next row reads the history
+ROWS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "add_noise": ("t", (0, 1)),  # a and b
+    "diffusion_loss": ("t", (LossColumn.EPS,)),
+    "hybrid_loss": ("t", (LossColumn.EPS,)),
+    "sample_stats": ("idx", (Column.THRESHOLD, Column.RESCALE)),
+    "denoise_step": ("idx", (Column.SIGMA,)),
 }
-"""What every image is given, of the example's rows, so that an element costs the same in all:
-the lightest row that draws noise; of ``sample_stats``, the one that asks for both statistics."""
+"""The argument that names each image's row, and the columns of which none may be 0. Every image is
+given the first such row of the example, so that an element costs the same in all."""
+SAME = {"denoise_step": {"next": REST, "lane_uncond": -1}}
+"""What else every image is given: no next row reads the history, nothing is guided."""
+READ_AGAIN = {"sample_stats": ("x", "out")}
+"""Images that an operation reads in several passes, all of them. Memory must hand them over once;
+whether a cache holds them for the others is the kernel's affair, and no part of its bound."""
 
 
 def noise_on_the_cpu(device: str) -> Iterator[Result]:
@@ -70,9 +75,22 @@ def arguments_of(op: Op, dtype: torch.dtype, size: Any, device: str) -> Argument
     """Return the operation's example of a size (batch, (C, H, W)), every image on its row."""
     batch, shape = size
     arguments = op.example(device, dtype, shape, batch, 0)
-    for name, row in ROWS.get(op.name, {}).items():
-        arguments[name].fill_(row)
+    if op.name in ROWS:
+        name, columns = ROWS[op.name]
+        arguments[name].fill_(first_row(arguments["rows"], columns))
+    for name, value in SAME.get(op.name, {}).items():
+        arguments[name].fill_(value)
     return arguments
+
+
+def first_row(rows: Tensor, columns: Sequence[int]) -> int:
+    """Return the first row of a table none of whose columns is 0, of those given."""
+    found = (rows[:, list(columns)] != 0).all(1).nonzero().flatten().tolist()
+    if not found:
+        raise ValueError(
+            f"rows {rows.tolist()}: one must have no 0 in columns {[*map(int, columns)]}"
+        )
+    return found[0]
 
 
 def with_gradients(op: Op, function: Callable[..., Any], arguments: Arguments) -> list[Any]:
@@ -100,7 +118,7 @@ class Card:
         copy: bytes a second of a large copy, read and written together.
         empty: seconds of an empty kernel.
         cache: bytes of the L2 cache.
-        instructions: kernel and dtype -> seconds an element of its instructions alone.
+        instructions: kernel and dtype -> clocks of the card for an element's instructions alone.
     """
 
     copy: float
@@ -118,12 +136,12 @@ def this_card() -> Card:
         kernel_time.copy_bandwidth(),
         kernel_time.empty_seconds(),
         card.L2_cache_size,
-        instruction_seconds(10 * card.major + card.minor, card.multi_processor_count),
+        instruction_clocks(10 * card.major + card.minor, card.multi_processor_count),
     )
 
 
-def instruction_seconds(arch: int, multiprocessors: int) -> dict[tuple[str, torch.dtype], float]:
-    """Return the scorecard's time of each kernel's instructions, at its clock, in seconds.
+def instruction_clocks(arch: int, multiprocessors: int) -> dict[tuple[str, torch.dtype], float]:
+    """Return how many clocks of the card an element takes by each kernel's instructions.
 
     Nothing on another architecture than the scorecard's, whose pipes it knows.
     """
@@ -138,18 +156,27 @@ def instruction_seconds(arch: int, multiprocessors: int) -> dict[tuple[str, torc
         for dtype in kernel.dtypes:
             clocks = scorecard.measure(kernel, dtype, arch).clocks
             if clocks:  # none where a loop makes them no total
-                slowest = max(clocks.values()) / (multiprocessors * scorecard.CLOCK)
-                found[kernel.name, dtypes[dtype]] = slowest
+                found[kernel.name, dtypes[dtype]] = max(clocks.values()) / multiprocessors
     return found
 
 
 def bytes_of(op: Op, arguments: Arguments, backward: bool) -> int:
-    """Return what a call moves, or its gradient: what the call reads, and a gradient each."""
+    """Return what all passes of a call move, or its gradient's: what it reads, a gradient each.
+
+    The gradient of ``add_noise`` is noising without noise: one image read, and one written.
+    """
     moved = op.bytes_moved(arguments)
     if not backward:
         return moved
     written = arguments["x0"].nbytes if op.name == "add_noise" else 0  # the losses write no image
     return moved - written + sum(arguments[name].nbytes for name in op.differentiable)
+
+
+def once_of(op: Op, arguments: Arguments, backward: bool) -> int:
+    """Return what of that memory must move: images that several passes read count once."""
+    if op.name in READ_AGAIN:
+        return sum(arguments[name].nbytes for name in READ_AGAIN[op.name])
+    return bytes_of(op, arguments, backward)
 
 
 def memory_of(op: Op, arguments: Arguments) -> int:
@@ -159,18 +186,42 @@ def memory_of(op: Op, arguments: Arguments) -> int:
     return sum(value.nbytes for value in tensors)
 
 
-def bound_seconds(card: Card, moved: int, elements: int, kernel: str, dtype: torch.dtype) -> float:
-    """Return the longer of the times of the bytes, at a copy's speed, and of the instructions."""
-    by_instructions = card.instructions.get((kernel, dtype), 0.0) * elements
-    return max(moved / card.copy, by_instructions)
+@dataclass(frozen=True)
+class Work:
+    """What a call does.
+
+    Attributes:
+        kernel, dtype: as in ``Card.instructions``.
+        elements: of the images.
+        once: bytes that memory must move.
+        moved: bytes that all passes move, from caches too.
+    """
+
+    kernel: str
+    dtype: torch.dtype
+    elements: int
+    once: int
+    moved: int
+
+
+def bound_seconds(card: Card, work: Work, clock: float) -> float:
+    """Return the longer of the times of the bytes, at a copy's speed, and of the instructions.
+
+    Args:
+        card: what the call runs on.
+        work: of the call.
+        clock: of the card's multiprocessors, in Hz.
+    """
+    clocks = card.instructions.get((work.kernel, work.dtype), 0.0) * work.elements
+    return max(work.once / card.copy, clocks / clock)
 
 
 def figures(
     card: Card,
     size: Any,
+    work: Work,
     seconds: float,
-    moved: int,
-    bound: float,
+    clock: float,
     working_set: int,
     hot: float | None = None,
 ) -> dict[str, float]:
@@ -179,19 +230,22 @@ def figures(
     Args:
         card: what it ran on.
         size: of the case, as in SIZES.
+        work: of a call.
         seconds: of a call, arguments in memory.
-        moved: bytes of a call.
-        bound: the least seconds of a call.
+        clock: of the card's multiprocessors, in Hz.
         working_set: bytes of all arguments and results that calls take in turn.
         hot: seconds of a call that finds its arguments in the cache, at the smallest size.
     """
     found = {
         "us": seconds * 1e6,
-        "gb_per_s": moved / seconds / 1e9,
-        "of_copy": moved / seconds / card.copy,
-        "of_bound": bound / seconds,
+        "gb_per_s": work.once / seconds / 1e9,
+        "of_copy": work.once / seconds / card.copy,
+        "of_bound": bound_seconds(card, work, clock) / seconds,
         "working_set_mb": working_set / 1e6,
+        "sm_clock_mhz": clock / 1e6,
     }
+    if work.moved != work.once:
+        found |= {"once_mb": work.once / 1e6, "all_passes_mb": work.moved / 1e6}
     if size in LARGE:
         found["goal_met"] = float(found["of_bound"] >= OF_BOUND)
     if hot is not None:
@@ -199,6 +253,20 @@ def figures(
         found["hot_of_empty"] = hot / card.empty
         found["goal_met"] = float(found["hot_of_empty"] <= OF_EMPTY)
     return found
+
+
+def note_of(card: Card, work: Work, flushed: bool, sets: int, clock: float | None) -> str:
+    """Return what a kernel's figures mean; ``clock`` is what NVML read, or None."""
+    counted = (work.kernel, work.dtype) in card.instructions
+    known = "read by NVML while they ran" if clock else "assumed, for NVML gives none"
+    return (
+        "time of all kernels of a call in a CUDA graph; L2 "
+        f"{'flushed' if flushed else 'hot'}, by {sets} sets of arguments in turn; hot: one set. "
+        "of_copy, of_bound: shares of a copy's bandwidth, of the kernel's bound "
+        f"({'with' if counted else 'without'} its instructions, at sm_clock_mhz, {known}; bytes "
+        f"{'that several passes read count once' if work.moved != work.once else 'of one pass'}). "
+        f"The goal: of_bound {OF_BOUND}, at the smallest size hot_of_empty {OF_EMPTY}"
+    )
 
 
 def measure(
@@ -213,19 +281,21 @@ def measure(
         timer: the module ``kernel_time``, or a stand-in.
         device: of the arguments.
     """
+    from flashddpm.kernels.checks.scorecard import CLOCK
+
     arguments = arguments_of(op, dtype, size, device)
     check(op, arguments)
     peer_name, peer = compiled_peer(op, arguments)
-    batch, shape = size
-    memory = memory_of(op, arguments)
+    memory, elements = memory_of(op, arguments), elements_of(arguments)
     slow = directions(op, arguments, op.reference)
     theirs = directions(op, arguments, peer) if peer else {}
     for way, make in directions(op, arguments, op.fast).items():
-        moved = bytes_of(op, arguments, bool(way))
-        footprint = min(moved, memory)
+        once, moved = (count(op, arguments, bool(way)) for count in (once_of, bytes_of))
+        work = Work(op.name + way.replace("-", "_"), dtype, elements, once, moved)
+        footprint = min(once, memory)
         sets = timer.sets_beyond(card.cache, footprint)
         capture = partial(timer.capture, sets=sets, least=timer.calls_for(moved))
-        case = f"{op.name}{way}-{batch}x{'x'.join(map(str, shape))}-{str(dtype)[6:]}"
+        case = f"{op.name}{way}-{size[0]}x{'x'.join(map(str, size[1]))}-{str(dtype)[6:]}"
         ours = capture(make)
         comparison = compare(
             ours,
@@ -234,18 +304,14 @@ def measure(
             warm_ups=2,
             clock=timer.seconds_a_call,
         )
+        clock = timer.sm_clock(ours)
         hot = timer.median_seconds(make) if size == SMALLEST else None
-        kernel = op.name + way.replace("-", "_")
-        bound = bound_seconds(card, moved, elements_of(arguments), kernel, dtype)
-        flushed, counted = sets * footprint > card.cache, (kernel, dtype) in card.instructions
+        took = comparison.ours_seconds
         yield Result(
             case,
             "",
-            f"kernel time in a CUDA graph; L2 {'flushed' if flushed else 'hot'}, by {sets} sets of "
-            "arguments in turn; hot: one set. of_copy, of_bound: shares of a copy's bandwidth, of "
-            f"the kernel's bound ({'with' if counted else 'without'} its instructions). The goal: "
-            f"of_bound {OF_BOUND}, at the smallest size hot_of_empty {OF_EMPTY}",
-            figures(card, size, comparison.ours_seconds, moved, bound, sets * footprint, hot),
+            note_of(card, work, sets * footprint > card.cache, sets, clock),
+            figures(card, size, work, took, clock or CLOCK, sets * footprint, hot),
         )
         if way in theirs:
             yield Result.of(case, peer_name, "kernel times, in CUDA graphs alike", comparison)

@@ -61,19 +61,8 @@ def directions(op: Op, arguments: Arguments, function: Callable[..., Any]) -> di
     return ways
 
 
-def statistics_chain(x: Tensor, out: Tensor, guidance: Tensor, **_: Any) -> Tensor:
-    """What sample_stats replaces: a ratio of deviations and a quantile, by a sort of all x0."""
-    cond = out[: len(x)].float()
-    uncond = out[-len(x) :].float()
-    o = uncond + guidance.reshape(-1, 1, 1, 1) * (cond - uncond)
-    factor = 0.7 * cond.std((1, 2, 3), keepdim=True) / o.std((1, 2, 3), keepdim=True) + 0.3
-    x0 = 1.25 * x - 0.75 * factor * o
-    ordered = x0.abs().flatten(1).sort(1).values
-    return ordered[:, int(0.9 * (ordered.shape[1] - 1))].clamp(1.0, 1.5)
-
-
 CHAINS: dict[str, Callable[..., Any]] = {
-    "sample_stats": statistics_chain,
+    "sample_stats": plain.sample_stats,
     "denoise_step": plain.ancestral_step,
 }
 """Plain PyTorch of the same work, for references that no compiler takes: they read numbers."""

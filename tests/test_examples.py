@@ -27,13 +27,18 @@ def load(name: str):
     return module
 
 
-@pytest.fixture
-def points(monkeypatch):
-    """The example, whose many small batches the interpreter is too slow for."""
+def take_the_reference(monkeypatch):
+    """Make the kernels run their reference, which the interpreter is too slow for."""
     if not torch.cuda.is_available() and kernels.HAS_TRITON:
         for op in kernels.OPS.values():
             module = importlib.import_module(op.fast.__module__)
             monkeypatch.setattr(module, "runs_triton", lambda tensor: False)
+
+
+@pytest.fixture
+def points(monkeypatch):
+    """The example, of many small batches."""
+    take_the_reference(monkeypatch)
     return load("points.py")
 
 
@@ -75,3 +80,42 @@ def test_points_draw_a_picture(points, tmp_path):
         assert image.size == (800, 400)
         for side in (image.crop((0, 0, 400, 400)), image.crop((400, 0, 800, 400))):
             assert len(side.getcolors()) > 1, "nothing was drawn"
+
+
+def trained_and_drawn(points):
+    """Take one training step and two of sampling, of 4 points: gradients, weights and samples."""
+    torch.manual_seed(0)
+    network = points.Network(width=8)
+    points.train(network, points.moons(64), steps=1, batch=4)
+    found = {}
+    for name, weights in network.named_parameters():
+        found |= {name: weights.detach(), f"gradient of {name}": weights.grad}
+    return found | {"samples": points.sample(network, 4, num_steps=2)}
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not kernels.HAS_TRITON, reason="is for the interpreter"
+)
+def test_points_are_the_same_by_the_kernels_and_the_reference(monkeypatch):
+    """Bit for bit: no sum over images reaches the weights, for a loss passes its gradient alone."""
+    launched = set()
+    for op in kernels.OPS.values():
+        module = importlib.import_module(op.fast.__module__)
+        launch = module.launch
+
+        def launching(kernel, *arguments, launch=launch, **options):
+            launched.add(kernel.__name__)
+            return launch(kernel, *arguments, **options)
+
+        monkeypatch.setattr(module, "launch", launching)
+    by_kernels = trained_and_drawn(load("points.py"))
+    names = {"_philox", "_add_noise", "_diffusion_loss_fwd", "_diffusion_loss_bwd"}
+    assert launched >= {f"{name}_kernel" for name in names | {"_denoise_step", "_advance"}}
+
+    launched.clear()
+    take_the_reference(monkeypatch)
+    by_reference = trained_and_drawn(load("points.py"))
+    assert not launched and by_kernels.keys() == by_reference.keys()
+    for name, expected in by_reference.items():
+        torch.testing.assert_close(by_kernels[name], expected, rtol=0, atol=0, msg=name)
+    assert by_kernels["samples"].isfinite().all() and by_kernels["samples"].unique().numel() == 8

@@ -1,7 +1,10 @@
 import json
+import sys
 import time
+import types
 
 import pytest
+import torch
 
 from flashddpm.benchmarks import harness
 
@@ -42,3 +45,44 @@ def test_results_are_written_in_the_schema(tmp_path):
     assert content["environment"]["versions"]["torch"]
     assert content["environment"]["gpu"] is None
     assert content["results"][0]["values"]["pairs"] == 2
+
+
+class NVMLError(Exception):
+    """NVML's own."""
+
+
+def nvml(reading, calls):
+    """Return a stand-in for NVML that reads a clock, in MHz, or raises."""
+
+    def read(card, kind):
+        assert (card, kind) == ("card GPU-u", "sm")
+        if isinstance(reading, Exception):
+            raise reading
+        return reading
+
+    return types.SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_CLOCK_SM="sm",
+        nvmlInit=lambda: calls.append("init"),
+        nvmlShutdown=lambda: calls.append("shutdown"),
+        nvmlDeviceGetHandleByUUID=lambda uuid: f"card {uuid}",
+        nvmlDeviceGetClockInfo=read,
+    )
+
+
+@pytest.mark.parametrize(
+    ("reading", "expected"), [(1980, 1.98e9), (0, None), (NVMLError("not supported"), None)]
+)
+def test_the_clock_that_nvml_reads(monkeypatch, reading, expected):
+    calls = []
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(reading, calls))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    card = types.SimpleNamespace(uuid="u")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert harness.sm_clock() == expected
+    assert calls == ["init", "shutdown"]
+
+
+def test_without_nvml_no_clock_is_read(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # its import fails
+    assert harness.sm_clock() is None

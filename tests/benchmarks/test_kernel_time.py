@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from flashddpm.benchmarks import kernel_time
+from flashddpm.benchmarks import harness, kernel_time
 
 
 @pytest.mark.parametrize("size", [0, 1, 4_000, 12_288, 10**6, 10**8, 10**9])
@@ -21,6 +21,18 @@ def test_calls_are_enough_and_not_too_many():
     assert kernel_time.calls_for(0) == kernel_time.calls_for(1000) == kernel_time.MOST
     assert kernel_time.calls_for(2**28) == 32
     assert kernel_time.calls_for(2**40) == kernel_time.FEWEST
+
+
+def test_the_clock_is_read_while_the_card_is_busy(monkeypatch):
+    """Enough is queued to outlast the reading, and is waited for after it."""
+    did = []
+    replay = kernel_time.Replay(None, [], 8)
+    monkeypatch.setattr(kernel_time.Replay, "__call__", lambda self: did.append("replay"))
+    monkeypatch.setattr(kernel_time, "seconds_a_call", lambda replay: kernel_time.BUSY / 8 / 4)
+    monkeypatch.setattr(harness, "sm_clock", lambda: did.append("read") or 1.5e9)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: did.append("wait"))
+    assert kernel_time.sm_clock(replay) == 1.5e9
+    assert did == ["replay"] * 4 + ["read", "wait"]
 
 
 @pytest.mark.gpu
@@ -42,3 +54,10 @@ def test_captured_calls_take_their_arguments_in_turn():
 def test_a_copy_and_an_empty_kernel_are_timed():
     assert 1e10 < kernel_time.copy_bandwidth() < 1e14
     assert 1e-8 < kernel_time.empty_seconds() < 1e-3
+
+
+@pytest.mark.gpu
+def test_a_clock_is_read():
+    x = torch.zeros(2**20, device="cuda")
+    clock = kernel_time.sm_clock(kernel_time.capture(lambda: partial(x.add_, 1), 1))
+    assert clock is None or 1e8 < clock < 1e10

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from flashddpm.benchmarks import harness, operations, peers
-from flashddpm.benchmarks.operations import LARGE, SMALLEST, Card
-from flashddpm.kernels import OPS, Column
+from flashddpm.benchmarks.operations import LARGE, SMALLEST, Card, Work
+from flashddpm.kernels import OPS, Column, LossColumn, reference, registry
+from flashddpm.kernels.checks import counting, plain, scorecard
+from flashddpm.kernels.launch import INTERPRETED
 
 SIZE = (3, (3, 4, 4))
-CARD = Card(copy=1e12, empty=2e-6, cache=1000, instructions={("op", torch.float32): 4e-12})
+CLOCKS = 4e-3  # of the card, an element: 4 ps at 1 GHz
+CARD = Card(copy=1e12, empty=2e-6, cache=1000, instructions={("op", torch.float32): CLOCKS})
 each_op = pytest.mark.parametrize("op", [pytest.param(op, id=name) for name, op in OPS.items()])
 
 
@@ -65,6 +68,92 @@ def test_every_image_costs_the_same(op):
         assert (asked != 0).all() and (few["next"][few["idx"]] != few["idx"]).all()
 
 
+NOISE = {
+    "add_noise": (0, 1),
+    "diffusion_loss": (LossColumn.EPS,),
+    "hybrid_loss": (LossColumn.EPS,),
+    "denoise_step": (Column.SIGMA,),
+    "sample_stats": (Column.THRESHOLD, Column.RESCALE),
+}
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_the_row_is_the_lightest_that_does_the_work(name):
+    op, size = OPS[name], (2, (3, 4, 4))
+    arguments = operations.arguments_of(op, torch.float32, size, "cpu")
+    index, bytes_moved = arguments["idx" if "idx" in arguments else "t"], op.bytes_moved(arguments)
+    others = 0
+    for row, values in enumerate(arguments["rows"]):
+        if (values[list(NOISE[name])] != 0).all():
+            others += 1
+            assert bytes_moved <= op.bytes_moved(arguments | {"idx": index, "t": index.fill_(row)})
+    assert others
+
+
+def test_rows_are_found_wherever_they_stand(monkeypatch):
+    """The tables of the examples may be put in another order."""
+    steps = [registry.STEPS[i] for i in (0, 3, 4, 2, 1)]
+    monkeypatch.setattr(registry, "STEPS", steps)
+    monkeypatch.setattr(registry, "NOISING", [[0.0, 1.0], [1.0, 0.0], [0.8, 0.6]])
+    monkeypatch.setattr(registry, "TARGETS", [[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
+    monkeypatch.setattr(registry, "HYBRID", [[1.0, 0.0, *registry.HYBRID[0][2:]], *registry.HYBRID])
+    for name, columns in NOISE.items():
+        arguments = operations.arguments_of(OPS[name], torch.float32, (2, (3, 4, 4)), "cpu")
+        rows = arguments["rows"][arguments["idx" if "idx" in arguments else "t"]]
+        assert (rows[:, list(columns)] != 0).all(), name
+    with pytest.raises(ValueError, match=r"must have no 0 in columns \[0, 1\]"):
+        operations.first_row(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), (0, 1))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter counts")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in OPS if name != "advance"])
+def test_bytes_are_those_that_the_kernels_move(name, dtype):
+    """Of the benchmark's own arguments, gradients too: ``add_noise``'s reads one, writes one."""
+    op = OPS[name]
+    if dtype in op.dtypes:
+        arguments = operations.arguments_of(op, dtype, (2, (3, 4, 4)), "cpu")
+        for way, make in peers.directions(op, arguments, op.fast).items():
+            call = make()
+            with counting.counted() as moved:
+                call()
+            expected = operations.bytes_of(op, arguments, bool(way))
+            numbers = 2 * 48  # what is not images is smaller than they are
+            assert 0 <= sum(moved.values()) - expected < numbers, f"{name}{way}"
+
+
+@pytest.mark.parametrize(("batch", "lanes"), [(1, 1), (2, 3), (5, 7)])
+def test_passes_over_an_image_count_once_in_the_bound(batch, lanes):
+    """x and the lanes, by hand: the least that memory must hand over; all passes stand apart."""
+    op, n = OPS["sample_stats"], 48
+    arguments = operations.arguments_of(op, torch.bfloat16, (batch, (3, 4, 4)), "cpu")
+    once = operations.once_of(op, arguments, False)
+    assert once == 4 * n * batch + 2 * n * lanes < operations.bytes_of(op, arguments, False)
+    used = set(arguments["lane_cond"].tolist()) | set(arguments["lane_uncond"].tolist())
+    assert used - {-1} == set(range(lanes))
+    for name in set(OPS) - {"sample_stats"}:
+        args = operations.arguments_of(OPS[name], OPS[name].dtypes[0], (batch, (3, 4, 4)), "cpu")
+        ways = (False, True) if OPS[name].differentiable else (False,)
+        for way in ways:
+            count = operations.bytes_of(OPS[name], args, way)
+            assert operations.once_of(OPS[name], args, way) == count
+
+
+def test_the_plain_chain_of_the_statistics_computes_them():
+    """On guided slots, by the coefficients of the registry's row: what is counted and timed."""
+    args = operations.arguments_of(OPS["sample_stats"], torch.float32, (6, (3, 9, 11)), "cpu")
+    draws = torch.Generator().manual_seed(0)
+    args["out"] = torch.randn(12, 3, 9, 11, generator=draws)
+    sizes = torch.linspace(0.1, 1.6, 6).reshape(-1, 1, 1, 1)  # bounds at 1, between, at 1.5
+    args["x"], args["out"] = sizes * args["x"], sizes.repeat(2, 1, 1, 1) * args["out"]
+    args["lane_uncond"] = torch.arange(6, 12, dtype=torch.int32)
+    bounds, factors = plain.sample_stats(**args)
+    reference.sample_stats(**args)
+    torch.testing.assert_close((bounds, factors), (args["bounds"], args["factors"]))
+    assert (bounds == 1).any() and (bounds == 1.5).any() and ((bounds > 1) & (bounds < 1.5)).any()
+    assert peers.CHAINS["sample_stats"] is plain.CHAINS["sample_stats"] is plain.sample_stats
+
+
 def test_bytes_and_elements():
     """By hand, of 2 images of 48 elements in bfloat16."""
     size, n = (2, (3, 4, 4)), 2 * 48
@@ -90,24 +179,39 @@ def test_bytes_and_elements():
 
 def test_figures():
     """40 bytes an element would take 40 ps, its instructions 4 ps: memory is the bound."""
-    bound = operations.bound_seconds(CARD, 40_000_000, 10**6, "op", torch.float32)
-    assert bound == pytest.approx(40e-6)
-    assert operations.bound_seconds(CARD, 10**6, 10**6, "op", torch.float32) == pytest.approx(4e-6)
-    assert operations.bound_seconds(CARD, 10**6, 10**6, "op", torch.bfloat16) == pytest.approx(1e-6)
+    work = Work("op", torch.float32, 10**6, 40_000_000, 40_000_000)
+    light = dataclasses.replace(work, once=10**6)
+    assert operations.bound_seconds(CARD, work, 1e9) == pytest.approx(40e-6)
+    assert operations.bound_seconds(CARD, light, 1e9) == pytest.approx(4e-6)
+    assert operations.bound_seconds(CARD, light, 2e9) == pytest.approx(2e-6)
+    other = dataclasses.replace(light, dtype=torch.bfloat16)  # whose instructions are not counted
+    assert operations.bound_seconds(CARD, other, 1e9) == pytest.approx(1e-6)
 
-    found = operations.figures(CARD, LARGE[0], 50e-6, 40_000_000, bound, 3000)
+    found = operations.figures(CARD, LARGE[0], work, 50e-6, 1e9, 3000)
     assert found == pytest.approx(
         {"us": 50, "gb_per_s": 800, "of_copy": 0.8, "of_bound": 0.8, "working_set_mb": 0.003}
-        | {"goal_met": 0}
+        | {"sm_clock_mhz": 1000, "goal_met": 0}
     )
-    assert operations.figures(CARD, LARGE[0], 44e-6, 40_000_000, bound, 0)["goal_met"] == 1
-    middle = operations.figures(CARD, (256, (3, 32, 32)), 44e-6, 40_000_000, bound, 0)
+    assert operations.figures(CARD, LARGE[0], work, 44e-6, 1e9, 0)["goal_met"] == 1
+    middle = operations.figures(CARD, (256, (3, 32, 32)), work, 44e-6, 1e9, 0)
     assert "goal_met" not in middle and "of_empty" not in middle
+
+
+def test_figures_of_several_passes():
+    """As fast as memory hands the images over is all of the bound, however often they are read."""
+    work = Work("op", torch.float32, 10**6, 40_000_000, 280_000_000)
+    found = operations.figures(CARD, LARGE[0], work, 40e-6, 1e9, 0)
+    assert (found["of_bound"], found["of_copy"]) == pytest.approx((1, 1))
+    assert found["gb_per_s"] == pytest.approx(1000)
+    assert (found["once_mb"], found["all_passes_mb"]) == pytest.approx((40, 280))
+    note = operations.note_of(CARD, work, True, 3, 1e9)
+    assert "bytes that several passes read count once" in note
 
 
 def test_figures_of_the_smallest_size():
     for hot, met in ((2.9e-6, 1), (3.1e-6, 0)):
-        found = operations.figures(CARD, SMALLEST, 4e-6, 1000, 1e-9, 0, hot)
+        work = Work("op", torch.float32, 1, 1000, 1000)
+        found = operations.figures(CARD, SMALLEST, work, 4e-6, 1e9, 0, hot)
         assert found["of_empty"] == pytest.approx(2) and found["hot_us"] == pytest.approx(hot * 1e6)
         assert found["hot_of_empty"] == pytest.approx(hot / 2e-6) and found["goal_met"] == met
 
@@ -121,7 +225,9 @@ def test_choice_of_the_compiled_peer(name):
     said, peer = peers.compiled_peer(op, arguments, backend="aot_eager")
     if name in ("sample_stats", "denoise_step"):  # their references read numbers on the host
         assert said.startswith("compiled plain chain; the reference does not compile whole: ")
-        assert peer(**arguments).shape[0] == SIZE[0]
+        result = peer(**arguments)
+        for value in result if isinstance(result, tuple) else (result,):
+            assert value.shape[0] == SIZE[0]
     elif peer is None:
         assert said.startswith("none; the reference does not compile whole: ")
     else:
@@ -147,8 +253,8 @@ def test_calls_have_arguments_of_their_own(op):
 class Timer(types.SimpleNamespace):
     """``kernel_time`` without a GPU: calls are run once, and take what is told."""
 
-    def __init__(self):
-        self.made = []
+    def __init__(self, clock=None):
+        self.made, self.clock = [], clock
 
     def sets_beyond(self, cache, size):
         return math.ceil(2 * cache / size)
@@ -166,11 +272,14 @@ class Timer(types.SimpleNamespace):
     def median_seconds(self, make):
         return 2.5e-6
 
+    def sm_clock(self, replay):
+        return self.clock
 
-def measured(monkeypatch, name, said, peer):
+
+def measured(monkeypatch, name, said, peer, clock=None, card=CARD):
     monkeypatch.setattr(operations, "compiled_peer", lambda op, arguments: (said, peer))
-    timer = Timer()
-    arguments = (OPS[name], torch.float32, SMALLEST, CARD, timer, "cpu")
+    timer = Timer(clock)
+    arguments = (OPS[name], torch.float32, SMALLEST, card, timer, "cpu")
     return list(operations.measure(*arguments)), timer
 
 
@@ -201,6 +310,32 @@ def test_a_measurement_without_a_compiled_peer(monkeypatch):
     results, timer = measured(monkeypatch, "philox", "none; it reads numbers", None)
     assert len(results) == 3 and len(timer.made) == 1
     assert results[1].line() == "philox-1x3x32x32-float32-peer: none; it reads numbers"
+
+
+@pytest.mark.parametrize("clock", [1.98e9, 1.2e9, None])
+def test_instructions_are_timed_by_the_clock_of_the_run(monkeypatch, clock):
+    """The one that NVML reads; the scorecard's where it reads none, and the result says so."""
+    card = dataclasses.replace(CARD, instructions={("philox", torch.float32): 1.0})
+    kernel = measured(monkeypatch, "philox", "none", None, clock, card)[0][0]
+    used = clock or scorecard.CLOCK
+    assert kernel.values["sm_clock_mhz"] == pytest.approx(used / 1e6)
+    assert kernel.values["of_bound"] == pytest.approx(3 * 32 * 32 / used / 1e-6)
+    assert ("read by NVML while they ran" in kernel.note) == (clock is not None)
+    assert ("assumed, for NVML gives none" in kernel.note) == (clock is None)
+
+
+def test_clocks_are_those_of_the_whole_card(monkeypatch):
+    """The slowest pipe's over the number of multiprocessors; none of an unknown architecture."""
+
+    def measure(kernel, dtype, arch):
+        loops = kernel.name == "sample_stats"
+        return types.SimpleNamespace(clocks={} if loops else {"issue": 0.5, "integer": 0.25})
+
+    monkeypatch.setattr(scorecard, "measure", measure)
+    clocks = operations.instruction_clocks(90, 100)
+    assert clocks["philox", torch.float32] == clocks["add_noise", torch.float16] == 0.005
+    assert ("sample_stats", torch.float32) not in clocks
+    assert operations.instruction_clocks(80, 108) == {}
 
 
 def test_the_suites_on_the_cpu():
