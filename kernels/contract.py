@@ -13,7 +13,7 @@ sign included).
 ``keys`` is the noise key of z. ``next`` is the row that follows; a row that points at itself is
 the end, where nothing is loaded, computed or stored: row 0 of every table is such a row of rest.
 
-Three columns are 0 for most models:
+Four columns are 0 for most plans:
 
 - log_sigma: the network has 2C channels, and v, the second C of the slot's conditional lane, is
   how far the logarithm of sigma departs from that of the column (Nichol & Dhariwal 2021, eq. 15).
@@ -21,6 +21,8 @@ Three columns are 0 for most models:
   ``bounds``; x0 is clipped to it and divided by it (Saharia et al. 2022, section 2.3).
 - rescale: of a guided slot, ``sample_stats`` compares the deviation of out with that of its
   conditional lane for ``factors``, by which out is multiplied (Lin et al. 2023, eq. 15 and 16).
+- unguided: where it is not 0, a guided slot takes its conditional lane as it is, as an unguided one
+  does (an interval of guidance: Kynkaanniemi et al. 2024). Both its lanes go on.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class Column(IntEnum):
     CLIP = 8
     THRESHOLD = 9
     RESCALE = 10
-    TIMESTEP = 11  # read by the network only
+    UNGUIDED = 11
+    TIMESTEP = 12  # read by the network only
 
 
 REST = 0

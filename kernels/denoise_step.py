@@ -50,6 +50,7 @@ from flashddpm.kernels.rows import (
     SIGMA,
     THRESHOLD,
     guided_output,
+    is_guided,
     lane_elements,
     unclipped_x0,
 )
@@ -102,9 +103,10 @@ def _denoise_step_kernel(
     cond = tl.load(lane_cond + slot).to(tl.int64)
     uncond = tl.load(lane_uncond + slot).to(tl.int64)
     at, lane = lane_elements(start, offsets, n, C)
-    o = guided_output(out, cond, uncond, tl.load(guidance + slot), at, lane, mask)
+    guides = is_guided(uncond, row)
+    o = guided_output(out, cond, uncond, guides, tl.load(guidance + slot), at, lane, mask)
     if tl.load(row + RESCALE) != 0:
-        if uncond >= 0:
+        if guides:
             o *= tl.load(factors + slot)
     _flag(nonfinite + slot, o, i)
 

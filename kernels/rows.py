@@ -20,6 +20,7 @@ LOG_SIGMA = tl.constexpr(int(Column.LOG_SIGMA))
 CLIP = tl.constexpr(int(Column.CLIP))
 THRESHOLD = tl.constexpr(int(Column.THRESHOLD))
 RESCALE = tl.constexpr(int(Column.RESCALE))
+UNGUIDED = tl.constexpr(int(Column.UNGUIDED))
 INF_BITS = tl.constexpr(0x7F800000)
 
 
@@ -36,10 +37,22 @@ def lane_elements(start, offsets, n, C: tl.constexpr):
 
 
 @triton.jit
-def guided_output(out, cond, uncond, weight, at, lane, mask):
-    """Return the slot's output, combined where it has a lane for no label (Ho & Salimans 2022)."""
+def is_guided(uncond, row):
+    """Return whether the slot has a lane for no label, and its row is not unguided."""
+    guides = uncond >= 0
+    if guides:
+        guides = tl.load(row + UNGUIDED) == 0
+    return guides
+
+
+@triton.jit
+def guided_output(out, cond, uncond, guides, weight, at, lane, mask):
+    """Return the slot's output, combined with that of no label where the row guides.
+
+    (Ho & Salimans 2022.) guides: whether the slot has both lanes, and its row is not unguided.
+    """
     o = tl.load(out + cond * lane + at, mask=mask, other=0).to(tl.float32)
-    if uncond >= 0:
+    if guides:
         u = tl.load(out + uncond * lane + at, mask=mask, other=0).to(tl.float32)
         o = u + weight * (o - u)
     return o

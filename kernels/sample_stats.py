@@ -40,6 +40,7 @@ from flashddpm.kernels.rows import (
     RESCALE,
     THRESHOLD,
     guided_output,
+    is_guided,
     lane_elements,
     unclipped_x0,
 )
@@ -50,20 +51,31 @@ NUM_WARPS = 8
 
 @triton.jit
 def _magnitudes(
-    x, out, cond, uncond, weight, factor, row, start, n, C: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    out,
+    cond,
+    uncond,
+    guides,
+    weight,
+    factor,
+    row,
+    start,
+    n,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Return the bits of |x0| of a block, int32 [BLOCK], and which elements exist."""
     offsets = tl.arange(0, BLOCK)
     mask = offsets < n - start
     at, lane = lane_elements(start, offsets, n, C)
-    o = guided_output(out, cond, uncond, weight, at, lane, mask) * factor
+    o = guided_output(out, cond, uncond, guides, weight, at, lane, mask) * factor
     x_t = tl.load(x + start + offsets, mask=mask, other=0)
     x0 = unclipped_x0(x_t, o, row, BLOCK)
     return x0.to(tl.int32, bitcast=True) & 0x7FFFFFFF, mask
 
 
 @triton.jit
-def _factor(out, cond, uncond, weight, phi, n, C: tl.constexpr, BLOCK: tl.constexpr):
+def _factor(out, cond, uncond, guides, weight, phi, n, C: tl.constexpr, BLOCK: tl.constexpr):
     """Return phi std(cond) / std(out) + 1 - phi, from sums of squares about the means.
 
     An output that is the same everywhere has no deviation to bring back: its ratio is 1.
@@ -76,7 +88,7 @@ def _factor(out, cond, uncond, weight, phi, n, C: tl.constexpr, BLOCK: tl.conste
         mask = offsets < n - start
         at, lane = lane_elements(start, offsets, n, C)
         sum_c += tl.load(out + cond * lane + at, mask=mask, other=0).to(tl.float32)
-        sum_o += guided_output(out, cond, uncond, weight, at, lane, mask)
+        sum_o += guided_output(out, cond, uncond, guides, weight, at, lane, mask)
     mean_c = tl.div_rn(tl.sum(sum_c, axis=0), count)
     mean_o = tl.div_rn(tl.sum(sum_o, axis=0), count)
     squares_c = tl.zeros([BLOCK], tl.float32)
@@ -85,7 +97,7 @@ def _factor(out, cond, uncond, weight, phi, n, C: tl.constexpr, BLOCK: tl.conste
         mask = offsets < n - start
         at, lane = lane_elements(start, offsets, n, C)
         c = tl.load(out + cond * lane + at, mask=mask, other=0).to(tl.float32) - mean_c
-        o = guided_output(out, cond, uncond, weight, at, lane, mask) - mean_o
+        o = guided_output(out, cond, uncond, guides, weight, at, lane, mask) - mean_o
         squares_c += tl.where(mask, c * c, 0.0)
         squares_o += tl.where(mask, o * o, 0.0)
     total = tl.sum(squares_o, axis=0)
@@ -110,7 +122,9 @@ def _rank(q, last):
 
 
 @triton.jit
-def _quantile(x, out, cond, uncond, weight, factor, row, n, C: tl.constexpr, BLOCK: tl.constexpr):
+def _quantile(
+    x, out, cond, uncond, guides, weight, factor, row, n, C: tl.constexpr, BLOCK: tl.constexpr
+):
     """Return the quantile of |x0| that the row's threshold names, as torch.quantile has it."""
     last = n - 1
     k, fraction = _rank(tl.load(row + THRESHOLD), last)
@@ -120,7 +134,9 @@ def _quantile(x, out, cond, uncond, weight, factor, row, n, C: tl.constexpr, BLO
     for shift in tl.static_range(24, -8, -8):
         counts = tl.zeros([256], tl.int32)
         for start in range(0, n, BLOCK):
-            bits, mask = _magnitudes(x, out, cond, uncond, weight, factor, row, start, n, C, BLOCK)
+            bits, mask = _magnitudes(
+                x, out, cond, uncond, guides, weight, factor, row, start, n, C, BLOCK
+            )
             mask &= (bits >> shift >> 8) == (found >> shift >> 8)
             counts += tl.histogram((bits >> shift) & 0xFF, 256, mask)
         below = tl.cumsum(counts, axis=0) <= rank
@@ -131,7 +147,9 @@ def _quantile(x, out, cond, uncond, weight, factor, row, n, C: tl.constexpr, BLO
     successor = tl.full([], 0x7FFFFFFF, tl.int32)
     largest = tl.zeros([], tl.int32)
     for start in range(0, n, BLOCK):
-        bits, mask = _magnitudes(x, out, cond, uncond, weight, factor, row, start, n, C, BLOCK)
+        bits, mask = _magnitudes(
+            x, out, cond, uncond, guides, weight, factor, row, start, n, C, BLOCK
+        )
         at_most += tl.sum((mask & (bits <= found)).to(tl.int32), axis=0)
         above = tl.where(mask & (bits > found), bits, 0x7FFFFFFF)
         successor = tl.minimum(successor, tl.min(above, axis=0))
@@ -170,16 +188,17 @@ def _sample_stats_kernel(
     row = rows + i * COLUMNS
     cond = tl.load(lane_cond + slot).to(tl.int64)
     uncond = tl.load(lane_uncond + slot).to(tl.int64)
+    guides = is_guided(uncond, row)
     weight = tl.load(guidance + slot)
     phi = tl.load(row + RESCALE)
     factor = tl.full([], 1.0, tl.float32)
     if phi != 0:
-        if uncond >= 0:
-            factor = _factor(out, cond, uncond, weight, phi, n, C, BLOCK)
+        if guides:
+            factor = _factor(out, cond, uncond, guides, weight, phi, n, C, BLOCK)
             tl.store(factors + slot, factor)
     if tl.load(row + THRESHOLD) != 0:
         image = x + slot * x_stride
-        bound = _quantile(image, out, cond, uncond, weight, factor, row, n, C, BLOCK)
+        bound = _quantile(image, out, cond, uncond, guides, weight, factor, row, n, C, BLOCK)
         cap = tl.maximum(tl.load(row + CLIP), 1.0)
         tl.store(bounds + slot, tl.clamp(bound, 1.0, cap, propagate_nan=tl.PropagateNan.ALL))
 

@@ -123,7 +123,7 @@ def sample_stats(
         if int(next[i]) == i:
             continue
         o = out[cond[s], None, :C].float()
-        if uncond[s] >= 0:
+        if uncond[s] >= 0 and not row[Column.UNGUIDED]:
             o = combine(o, out[uncond[s], None, :C], guidance[s])
             if row[Column.RESCALE]:
                 factors[s] = _rescale(out[cond[s], :C].float(), o, row[Column.RESCALE])
@@ -195,8 +195,8 @@ def denoise_step(
                 continue
             lanes = [cond[s] for s in slots]
             o = _take(prediction, lanes).float()
-            if guided:
-                lanes_u = [uncond[s] for s in slots]
+            lanes_u = [uncond[s] for s in slots]
+            if guided and not row[Column.UNGUIDED]:
                 o = combine(o, _take(prediction, lanes_u), _take(guidance, slots))
                 if row[Column.RESCALE]:
                     o = o * _take(factors, slots).reshape(-1, 1, 1, 1)

@@ -83,6 +83,7 @@ STEPS = {
         3,
     ),
     "rescaled": (dict(x0_xt=1.2, x0_out=-0.9, rescale=0.7, c_x0=0.4, c_xt=0.5, c_out=0.1), 3),
+    "unguided": (dict(x0_xt=1.2, x0_out=-0.9, rescale=0.7, c_x0=0.4, c_xt=0.5, unguided=1.0), 0),
     "learned": (dict(x0_xt=1.3, x0_out=-0.8, c_x0=0.3, c_xt=0.6, sigma=0.2, log_sigma=0.6), 3),
 }
 

@@ -31,7 +31,7 @@ def exact(state, slot):
     C = args["x"].shape[1]
     out, variance = args["out"][:, :C].double(), args["out"][:, C:].double()
     o, size = out[args["lane_cond"][slot]], out[args["lane_cond"][slot]].abs()
-    if args["lane_uncond"][slot] >= 0:
+    if args["lane_uncond"][slot] >= 0 and not c["UNGUIDED"]:
         w, u = args["guidance"][slot].double(), out[args["lane_uncond"][slot]]
         o, size = u + w * (o - u), u.abs() + w.abs() * (o.abs() + u.abs())
         if c["RESCALE"]:
@@ -74,6 +74,7 @@ def test_equals_reference_anywhere(compared_step, data, seed, noise):
     columns = {column.name.lower(): number for column in Column}
     columns["clip"] = st.sampled_from([0.0, 0.5, 3.0])
     columns["threshold"] = columns["rescale"] = st.sampled_from([0.0, 0.0, 0.7])
+    columns["unguided"] = st.sampled_from([0.0, 0.0, 1.0])
     table = {
         f"row {i}": data.draw(st.tuples(st.fixed_dictionaries(columns), st.integers(0, count)))
         for i in range(1, count + 1)
@@ -101,7 +102,7 @@ def test_equals_reference_anywhere(compared_step, data, seed, noise):
     "name",
     [
         *("ancestral", "second order", "stochastic", "clipped", "last", "all"),
-        *("thresholded", "rescaled", "learned"),
+        *("thresholded", "rescaled", "learned", "unguided"),
     ],
 )
 def test_near_float64(State, device, rules, name, which, dtype):
@@ -130,7 +131,7 @@ def test_near_float64(State, device, rules, name, which, dtype):
         rules.close(results["x"][slot], x_next, terms, n)
         for lane in lanes[slot]:
             rules.close(results["net_in"][lane], x_next, terms, n)
-        if name not in ("stochastic", "clipped", "last"):  # the next row reads it
+        if name not in ("stochastic", "clipped", "last", "unguided"):  # the next row reads it
             rules.close(results["hist"][slot], x0, x0_terms, n)
 
 
@@ -210,6 +211,20 @@ def test_thresholded_x0_is_within_one(compared_step):
     largest = results["hist"].abs().amax((1, 2, 3))
     assert (largest == 1).all()
     assert results["hist"][0].abs().mean() > results["hist"][1].abs().mean()
+
+
+def test_an_unguided_row_selects_and_writes_both_lanes(compared_step, rules):
+    """As in an unguided slot, to the bit; whatever the other lane says, NaN too."""
+    spec = {"names": ("unguided", "unguided"), "cond": (0, 1), "uncond": (-1, 2)}
+    alone = compared_step(**spec, change=lambda args: args["lane_uncond"].fill_(-1))
+
+    def spoil(args):
+        args["out"][2] = torch.nan
+
+    results = compared_step(**spec, change=spoil)
+    rules.same(results["x"], alone["x"])
+    assert not results["nonfinite"].any()
+    rules.same(results["net_in"][2], results["net_in"][1])
 
 
 def test_factor_is_of_guided_slots_only(compared_step, rules):

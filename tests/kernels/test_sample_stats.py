@@ -158,6 +158,17 @@ def test_independent_of_block_size(run, rules, monkeypatch, block):
 
 
 @both
+def test_rows_without_guidance(run, which):
+    """No factor, and the bound of the conditional output."""
+    ask = {"x0_xt": 1.2, "x0_out": -0.7, "threshold": 0.9, "clip": 5.0, "rescale": 0.7}
+    args = arguments(rows=[row(**ask, unguided=1.0)] * 4)
+    got = run(args, which)
+    assert (got["factors"] == -7).all()
+    alone = run(args | {"lane_uncond": torch.full_like(args["lane_uncond"], -1)}, which)
+    assert torch.equal(got["bounds"], alone["bounds"])
+
+
+@both
 def test_only_slots_that_ask_are_written(run, which):
     args = arguments(rows=[row(x0_xt=1.0, c_x0=1.0, clip=1.0)] * 4)
     results = run(args, which)
