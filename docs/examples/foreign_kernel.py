@@ -94,9 +94,10 @@ def make(name: str, masked: bool = True, adds: bool = False, skips: bool = True)
 
 
 def reference(x, out, c_skip, c_out):
-    """Return c_skip x + c_out out, in float32, in the dtype of x."""
+    """Return c_skip x + c_out out, in float32 (float64 of float64), in the dtype of x."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     skip, scale = (c.reshape(-1, *[1] * (x.ndim - 1)) for c in (c_skip, c_out))
-    return (skip * x.float() + scale * out.float()).to(x.dtype)
+    return (skip * x.to(wide) + scale * out.to(wide)).to(x.dtype)
 
 
 def arguments(device, dtype, shape, batch, seed):

@@ -1,19 +1,37 @@
 """The tests of this project's kernels, for anybody's kernel that has a reference.
 
-    from flashddpm.testing import check_op
+    import os
+
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU; before anything imports Triton
+
+    import torch
+    from flashddpm.testing import check_op, rules
+    from my_package import silu  # a torch.library.custom_op around a Triton kernel
+
+    def reference(x):
+        wide = x.double() if x.dtype == torch.float64 else x.float()
+        return (wide * torch.sigmoid(wide)).to(x.dtype)
 
     def arguments(device, dtype, shape, batch, seed):
         draws = torch.Generator().manual_seed(seed)
-        x = torch.randn((batch, *shape), generator=draws)
-        gain = torch.rand(batch, generator=draws)
-        return {"x": x.to(device, dtype), "gain": gain.to(device)}
+        return {"x": torch.randn((batch, *shape), generator=draws).to(device, dtype)}
 
-    def test_my_kernel():
-        check_op(my_kernel, my_reference, arguments, differentiable=("x",))
+    def terms(x):  # of the gradient, g s (1 + x (1 - s)) with s in [0, 1]; check_op's g is within 2
+        return 2 + x.abs()
+
+    def test_silu():
+        rule = {"result": rules.rounded(8), "gradient of x": rules.rounded(8, terms)}
+        check_op(silu, reference, arguments, differentiable=("x",), rule=rule)
 
 runs the whole battery (``CHECKS``) over odd shapes, dtypes and seeds, and raises ``CheckFailed``
-with the name of every check that fails. ``docs/examples/foreign_kernel.py`` does it for a kernel of
-somebody else's, right and with three planted bugs.
+with the name of every check that fails. It returns what ran, and why the rest did not: compiled
+code is checked with ``kernels=[KernelCode(...)]``, gradients with ``differentiable``. Let ``fast``
+be a custom operator (``torch.library.custom_op``, with a fake and autograd): ``opcheck`` checks its
+registration, and ``compiled`` needs one, for ``torch.compile`` cannot trace Triton's interpreter.
+Without ``rule``, results must equal the reference's bit for bit; ``rules.rounded(n)`` allows n
+roundings, of terms that may cancel if it is given them, and ``rules.relative`` sums in another
+order. ``docs/examples/foreign_kernel.py`` does it for a kernel of somebody else's, right and with
+three planted bugs.
 
 - ``check_op``: the battery. On a GPU the kernels run there; without one, in Triton's interpreter,
   if TRITON_INTERPRET=1 is set before anything imports Triton.

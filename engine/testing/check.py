@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
-from torch import Tensor
 
 from flashddpm.testing import rules, strategies
 from flashddpm.testing.battery import CHECKS, PER_CASE, PER_DTYPE, Check, Judge
@@ -18,18 +18,20 @@ from flashddpm.testing.gates import ARCHITECTURES, KernelCode, code_faults
 from flashddpm.testing.rules import Rule
 from flashddpm.testing.strategies import Case
 from flashddpm.testing.trial import Arguments, Subject, Trial
+from flashddpm.testing.validate import validate, validate_cases, validate_float64, wanted_checks
 
 __all__ = ["CHECKS", "CheckFailed", "check_op"]
 
 Failures = dict[str, tuple[Case | None, Exception]]
+RAN, NOT_RUN = "ran", "not run: "
 
 
 class CheckFailed(AssertionError):
-    """Checks failed.
+    """Checks failed; the message has the first lines of each failure and the last.
 
     Attributes:
         failures: name of the check -> (the smallest arguments that failed, None for compiled code;
-            why).
+            why, in full).
         not_run: names of the checks that were not run, since a kernel that writes into red zones
             may harm the process where there are none.
     """
@@ -39,9 +41,46 @@ class CheckFailed(AssertionError):
         lines = []
         for name, (case, error) in failures.items():
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-            lines.append(f"{name}: {kind}{error}" + (f"\n    with {case}" if case else ""))
-        lines += [f"{name}: not run" for name in not_run]
+            lines.append(f"{name}: {kind}{_short(str(error))}")
+            lines += [f"    with {case}"] if case else []
+        lines += [f"{name}: not run, for a red zone was written" for name in not_run]
         super().__init__("\n".join(lines))
+
+
+def _short(text: str, width: int = 300) -> str:
+    """Return the first two lines and the last, each cut to this width."""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    if len(lines) > 3:
+        lines = [*lines[:2], "...", lines[-1]]
+    cut = [line if len(line) <= width else f"{line[:width]} ..." for line in lines]
+    return "\n    ".join(cut)
+
+
+@dataclass
+class Findings:
+    """What the wanted checks found.
+
+    Attributes:
+        wanted: names of the checks to run.
+        failures: by check, the smallest case that failed, and why.
+        outcomes: by check, "ran", or "not run: " and why there was nothing to check.
+    """
+
+    wanted: Collection[str]
+    failures: Failures = field(default_factory=dict)
+    outcomes: dict[str, str] = field(default_factory=dict)
+
+    def run(self, name: str, case: Case | None, check: Callable[[], str | None]) -> None:
+        """Run a check; of its failures keep that of the smallest case."""
+        reason = None
+        try:
+            reason = check()
+        except Exception as error:
+            known = self.failures[name][0] if name in self.failures else None
+            if case is None or known is None or _elements(case) < _elements(known):
+                self.failures[name] = (case, error)
+        if self.outcomes.get(name) != RAN:
+            self.outcomes[name] = RAN if reason is None else NOT_RUN + reason
 
 
 def check_op(
@@ -56,20 +95,24 @@ def check_op(
     dtypes: Sequence[torch.dtype] = strategies.FLOATS,
     shapes: SearchStrategy[tuple[int, ...]] | None = None,
     batches: SearchStrategy[int] | None = None,
+    cases: Iterable[Case] = (),
     examples: int = 25,
+    derandomize: bool = True,
     device: torch.device | str | None = None,
     kernels: Sequence[KernelCode] = (),
     architectures: Sequence[int] = ARCHITECTURES,
     checks: Collection[str] | None = None,
     skip: Collection[str] = (),
-) -> None:
+) -> dict[str, str]:
     """Run the battery on ``fast``, a function of the same arguments as ``reference``.
 
-    Both return a tensor, several, or None. ``CHECKS`` says what each check asks.
+    Both return a tensor, several, or None. ``CHECKS`` says what each check asks. Returns, for every
+    check, "ran", or "not run: " and why: left out, or with nothing to check.
 
     Args:
         fast: the function under test, called on ``device``.
-        reference: what it must equal, called on the CPU; in float64 too, if a rule asks.
+        reference: what it must equal, called on the CPU; in float64 too, if a rule asks: then
+            it must not cast to float32 what comes as float64.
         arguments: (device, dtype, shape of one sample, batch, seed) -> the arguments by name, the
             same numbers on every device and whenever it is called.
         mutates: names of the arguments that are changed in place.
@@ -81,7 +124,9 @@ def check_op(
             argument, or "gradient of x".
         dtypes: drawn from.
         shapes, batches: strategies to draw from; images and 1 to 4 samples if nothing is said.
-        examples: how many draws; each is a dozen calls.
+        cases: that are always run, before those drawn: ``Case(dtype, shape, batch, seed)``.
+        examples: how many draws; each is a dozen calls. 0 for the given cases alone.
+        derandomize: draw the same in every run, so that a failure comes back.
         device: cuda if there is one, else cpu.
         kernels: whose machine code is checked for ``architectures``.
         architectures: compute capabilities, times 10.
@@ -90,9 +135,10 @@ def check_op(
 
     Raises:
         CheckFailed: with every check that failed.
-        ValueError: an unknown name, or arguments that do not fit what is said of them.
+        ValueError: an unknown name, arguments that do not fit what is said of them, or a check that
+            is asked for by its name and has nothing to check.
     """
-    wanted = _wanted(checks, skip)
+    kernels, cases, dtypes = tuple(kernels), tuple(cases), tuple(dtypes)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     subject = Subject(
@@ -104,84 +150,108 @@ def check_op(
         given_batched=None if batched is None else tuple(batched),
         device=torch.device(device),
     )
+    wanted = wanted_checks(checks, skip, subject, kernels)
+    validate_cases(cases, dtypes, examples)
     judge = Judge(own=rule) if isinstance(rule, Mapping) else Judge(rule)
     drawn = strategies.cases(
         strategies.dtypes(dtypes),
         strategies.shapes() if shapes is None else shapes,
         strategies.batches() if batches is None else batches,
     )
-    failures, not_run = _run_battery(subject, judge, drawn, dtypes, examples, wanted)
+    findings = Findings(wanted)
+    battery = _Battery(subject, judge, findings)
+    for case in cases:
+        battery.every_case(case)
+    if examples:
+        _draw(battery.every_case, drawn, examples, derandomize)
+    not_run = battery.every_dtype(dtypes)
     if "compiled_code" in wanted:
-        _check_code(kernels, architectures, failures)
-    if failures:
-        ordered = {name: failures[name] for name in CHECKS if name in failures}
+        _check_code(kernels, architectures, findings)
+    return _outcomes(findings, checks or (), not_run)
+
+
+def _outcomes(
+    findings: Findings, asked: Collection[str], not_run: Collection[str]
+) -> dict[str, str]:
+    """Return what ran; raise CheckFailed, or ValueError where what was asked for had no object."""
+    if findings.failures:
+        ordered = {name: findings.failures[name] for name in CHECKS if name in findings.failures}
         raise CheckFailed(ordered, not_run)
+    outcomes = {name: findings.outcomes.get(name, NOT_RUN + "left out") for name in CHECKS}
+    for name in asked:
+        reason = outcomes[name].removeprefix(NOT_RUN)
+        if name in findings.wanted and reason != RAN:
+            raise ValueError(f"checks={name!r}: must have something to check, but {reason}")
+    return outcomes
 
 
-def _run_battery(
-    subject: Subject,
-    judge: Judge,
+def _draw(
+    every_case: Callable[[Case], None],
     drawn: SearchStrategy[Case],
-    dtypes: Sequence[torch.dtype],
     examples: int,
-    wanted: Collection[str],
-) -> tuple[Failures, list[str]]:
-    """Return what failed, and what was not run for safety."""
-    failures: Failures = {}
-    chosen: list[Case] = []  # the case that does for the checks of each dtype
-
-    number = itertools.count()
+    derandomize: bool,
+) -> None:
+    """Call the function with so many cases."""
 
     @settings(
         max_examples=examples,
         deadline=None,
         database=None,
+        derandomize=derandomize,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
     @given(drawn)
-    def every_case(case: Case) -> None:
-        if not chosen:
-            _validate(subject, judge, case)
-        if not chosen or 0 in chosen[0].shape:
-            chosen[:] = [case._replace(batch=max(case.batch, 2))]
-        _run_checks(PER_CASE, wanted, Trial(subject, case, next(number)), judge, failures)
+    def call(case: Case) -> None:
+        every_case(case)
 
-    every_case()
-    later = [name for name in PER_DTYPE if name in wanted]
-    if "red_zones" in failures:
-        return failures, later
-    for dtype in dtypes:
-        trial = Trial(subject, chosen[0]._replace(dtype=dtype))
-        _run_checks(PER_DTYPE, wanted, trial, judge, failures)
-    return failures, []
+    call()
 
 
-def _run_checks(
-    checks: Mapping[str, Check],
-    wanted: Collection[str],
-    trial: Trial,
-    judge: Judge,
-    failures: Failures,
-) -> None:
-    """Add what fails, if the case is smaller than the one that failed before."""
-    case = trial.case
-    if not any(name in wanted for name in checks):
-        return
-    try:
-        _ = trial.base
-    except Exception as error:
-        error.add_note(f"fast was called with the arguments of {case}")
-        raise
-    for name, check in checks.items():
-        if name not in wanted:
-            continue
+@dataclass
+class _Battery:
+    """The checks on a subject, case by case."""
+
+    subject: Subject
+    judge: Judge
+    findings: Findings
+    number: int = 0
+    chosen: Case | None = None
+    """The case for the checks of each dtype: the first that has elements."""
+
+    def every_case(self, case: Case) -> None:
+        """Run the checks of a case; of the first one, see first whether it is as it should be."""
+        if self.number == 0:
+            validate(self.subject, self.judge, case)
+        if self.chosen is None or 0 in self.chosen.shape:
+            if self.judge.needs_float64 and 0 not in case.shape:
+                validate_float64(self.subject, self.judge, case)
+            self.chosen = case._replace(batch=max(case.batch, 2))
+        self._run(PER_CASE, Trial(self.subject, case, self.number))
+        self.number += 1
+
+    def every_dtype(self, dtypes: Sequence[torch.dtype]) -> list[str]:
+        """Run the checks of a dtype; return the names of those that were not run for safety."""
+        names = [name for name in PER_DTYPE if name in self.findings.wanted]
+        if "red_zones" in self.findings.failures:
+            return names
+        assert self.chosen is not None
+        for dtype in dtypes:
+            self._run(PER_DTYPE, Trial(self.subject, self.chosen._replace(dtype=dtype)))
+        return []
+
+    def _run(self, checks: Mapping[str, Check], trial: Trial) -> None:
+        names = [name for name in checks if name in self.findings.wanted]
+        if not names:
+            return
         try:
-            check(trial, judge)
+            _ = trial.base
         except Exception as error:
-            known = failures[name][0] if name in failures else None
-            if known is None or _elements(case) < _elements(known):
-                failures[name] = (case, error)
+            error.add_note(f"fast was called with the arguments of {trial.case}")
+            raise
+        for name in names:
+            check = functools.partial(checks[name], trial, self.judge)
+            self.findings.run(name, trial.case, check)
 
 
 def _elements(case: Case) -> int:
@@ -189,49 +259,15 @@ def _elements(case: Case) -> int:
 
 
 def _check_code(
-    kernels: Sequence[KernelCode], architectures: Sequence[int], failures: Failures
+    kernels: Sequence[KernelCode], architectures: Sequence[int], findings: Findings
 ) -> None:
-    """Add what is wrong with the kernels' machine code."""
+    """Read the machine code of the kernels."""
+
+    def check(kernel: KernelCode) -> None:
+        found = code_faults(kernel, architectures)
+        assert not found, f"{kernel.fn.__name__} {'; '.join(found)}"
+
     for kernel in kernels:
-        name = kernel.fn.__name__
-        try:
-            found = code_faults(kernel, architectures)
-            assert not found, f"{name} {'; '.join(found)}"
-        except (AssertionError, RuntimeError) as error:
-            failures["compiled_code"] = (None, error)
-
-
-def _wanted(checks: Collection[str] | None, skip: Collection[str]) -> set[str]:
-    """Return the names of the checks to run."""
-    for argument, names in (("checks", checks or ()), ("skip", skip)):
-        for name in (names,) if isinstance(names, str) else names:
-            if name not in CHECKS:
-                raise ValueError(f"{argument}={name!r}: must be among {', '.join(CHECKS)}")
-        if isinstance(names, str):
-            raise ValueError(f"{argument}={names!r}: must be a list of names")
-    return set(CHECKS if checks is None else checks) - set(skip)
-
-
-def _validate(subject: Subject, judge: Judge, case: Case) -> None:
-    """Refuse names that are no argument's, and arguments that differ from call to call."""
-    args, again = subject.build(case), subject.build(case)
-    tensors = [name for name, value in args.items() if isinstance(value, Tensor)]
-    for argument, names in (
-        ("mutates", subject.mutates),
-        ("differentiable", subject.differentiable),
-        ("batched", subject.given_batched or ()),
-    ):
-        for name in names:
-            if name not in tensors:
-                raise ValueError(f"{argument}={name!r}: must be among {', '.join(tensors)}")
-    for name in tensors:
-        try:
-            rules.same(args[name], again[name])
-        except AssertionError as error:
-            raise ValueError(
-                f"arguments: {name} must be the same for the same seed: {error}"
-            ) from None
-    results = subject.call(subject.reference, subject.build(case, "cpu"))
-    for name in judge.own:
-        if name not in results:
-            raise ValueError(f"rule={name!r}: must be among {', '.join(results)}")
+        findings.run("compiled_code", None, functools.partial(check, kernel))
+    if not kernels:
+        findings.run("compiled_code", None, lambda: "no kernels are given")

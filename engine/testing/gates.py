@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -26,8 +26,16 @@ class KernelCode:
         signature: type of each argument, "*fp32:16" for a pointer or int divisible by 16, in the
             dtype to test.
         constants: value of each constexpr argument.
-        images: pointer arguments that must be accessed 16 bytes at a time.
+        images: pointer arguments that must be accessed 16 bytes at a time; the others may be
+            accessed by any bytes, but a thread moves no more of them than it needs.
         options: of the launch.
+        foreign: pointer arguments of which neither the widths nor the amount is judged.
+        exact: whether every floating-point operation must be correctly rounded; without, float64
+            and calls are faults still.
+        registers: the most that a thread may use; None if they are not judged.
+
+    Raises:
+        ValueError: an image or a foreign argument that is not in the signature.
     """
 
     fn: Any
@@ -35,6 +43,16 @@ class KernelCode:
     constants: Mapping[str, int]
     images: Sequence[str] = ()
     options: Mapping[str, int | bool] | None = None
+    foreign: Sequence[str] = ()
+    exact: bool = True
+    registers: int | None = None
+
+    def __post_init__(self) -> None:
+        for argument, names in (("images", self.images), ("foreign", self.foreign)):
+            for name in names:
+                if name not in self.signature:
+                    allowed = ", ".join(self.signature)
+                    raise ValueError(f"{argument}={name!r}: must be among {allowed}")
 
 
 ARCHITECTURES = (80, 90, 100)
@@ -59,13 +77,12 @@ def code_faults(kernel: KernelCode, architectures: Sequence[int] = ARCHITECTURES
     function = kernel.fn.fn
     if "<locals>" in function.__qualname__:
         raise ValueError(f"fn={function.__qualname__}: must be a function of a module")
-    described = asdict(KernelCode(None, kernel.signature, kernel.constants, tuple(kernel.images)))
     request = {
         "file": inspect.getsourcefile(function),
         "module": function.__module__,
         "name": function.__name__,
         "architectures": list(architectures),
-        "kernel": described | {"options": kernel.options and dict(kernel.options)},
+        "kernel": asdict(replace(kernel, fn=None)),
     }
     command = [sys.executable, "-P", "-c", f"from {__name__} import _child; _child()"]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
@@ -83,13 +100,14 @@ def _faults(kernel: KernelCode, architectures: Sequence[int]) -> list[str]:
 
     signature, constants = dict(kernel.signature), dict(kernel.constants)
     options = OPTIONS if kernel.options is None else dict(kernel.options)
-    return [
-        f"for {arch}: {fault}"
-        for arch in architectures
-        for fault in faults(
-            compile_kernel(kernel.fn, signature, constants, arch, options), tuple(kernel.images)
-        )
-    ]
+    allowed = tuple(f"{name} accessed by bytes " for name in kernel.foreign)
+    found = []
+    for arch in architectures:
+        code = compile_kernel(kernel.fn, signature, constants, arch, options)
+        for fault in faults(code, tuple(kernel.images), kernel.exact, kernel.registers):
+            if not fault.startswith(allowed):
+                found.append(f"for {arch}: {fault}")
+    return found
 
 
 def _child() -> None:

@@ -7,7 +7,10 @@ exception in two of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +32,15 @@ DIGITS = {torch.float16: 11, torch.bfloat16: 8}
 LOWEST = {torch.float16: -14, torch.bfloat16: -126}
 """Exponents of the smallest normal numbers."""
 
-Rule = Callable[[Tensor, Tensor, Tensor], None]
+Rule = Callable[..., None]
 """(result, the reference's result, the reference's result in float64) -> None, or AssertionError:
-how ``check_op`` judges a result."""
+how ``check_op`` judges a result. With two arguments, it does without float64."""
+
+
+def needs_float64(rule: Rule) -> bool:
+    """Whether a rule takes the result in float64: a third argument that has no default."""
+    parameters = inspect.signature(rule).parameters.values()
+    return sum(parameter.default is parameter.empty for parameter in parameters) > 2
 
 
 def same(actual: Tensor, expected: Tensor, truncates: bool = False) -> None:
@@ -46,14 +55,31 @@ def same(actual: Tensor, expected: Tensor, truncates: bool = False) -> None:
     found = actual.isnan() if actual.is_floating_point() else nan
     assert torch.equal(found, nan), f"NaN in {(found != nan).sum()} other places"
     steps = truncates and INTERPRETED and expected.dtype is torch.bfloat16
-    if expected.dtype in BITS:
-        actual = actual.contiguous().view(BITS[actual.dtype])
-        expected = expected.contiguous().view(BITS[expected.dtype])
-    off = expected.long() - actual.long()
-    off = off.where(~nan, 0)
+    found_bits, bits = _bits(actual), _bits(expected)
+    off = (bits - found_bits).where(~nan, 0)
     if steps:
         off = off.where(off != 1, 0)
-    assert not off.count_nonzero(), f"{off.count_nonzero()} of {off.numel()} elements differ"
+    wrong = off != 0
+    assert not wrong.any(), (
+        f"{wrong.sum()} of {wrong.numel()} elements differ, by at most "
+        f"{_largest_difference(actual[wrong], expected[wrong])}"
+    )
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Return the bits of floating-point numbers as integers of 64 bits, integers as they are."""
+    return (x.contiguous().view(BITS[x.dtype]) if x.dtype in BITS else x).long()
+
+
+def _largest_difference(actual: Tensor, expected: Tensor) -> str:
+    """Return the largest difference, of floating-point numbers in units in the last place too."""
+    value = (actual.double() - expected.double()).abs().max()
+    if actual.dtype not in BITS:
+        return f"{value:.3g}"
+    lowest = torch.iinfo(BITS[actual.dtype]).min
+    a, b = (bits.where(bits >= 0, lowest - bits) for bits in map(_bits, (actual, expected)))
+    high, low = (a >> 32) - (b >> 32), (a & 0xFFFFFFFF) - (b & 0xFFFFFFFF)  # a - b may overflow
+    return f"{value:.3g} ({(high.double() * 2**32 + low.double()).abs().max():.0f} ulp)"
 
 
 def close(actual: Tensor, r64: Tensor, terms: Tensor, n: int) -> None:
@@ -82,7 +108,7 @@ def reduced(actual: Tensor, r64: Tensor, plain: Tensor) -> None:
     assert (error <= allowed).all(), f"relative errors {error} over {allowed}"
 
 
-def bitwise(actual: Tensor, plain: Tensor, r64: Tensor) -> None:
+def bitwise(actual: Tensor, plain: Tensor, r64: Tensor | None = None) -> None:
     """A ``Rule``: the ``same`` as the reference."""
     same(actual, plain, truncates=True)
 
@@ -97,15 +123,45 @@ def relative(actual: Tensor, plain: Tensor, r64: Tensor) -> None:
     reduced(actual[~exact], r64[~exact], plain[~exact])
 
 
-def rounded(n: int) -> Rule:
-    """Return the ``Rule`` of results that are no sum: ``close``, after n roundings."""
+@dataclass(frozen=True)
+class Rounded:
+    """The ``Rule`` that ``rounded`` returns.
 
-    def rule(actual: Tensor, plain: Tensor, r64: Tensor) -> None:
+    Attributes:
+        n: roundings on the longest path.
+        terms: the arguments, by name, in float64 -> the sum of absolute terms of each element of
+            the result; the absolute result, if nothing is said.
+    """
+
+    n: int
+    terms: Callable[..., Tensor] | None = None
+
+    def __call__(
+        self,
+        actual: Tensor,
+        plain: Tensor,
+        r64: Tensor,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raise AssertionError if the result is further off; ``terms`` needs the arguments."""
         assert actual.shape == plain.shape, f"shape {actual.shape}, not {plain.shape}"
         assert actual.dtype == plain.dtype, f"{actual.dtype}, not {plain.dtype}"
         actual, r64 = actual.detach().cpu(), r64.detach().cpu().double()
+        sizes = r64.abs()
+        if self.terms is not None:
+            sizes = self.terms(**(arguments or {})).detach().cpu().double().expand_as(r64)
         exact = ~r64.isfinite()
         same(actual[exact].double(), r64[exact])
-        close(actual[~exact], r64[~exact], r64[~exact].abs(), n)
+        close(actual[~exact], r64[~exact], sizes[~exact], self.n)
 
-    return rule
+
+def rounded(n: int, terms: Callable[..., Tensor] | None = None) -> Rounded:
+    """Return the ``Rule`` of n roundings: ``close``.
+
+    Args:
+        n: roundings on the longest path.
+        terms: of results that are sums, whose terms may cancel: the arguments by name, as for the
+            reference and in float64 -> the sum of the absolute terms, to broadcast to the result.
+            For a gradient: those that ``check_op`` sends backward are of size 1/8 to 2.
+    """
+    return Rounded(n, terms)

@@ -82,6 +82,8 @@ class Subject:
     ) -> Results:
         """Return every tensor that the call makes or changes, gradients included, by name.
 
+        A differentiable argument that no result depends on has no gradient among them.
+
         Args:
             function: to call.
             args: its arguments; those that are differentiable are replaced by leaves.
@@ -100,10 +102,8 @@ class Subject:
         results = {name: args[name].detach() for name in self.mutates}
         results |= {name: tensor.detach() for name, tensor in made.items()}
         for name in self.differentiable:
-            leaf = args[name]
-            results[f"gradient of {name}"] = (
-                torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            ).detach()
+            if args[name].grad is not None:
+                results[f"gradient of {name}"] = args[name].grad.detach()
         if not results:
             raise ValueError("mutates=(): must name arguments, since the function returns nothing")
         return results
@@ -132,7 +132,7 @@ class Subject:
         }
         inside = dict(self.build(case) if args is None else args)
         inside |= {name: zone.view for name, zone in zones.items()}
-        with allocations(fill, ZONE, canary) as made:
+        with allocations(fill, ZONE, canary) as made, np.errstate(all="ignore"):  # interpreter's
             results = self.call(self.fast, inside, case.seed, order)
         zones |= {f"allocation {i}": zone for i, zone in enumerate(made)}
         return Run(results, inside, zones)
@@ -166,14 +166,7 @@ class Trial:
 
     def in_float64(self, args: Arguments) -> Results:
         """Return the reference's results from arguments cast to float64."""
-        return self._reference(
-            {
-                name: value.double()
-                if torch.is_tensor(value) and value.is_floating_point()
-                else value
-                for name, value in args.items()
-            }
-        )
+        return self._reference(in_float64(args))
 
     def _reference(self, args: Arguments) -> Results:
         return self.subject.call(self.subject.reference, args, self.case.seed)
@@ -182,6 +175,14 @@ class Trial:
     def batched(self) -> tuple[str, ...]:
         """Names of the arguments that have one entry a sample."""
         return self.subject.batched(self.case)
+
+
+def in_float64(args: Arguments) -> Arguments:
+    """Return the arguments, those of floating point cast to float64."""
+    return {
+        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in args.items()
+    }
 
 
 def generators() -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Guarded:
             zone: elements before and behind it; a multiple of 64 keeps its alignment.
             canary: what the zones hold, and the tensor too at first.
         """
-        whole = torch.full((elements + 2 * zone,), _fit(canary, dtype), dtype=dtype)
+        whole = torch.full((elements + 2 * zone,), fit(canary, dtype), dtype=dtype)
         self.whole, self.zone = whole.to(device), zone
         self.view = self.whole.as_strided(size, stride, zone)
         self._canary = whole[:1]
@@ -91,7 +91,7 @@ def _extent(size: Sequence[int], stride: Sequence[int]) -> int:
     return 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 
-def _fit(value: float, dtype: torch.dtype) -> float | int | bool:
+def fit(value: float, dtype: torch.dtype) -> float | int | bool:
     """Return the value as one of this dtype: NaN as the largest integer, others cut off."""
     if dtype.is_floating_point or dtype.is_complex:
         return value
@@ -132,13 +132,13 @@ def allocations(
         @functools.wraps(empty)
         def guarded(*args: Any, **kwargs: Any) -> Tensor:
             x = empty(*args, **kwargs)
-            if kwargs.get("out") is not None or type(x) is not Tensor or not _plain(x):
+            if kwargs.get("out") is not None or type(x) is not Tensor or not fillable(x):
                 return x
             size, stride = x.shape, x.stride()
             extent = _extent(size, stride)
             made.append(Guarded(size, stride, x.dtype, x.device, extent, zone, canary))
             with torch.no_grad():
-                made[-1].view.fill_(_fit(fill, x.dtype))
+                made[-1].view.fill_(fit(fill, x.dtype))
             # Not a view, which autograd would treat in another way than a new tensor.
             fresh = torch.tensor([], dtype=x.dtype, device=x.device)
             fresh.set_(made[-1].whole.untyped_storage(), zone, size, stride)
@@ -156,7 +156,8 @@ def allocations(
             setattr(owner, name, original)
 
 
-def _plain(x: Tensor) -> bool:
+def fillable(x: Tensor) -> bool:
+    """Whether it is ordinary memory, that can be filled: not traced, quantised or sparse."""
     if torch.compiler.is_compiling() or x.is_quantized or x.layout is not torch.strided:
         return False
     return x.device.type in ("cpu", "cuda")

@@ -3,6 +3,7 @@
 As a script, one short run of every operation, for compute-sanitizer.
 """
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -14,12 +15,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flashddpm import kernels
-from flashddpm.kernels import OPS, reference
+from flashddpm.kernels import OPS, Column, launch, reference
 from flashddpm.kernels.contract import Purpose
 from flashddpm.kernels.launch import FLOATS
-from flashddpm.testing import rules
+from flashddpm.testing import rules, strategies
 
 pytestmark = pytest.mark.gpu
 
@@ -30,6 +33,7 @@ CASES = [
 ]
 each_case = pytest.mark.parametrize(("op", "dtype"), CASES)
 SHAPE, BATCH, REPEATS = (3, 45, 51), 40, 250
+STEP = importlib.import_module("flashddpm.kernels.denoise_step")  # not the function of this name
 HUGE = 2**31 + 2**20
 
 
@@ -115,6 +119,32 @@ def test_update_equals_that_of_the_cpu(State, compared_step, shape, dtypes):
             shape=shape, names=names, cond=cond, uncond=uncond, dtypes=dtypes,
             variance=variance, noise=noise,
         )  # fmt: skip
+
+
+@settings(max_examples=50)
+@given(
+    count=st.sampled_from([1, 2, 4, 8]),
+    name=st.sampled_from(["philox", "add_noise", "denoise_step", "denoise_step learned"]),
+    dtype=st.sampled_from(FLOATS),
+    shape=strategies.shapes(),
+    seed=st.integers(0, 2**31),
+)
+def test_bits_do_not_depend_on_the_number_of_warps(device, count, name, dtype, shape, seed):
+    """Of a block, a thread has 4 to 32 elements; 2C channels have warps of their own."""
+    name, _, learned = name.partition(" ")
+
+    def results():
+        args = OPS[name].example(device, dtype, shape, BATCH // 10, seed)
+        if learned:
+            args["out"] = torch.cat([args["out"], args["out"].flip(-1)], 1)
+            args["rows"][:, Column.LOG_SIGMA] = 0.5
+        return call(OPS[name], args)
+
+    expected = results()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(launch.OPTIONS, "num_warps", count)
+        patch.setattr(STEP, "WARPS_2C", count)
+        assert_same(results(), expected)
 
 
 def need(count):
@@ -316,7 +346,10 @@ def planted_fault():
 
 def sanitized(tool, what):
     if shutil.which("compute-sanitizer") is None:
-        pytest.skip("compute-sanitizer, of the CUDA toolkit, is not on PATH")
+        missing = "compute-sanitizer, of the CUDA toolkit, is not on PATH"
+        if os.environ.get("FLASHDDPM_REQUIRE_SANITIZER") == "1":
+            pytest.fail(f"{missing}, and FLASHDDPM_REQUIRE_SANITIZER=1 wants it")
+        pytest.skip(missing)
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-P"]
     # Each allocation is CUDA's own: within PyTorch's pool, the next tensor hides what goes too far.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

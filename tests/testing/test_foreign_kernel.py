@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flashddpm.kernels.launch import INTERPRETED
-from flashddpm.testing import KernelCode, code_faults
+from flashddpm.testing import CHECKS, KernelCode, check_op, code_faults
 
 FILE = Path(__file__).parents[2] / "docs" / "examples" / "foreign_kernel.py"
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -22,8 +22,15 @@ def example():
 
 
 def test_the_right_one_passes_every_check(example):
-    found = example.failures(example.OPERATIONS["right"], examples=5, kernels=[example.CODE])
-    assert found == {}
+    found = check_op(
+        example.OPERATIONS["right"],
+        example.reference,
+        example.arguments,
+        differentiable=("x", "out"),
+        examples=5,
+        kernels=[example.CODE],
+    )
+    assert found == dict.fromkeys(CHECKS, "ran")
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,24 @@ def test_truncation_is_one_step_towards_zero_of_bfloat16_interpreted(dtype, sign
     assert refused(rules.same, moved(-2), expected, truncates=True)
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+def test_same_says_by_how_much_at_most(dtype):
+    """In units in the last place too, also across zero, whose two signs are one number."""
+    smallest = torch.tensor([1], dtype=rules.BITS[dtype]).view(dtype)
+    x = torch.cat([torch.tensor([1.0, 2.0, 0.0], dtype=dtype), 2 * smallest])
+    y = x.clone()
+    y[1] += 3 * 2 * torch.finfo(dtype).eps
+    with pytest.raises(AssertionError, match="^1 of 4 elements differ, by at most .* \\(3 ulp\\)$"):
+        rules.same(y, x)
+    y[3] = -2 * smallest
+    y[2] = -0.0
+    with pytest.raises(AssertionError, match=r"^3 of 4 elements .* \(4 ulp\)$"):
+        rules.same(y, x)
+    assert refused(rules.same, torch.full((2,), torch.inf, dtype=dtype), x[:2])
+    with pytest.raises(AssertionError, match="^1 of 2 elements differ, by at most 7$"):
+        rules.same(torch.tensor([1, 9]), torch.tensor([1, 2]))
+
+
 def test_close_in_float32_allows_n_roundings_of_the_terms():
     r64, terms = torch.tensor([1.0]).double(), torch.tensor([8.0])
     step = 2.0**-23  # of float32 from 1 to 2, so 3 u x 8 are 12 steps
@@ -134,3 +152,24 @@ def test_bitwise_judges_by_the_reference_alone(interpreted):
     rules.bitwise(x, x.clone(), torch.tensor([torch.nan]))
     below = (x.view(torch.int16) - 1).view(torch.bfloat16)
     assert refused(rules.bitwise, below, x, x) is not interpreted
+
+
+def test_rounded_takes_the_terms_of_sums():
+    def terms(x, y):
+        return x.abs() + y.abs()
+
+    arguments = {"x": torch.tensor([3.0]).double(), "y": torch.tensor([-2.0]).double()}
+    rule = rules.rounded(2, terms)
+    r64 = torch.tensor([1.0]).double()
+    plain = r64.float()
+    step = 2.0**-23  # of float32 from 1 to 2, so 2 u x 5 are 5 steps
+    rule(torch.tensor([1 + 5 * step]), plain, r64, arguments)
+    assert refused(rule, torch.tensor([1 + 6 * step]), plain, r64, arguments)
+    assert refused(rules.rounded(2), torch.tensor([1 + 5 * step]), plain, r64)
+
+
+def test_a_rule_of_two_arguments_does_without_float64():
+    for rule in (rules.same, rules.bitwise, lambda actual, plain: None):
+        assert not rules.needs_float64(rule)
+    for rule in (rules.relative, rules.rounded(2), lambda actual, plain, r64: None):
+        assert rules.needs_float64(rule)

@@ -123,3 +123,11 @@ def test_allocations_come_back_after_an_error():
     with pytest.raises(RuntimeError, match="within"), allocations(0.0):
         raise RuntimeError("within")
     assert [getattr(owner, name) for owner, name in ALLOCATORS] == before
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_in_tests_new_memory_is_never_what_it_happened_to_be(name):
+    """tests/conftest.py fills what the same functions allocate."""
+    assert MAKE[name](torch.ones(3, 5)).isnan().all()
+    made = MAKE[name](torch.ones(3, 5, dtype=torch.int32))
+    assert (made == torch.iinfo(torch.int32).max).all()
