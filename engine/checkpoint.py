@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from flashddpm import arguments
+from flashddpm.defaults import SCHEDULERS
 from flashddpm.errors import CheckpointError
 from flashddpm.unet import UNet
 from flashddpm.unet_config import UNetConfig
@@ -32,7 +33,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 MAX_JSON = 1 << 20
 MAX_HEADER = 4 << 20
 STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def load_scheduler_config(folder: str | PathLike[str]) -> dict[str, Any]:
     path = _find(Path(folder), "scheduler", "scheduler_config.json")
     config = read_json(path)
     name = config.get("_class_name", "DDPMScheduler")
-    if name not in SCHEDULERS:
+    if not isinstance(name, str) or name not in SCHEDULERS:
         raise CheckpointError(
             f"{path}: _class_name={name!r}: must be one of {', '.join(SCHEDULERS)}"
         )

@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flashddpm import arguments
-from flashddpm.solvers import FIXED_VARIANCES, SPACINGS
+from flashddpm.solvers import SIGMA_SPACINGS, SPACINGS, VARIANCE_TYPES
+
+SCHEDULERS = {
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+}
+"""diffusers' classes, and the solver that each stands for."""
+
+MULTISTEP = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}
+"""The algorithm_type of DPMSolverMultistepScheduler."""
+
+ONLY = {
+    "set_alpha_to_one": True,
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "use_lu_lambdas": False,
+    "use_flow_sigmas": False,
+    "use_dynamic_shifting": False,
+    "euler_at_final": False,
+    "lower_order_final": True,
+    "final_sigmas_type": "zero",
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "sigma_min": None,
+    "sigma_max": None,
+    "lambda_min_clipped": float("-inf"),
+}
+"""Settings of which we have rows for one value only."""
 
 
 @dataclass(frozen=True)
@@ -18,33 +49,27 @@ class SamplingDefaults:
     clip: float = 1.0
     variance_type: str = "fixed_small"
     threshold: float = 0.0
+    solver: str = "ddpm"
+    sigmas: str | None = None
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> SamplingDefaults:
-        """Read diffusers' keys.
+    def from_config(cls, config: Mapping[str, Any]) -> SamplingDefaults:
+        """Read diffusers' keys; a config without a class is DDPMScheduler's.
 
         Raises:
-            ValueError: a setting that we have no rows for.
+            ValueError: a class or a setting that we have no rows for.
         """
-        multistep = config.get("_class_name") == "DPMSolverMultistepScheduler"
-        for key, allowed in {
-            "set_alpha_to_one": True,
-            "solver_order": 2,
-            "algorithm_type": "dpmsolver++",
-            "solver_type": "midpoint",
-            "use_karras_sigmas": False,
-            "use_exponential_sigmas": False,
-            "use_beta_sigmas": False,
-            "use_lu_lambdas": False,
-            "use_flow_sigmas": False,
-            "euler_at_final": False,
-            "lower_order_final": True,
-            "final_sigmas_type": "zero",
-        }.items():
+        name = arguments.one_of(
+            "_class_name", config.get("_class_name", "DDPMScheduler"), SCHEDULERS
+        )
+        for key, allowed in ONLY.items():
             if config.get(key, allowed) != allowed:
                 raise ValueError(f"{key}={config[key]!r}: only {allowed!r} is supported")
-        clip, threshold = _bounds(config, clips=not multistep)
-        spacing = config.get("timestep_spacing", "linspace" if multistep else "leading")
+        solver, clips = SCHEDULERS[name], name in ("DDPMScheduler", "DDIMScheduler")
+        algorithm = config.get("algorithm_type", "dpmsolver++")
+        algorithm = MULTISTEP[arguments.one_of("algorithm_type", algorithm, MULTISTEP)]
+        clip, threshold = _bounds(config, clips)
+        spacing = config.get("timestep_spacing", "leading" if clips else "linspace")
         return cls(
             arguments.one_of("timestep_spacing", spacing, SPACINGS),
             arguments.integer("steps_offset", config.get("steps_offset", 0), 0),
@@ -52,13 +77,24 @@ class SamplingDefaults:
             arguments.one_of(
                 "variance_type",
                 config.get("variance_type") or "fixed_small",
-                FIXED_VARIANCES,
+                VARIANCE_TYPES,
             ),
             threshold,
+            algorithm if name == "DPMSolverMultistepScheduler" else solver,
+            _sigmas(config),
         )
 
 
-def _bounds(config: dict[str, Any], clips: bool) -> tuple[float, float]:
+def _sigmas(config: Mapping[str, Any]) -> str | None:
+    """Return the one spacing of sigmas that is asked for, or None."""
+    keys = {f"use_{name}_sigmas": name for name in SIGMA_SPACINGS}
+    asked = [key for key in keys if arguments.boolean(key, config.get(key) or False)]
+    if len(asked) > 1:
+        raise ValueError(f"{asked[0]}=True: must be false beside {asked[1]}=True")
+    return keys[asked[0]] if asked else None
+
+
+def _bounds(config: Mapping[str, Any], clips: bool) -> tuple[float, float]:
     """Return clip and threshold; thresholding overrules clipping, as in diffusers."""
     if arguments.boolean("thresholding", config.get("thresholding", False)):
         ratio = config.get("dynamic_thresholding_ratio", 0.995)

@@ -8,9 +8,10 @@ Every solver here is affine in what a step has at hand, so a step is a row (kern
 Throughout, t is a step's timestep, s the next entry of the list (past its end abar_s = 1),
 a = sqrt(abar) and b = sqrt(1 - abar), so that x_t = a_t x_0 + b_t eps (S4). All in float64.
 
-Every solver takes the schedule, its timesteps (integers, [S], strictly decreasing), the
-prediction type (epsilon, sample or v_prediction) and the bound ``clip`` of x0 (0 for none), and
-raises ValueError for an argument out of its range, or for epsilon prediction where abar = 0.
+Every solver takes the schedule, its timesteps (integers, [S], strictly decreasing, or `Steps` of
+any noise levels), the prediction type (epsilon, sample or v_prediction) and the bound ``clip`` of
+x0 (0 for none), and raises ValueError for an argument out of its range, or for epsilon prediction
+where abar = 0.
 
 To add one: write the function, name it in SOLVERS, add its test to tests/engine/test_solvers.py.
 """
@@ -18,7 +19,7 @@ To add one: write the function, name it in SOLVERS, add its test to tests/engine
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,169 +28,64 @@ from numpy.typing import ArrayLike, NDArray
 from flashddpm import arguments
 from flashddpm.kernels.contract import Column
 from flashddpm.parameterization import LEARNED_VARIANCES, eps_rows, x0_rows
+from flashddpm.plan import Plan, adjust
 from flashddpm.schedule import NoiseSchedule
+from flashddpm.timesteps import SIGMA_SPACINGS, SPACINGS, Steps, noise_keys, spaced, timesteps
+
+__all__ = [
+    "DROP_LAST",
+    "FIXED_VARIANCES",
+    "SIGMA_SPACINGS",
+    "SOLVERS",
+    "SPACINGS",
+    "VARIANCE_TYPES",
+    "Plan",
+    "Steps",
+    "ddim",
+    "ddpm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "euler",
+    "euler_ancestral",
+    "make_plan",
+    "noise_keys",
+    "spaced",
+    "timesteps",
+]
 
 Table = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
-SPACINGS = ("leading", "linspace", "trailing")
 FIXED_VARIANCES = ("fixed_small", "fixed_large")
 VARIANCE_TYPES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
 
 
-def timesteps(
-    num_steps: int,
-    num_train_timesteps: int,
-    spacing: str = "leading",
-    steps_offset: int = 0,
-    *,
-    drop_last: bool = False,
-) -> Ints:
-    """Return diffusers' timesteps (Lin et al. 2023, table 2), int64 [num_steps], decreasing.
-
-    Leading and linspace spacing begin a single step at timestep 0, as diffusers does.
-
-    Args:
-        num_steps: number of timesteps, in 1..num_train_timesteps.
-        num_train_timesteps: T of the schedule.
-        spacing: leading, linspace or trailing.
-        steps_offset: added to leading timesteps; the other spacings have no use for it.
-        drop_last: take num_steps + 1 points and drop the last, as DPM-Solver does; trailing
-            spacing, which has no point to drop, stays as it is.
-
-    Raises:
-        ValueError: an argument out of its range, or timesteps that would repeat or pass T - 1.
-    """
-    T = arguments.integer("num_train_timesteps", num_train_timesteps, 1)
-    n = arguments.integer("num_steps", num_steps, 1, T)
-    arguments.one_of("spacing", spacing, SPACINGS)
-    offset = arguments.integer("steps_offset", steps_offset, 0)
-    points = n + 1 if drop_last else n
-    if spacing == "leading":
-        grid = np.arange(points, dtype=np.float64)[::-1] * (T // points) + offset
-    elif spacing == "linspace":
-        grid = np.linspace(0, T - 1, points).round()[::-1]
-    else:
-        # Rounding can add a point near 0 (n = 61 of T = 1000), which [:n] leaves out.
-        grid = np.arange(T, 0, -T / n).round() - 1
-    steps = grid[:n].astype(np.int64)
-    if steps[0] >= T:
-        raise ValueError(
-            f"steps_offset={offset}: must be at most {T - 1 - steps[0] + offset}, for {n} steps of "
-            f"{spacing} spacing to stay below {T}"
-        )
-    if (np.diff(steps) >= 0).any():
-        raise ValueError(
-            f"num_steps={n}: must be below num_train_timesteps={T}, or timesteps of {spacing} "
-            "spacing repeat (this solver takes one more point and drops it)"
-        )
-    return steps
-
-
-def noise_keys(timesteps: ArrayLike) -> Ints:
-    """Return floor(t) + 2^32 (number of earlier entries with that floor), int64 [S]."""
-    floor = np.floor(np.asarray(timesteps, np.float64)).astype(np.int64)
-    order = np.argsort(floor, kind="stable")
-    repeats = np.empty_like(floor)
-    repeats[order] = np.arange(len(floor)) - np.searchsorted(floor[order], floor[order])
-    return floor + (repeats << 32)
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A trajectory from its first timestep to x_0: rows in the order in which they are applied.
-
-    Attributes:
-        rows: float64 [S, len(Column)], read-only.
-        noise_keys: int64 [S], read-only; the noise key of each row's z.
-
-    Raises:
-        ValueError: wrong shapes, a number that is not finite in float32 (in which kernels read it),
-            a negative sigma or clip, a threshold or rescale outside [0, 1], a threshold beside a
-            clip below 1, a first row that reads history, or noise keys that are negative, not
-            integers, or repeat.
-    """
-
-    rows: Table
-    noise_keys: Ints
-
-    def __post_init__(self) -> None:
-        rows = np.array(self.rows, np.float64)
-        if rows.ndim != 2 or rows.shape[1] != len(Column) or len(rows) == 0:
-            raise ValueError(f"rows of shape {rows.shape}: must be [S, {len(Column)}] with S >= 1")
-        with np.errstate(over="ignore"):
-            bad = ~np.isfinite(rows.astype(np.float32))
-        if bad.any():
-            i, j = np.argwhere(bad)[0]
-            raise ValueError(f"rows[{i}, {Column(j).name}]={rows[i, j]}: must be finite in float32")
-        if (rows[:, [Column.SIGMA, Column.CLIP]] < 0).any():
-            raise ValueError("rows: sigma and clip must not be negative")
-        shares = rows[:, [Column.THRESHOLD, Column.RESCALE]]
-        if (shares < 0).any() or (shares > 1).any():
-            raise ValueError("rows: threshold and rescale must be in [0, 1]")
-        if (rows[rows[:, Column.THRESHOLD] != 0, Column.CLIP] < 1).any():
-            raise ValueError("rows: clip must be at least 1 where there is a threshold")
-        if rows[0, Column.C_HIST] != 0:
-            raise ValueError("rows[0, C_HIST]: must be 0, for the first step has no previous x0")
-        keys = np.array(self.noise_keys)
-        if keys.shape != rows.shape[:1] or keys.dtype.kind not in "iu":
-            raise ValueError(f"noise_keys of shape {keys.shape}: must be {len(rows)} integers")
-        keys = keys.astype(np.int64)
-        if (keys < 0).any() or len(np.unique(keys)) != len(keys):
-            raise ValueError("noise_keys: must be in 0..2^63-1 and differ from one another")
-        for name, value in (("rows", rows), ("noise_keys", keys)):
-            value.setflags(write=False)
-            object.__setattr__(self, name, value)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def num_steps(self) -> int:
-        """Number of steps, and of evaluations of the network."""
-        return len(self)
-
-    @property
-    def timesteps(self) -> Table:
-        """What the network is told at each step, float64 [S]."""
-        return self.rows[:, Column.TIMESTEP]
-
-    @property
-    def needs_stats(self) -> bool:
-        """Whether some row asks for ``sample_stats``: has a threshold, or rescales."""
-        return bool(self.rows[:, [Column.THRESHOLD, Column.RESCALE]].any())
-
-    @property
-    def learns_variance(self) -> bool:
-        """Whether the network must have 2C channels, the second C of them for the variance."""
-        return bool(self.rows[:, Column.LOG_SIGMA].any())
-
-
 def _begin(
-    schedule: NoiseSchedule, steps: ArrayLike, prediction_type: str, clip: float
+    schedule: NoiseSchedule, steps: ArrayLike | Steps, prediction_type: str, clip: float
 ) -> tuple[Table, Table, Table]:
     """Return rows [S, len(Column)] that hold x0 and timestep, abar_t [S] and abar_s [S]."""
-    t = np.asarray(steps)
-    if t.ndim != 1 or t.size == 0 or t.dtype.kind not in "iu":
-        raise ValueError("steps: must be a list of at least one integer timestep")
-    t = t.astype(np.int64)
-    if t.min() < 0 or t.max() >= len(schedule) or (np.diff(t) >= 0).any():
-        raise ValueError(f"steps: must strictly decrease within 0..{len(schedule) - 1}")
-    abar = schedule.alphas_cumprod[t]
-    rows = np.zeros((len(t), len(Column)))
+    if not isinstance(steps, Steps):
+        t = np.asarray(steps)
+        if t.ndim != 1 or t.size == 0 or t.dtype.kind not in "iu":
+            raise ValueError("steps: must be a list of at least one integer timestep")
+        t = t.astype(np.int64)
+        if t.min() < 0 or t.max() >= len(schedule) or (np.diff(t) >= 0).any():
+            raise ValueError(f"steps: must strictly decrease within 0..{len(schedule) - 1}")
+        steps = Steps.at(schedule, t)
+    abar = steps.abar
+    rows = np.zeros((len(abar), len(Column)))
     rows[:, [Column.X0_XT, Column.X0_OUT]] = x0_rows(abar, prediction_type)
     rows[:, Column.CLIP] = arguments.number("clip", clip, 0)
-    rows[:, Column.TIMESTEP] = t
+    rows[:, Column.TIMESTEP] = steps.timesteps
     return rows, abar, np.append(abar[1:], 1.0)
 
 
-def _finish(rows: Table) -> Plan:
-    return Plan(rows, noise_keys(rows[:, Column.TIMESTEP]))
+def _finish(rows: Table, abar: Table) -> Plan:
+    return Plan(rows, noise_keys(rows[:, Column.TIMESTEP]), abar=abar)
 
 
 def ddpm(
     schedule: NoiseSchedule,
-    steps: ArrayLike,
+    steps: ArrayLike | Steps,
     *,
     prediction_type: str = "epsilon",
     clip: float = 1.0,
@@ -228,12 +124,12 @@ def ddpm(
         "learned": (1, 0.5),
     }
     rows[:-1, Column.SIGMA], rows[:-1, Column.LOG_SIGMA] = columns[variance_type]
-    return _finish(rows)
+    return _finish(rows, abar)
 
 
 def ddim(
     schedule: NoiseSchedule,
-    steps: ArrayLike,
+    steps: ArrayLike | Steps,
     *,
     prediction_type: str = "epsilon",
     clip: float = 1.0,
@@ -256,12 +152,12 @@ def ddim(
     eps = eps_rows(abar, prediction_type)
     rows[:, [Column.C_XT, Column.C_OUT]] = direction[:, None] * eps
     rows[:, Column.SIGMA] = eta * np.sqrt((1 - abar_s) / (1 - abar) * (abar_s - abar) / abar_s)
-    return _finish(rows)
+    return _finish(rows, abar)
 
 
 def dpmpp_2m(
     schedule: NoiseSchedule,
-    steps: ArrayLike,
+    steps: ArrayLike | Steps,
     *,
     prediction_type: str = "epsilon",
     clip: float = 0.0,
@@ -280,19 +176,106 @@ def dpmpp_2m(
     rows, abar, abar_s = _begin(schedule, steps, prediction_type, clip)
     b_ratio = np.sqrt((1 - abar_s) / (1 - abar))
     gain = np.sqrt(abar_s) - np.sqrt(abar) * b_ratio
+    rows[:, Column.C_XT] = b_ratio
+    rows[:, [Column.C_X0, Column.C_HIST]] = _extrapolate(gain, abar)
+    return _finish(rows, abar)
+
+
+def dpmpp_2m_sde(
+    schedule: NoiseSchedule,
+    steps: ArrayLike | Steps,
+    *,
+    prediction_type: str = "epsilon",
+    clip: float = 0.0,
+) -> Plan:
+    r"""SDE-DPM-Solver++(2M), midpoint form (Lu et al. 2022b).
+
+    The reverse SDE over a step, with D of `dpmpp_2m` for x0 and its first and last steps:
+
+        x_s = (b_s / b_t) e^-h x_t + a_s (1 - e^-2h) D + b_s sqrt(1 - e^-2h) z.
+
+    As e^-h = a_t b_s / (a_s b_t), with alpha = abar_t / abar_s and beta = 1 - alpha these are
+
+        a_s beta / (1 - abar_t) D + sqrt(alpha) (1 - abar_s) / (1 - abar_t) x_t + sqrt(beta~) z:
+
+    the rows of `ddpm`, with D for x0, which lifts the order of the spread from 1 to 2 (measured on
+    Gaussian data). diffusers names it sde-dpmsolver++, and puts 2^-24 for abar = 0.
+    """
+    rows, abar, abar_s = _begin(schedule, steps, prediction_type, clip)
+    beta = (abar_s - abar) / abar_s
+    gain = np.sqrt(abar_s) * beta / (1 - abar)
+    rows[:, Column.C_XT] = np.sqrt(abar / abar_s) * (1 - abar_s) / (1 - abar)
+    rows[:, [Column.C_X0, Column.C_HIST]] = _extrapolate(gain, abar)
+    rows[:, Column.SIGMA] = np.sqrt(beta * (1 - abar_s) / (1 - abar))
+    return _finish(rows, abar)
+
+
+def _extrapolate(gain: Table, abar: Table) -> Table:
+    """Return ``gain`` of D as coefficients (of x0, of the previous x0), [S, 2]; see `dpmpp_2m`."""
     with np.errstate(divide="ignore"):
         h = np.diff((np.log(abar) - np.log1p(-abar)) / 2)
     half_inverse_r = np.zeros_like(abar)
     half_inverse_r[1:-1] = h[1:] / (2 * h[:-1])
-    rows[:, Column.C_XT] = b_ratio
-    rows[:, Column.C_X0] = gain * (1 + half_inverse_r)
-    rows[:, Column.C_HIST] = -gain * half_inverse_r
-    return _finish(rows)
+    return np.stack([gain * (1 + half_inverse_r), -gain * half_inverse_r], -1)
 
 
-SOLVERS: dict[str, Callable[..., Plan]] = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
-DROP_LAST = ("dpmpp_2m",)
+def euler(
+    schedule: NoiseSchedule,
+    steps: ArrayLike | Steps,
+    *,
+    prediction_type: str = "epsilon",
+    clip: float = 0.0,
+    noise_alone: bool = True,
+) -> Plan:
+    r"""Euler's method for dx~/dsigma = (x~ - x0) / sigma (Karras et al. 2022, eq. 4).
+
+    There x~ = x / a = x_0 + sigma eps and sigma = b / a, so a step to sigma_s is
+
+        x~_s = x~_t + (sigma_s - sigma_t) (x~_t - x0) / sigma_t = x0 + sigma_s eps,
+
+    and times a_s it is `ddim` with eta = 0. It starts from x~_T = sigma_T z, without the signal's
+    share: x_T = b_T z. diffusers does so for linspace and trailing spacing (``noise_alone``); for
+    leading spacing from sqrt(1 + sigma_T^2) z, which is x_T = z.
+    """
+    plan = ddim(schedule, steps, prediction_type=prediction_type, clip=clip)
+    return _start_alone(plan) if noise_alone else plan
+
+
+def euler_ancestral(
+    schedule: NoiseSchedule,
+    steps: ArrayLike | Steps,
+    *,
+    prediction_type: str = "epsilon",
+    clip: float = 0.0,
+    noise_alone: bool = True,
+) -> Plan:
+    r"""Euler's method down to sigma_down, then noise up to sigma_s (Karras et al.; k-diffusion).
+
+    sigma_up^2 = sigma_s^2 (1 - sigma_s^2 / sigma_t^2) and sigma_down^2 = sigma_s^2 - sigma_up^2.
+    Times a_s^2, sigma_up^2 is (1 - abar_s) (1 - q) with q = sigma_s^2 / sigma_t^2, the variance of
+    `ddim` with eta = 1; the rest is as in `euler`, the start too.
+    """
+    plan = ddim(schedule, steps, prediction_type=prediction_type, clip=clip, eta=1.0)
+    return _start_alone(plan) if noise_alone else plan
+
+
+def _start_alone(plan: Plan) -> Plan:
+    assert plan.abar is not None  # a plan of ours
+    return replace(plan, initial=(0.0, float(np.sqrt(1 - plan.abar[0]))))
+
+
+SOLVERS: dict[str, Callable[..., Plan]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+}
+DROP_LAST = ("dpmpp_2m", "dpmpp_2m_sde")
 """Solvers whose timesteps are num_steps + 1 points less the last."""
+FRACTIONAL = ("euler", "euler_ancestral")
+"""Solvers whose networks are told timesteps as they fall, not the nearest whole ones."""
 
 
 def make_plan(
@@ -303,11 +286,14 @@ def make_plan(
     prediction_type: str,
     spacing: str = "leading",
     steps_offset: int = 0,
+    sigmas: str | None = None,
+    timesteps: ArrayLike | None = None,
     clip: float = 1.0,
     eta: float = 0.0,
     variance_type: str = "fixed_small",
     threshold: float = 0.0,
     guidance_rescale: float = 0.0,
+    guidance_interval: tuple[float, float] | None = None,
 ) -> Plan:
     """Return the plan of a named solver over ``num_steps`` timesteps of the given spacing.
 
@@ -315,17 +301,26 @@ def make_plan(
     solver:
 
     Args:
+        sigmas: karras, exponential or beta: noise levels between the ends of the spacing (of the
+            schedule, for the DPM-Solvers); None for those of the spacing itself.
+        timesteps: a list of one's own, whole or fractional, strictly decreasing within 0..T-1;
+            num_steps and steps_offset are then of no effect, nor is spacing, except that euler's
+            leading spacing starts from z.
         clip: bound of x0, 0 for none; with a threshold, the largest that it may be, at least 1.
         threshold: the quantile of |x0| that each image is clipped to and divided by, where it is
             above 1 (dynamic thresholding, Saharia et al. 2022, section 2.3: .995); 0 for none.
             diffusers names it dynamic_thresholding_ratio, and ``clip`` sample_max_value.
         guidance_rescale: how far a guided output is brought back to the deviation of its
             conditional half (Lin et al. 2023, section 3.4: .7); 0 for not at all.
+        guidance_interval: (low, high): guide where low < sigma <= high, sigma being
+            sqrt((1 - abar) / abar), and take the conditional output elsewhere (Kynkaanniemi et al.
+            2024); high may be infinite. None guides every step.
 
     Raises:
         ValueError: an argument out of its range, or one that the solver has no use for.
     """
     solve: Any = SOLVERS[arguments.one_of("solver", solver, SOLVERS)]
+    arguments.one_of("spacing", spacing, SPACINGS)
     options: dict[str, float | str] = {
         "clip": clip,
         "eta": arguments.number("eta", eta, 0, 1),
@@ -336,16 +331,21 @@ def make_plan(
             value = options.pop(name)
             if value != off:
                 raise ValueError(f"{name}={value!r}: must be {off!r}; {solver} has no such option")
-    steps = timesteps(
-        num_steps, len(schedule), spacing, steps_offset, drop_last=solver in DROP_LAST
-    )
+    if "noise_alone" in solve.__kwdefaults__:
+        options["noise_alone"] = spacing != "leading"
+    if timesteps is None:
+        steps = spaced(
+            schedule,
+            num_steps,
+            spacing,
+            steps_offset,
+            sigmas=sigmas,
+            drop_last=solver in DROP_LAST,
+            fractional=solver in FRACTIONAL,
+        )
+    elif sigmas is None:
+        steps = Steps.at(schedule, timesteps)
+    else:
+        raise ValueError(f"sigmas={sigmas!r}: must be None beside timesteps")
     plan = solve(schedule, steps, prediction_type=prediction_type, **options)
-    threshold = arguments.number("threshold", threshold, 0, 1)
-    rescale = arguments.number("guidance_rescale", guidance_rescale, 0, 1)
-    if threshold and clip < 1:
-        raise ValueError(f"clip={clip!r}: must be at least 1 beside a threshold, as its largest")
-    if not threshold and not rescale:
-        return plan
-    rows = plan.rows.copy()
-    rows[:, Column.THRESHOLD], rows[:, Column.RESCALE] = threshold, rescale
-    return Plan(rows, plan.noise_keys)
+    return adjust(plan, clip, threshold, guidance_rescale, guidance_interval)

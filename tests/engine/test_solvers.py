@@ -19,6 +19,9 @@ from flashddpm.solvers import (
     ddim,
     ddpm,
     dpmpp_2m,
+    dpmpp_2m_sde,
+    euler,
+    euler_ancestral,
     make_plan,
     noise_keys,
     timesteps,
@@ -28,6 +31,8 @@ LINEAR = NoiseSchedule.create()
 ZERO_SNR = NoiseSchedule.create(rescale_betas_zero_snr=True)
 SHORT = {"num_train_timesteps": 20, "beta_start": 0.001, "beta_end": 0.3}
 SHAPE = (1, 2, 3, 3)
+NOISY = ("ddpm", "dpmpp_2m_sde", "euler_ancestral")
+BY_EPS = ("ddim", "euler", "euler_ancestral")
 
 every_solver = pytest.mark.parametrize("solver", SOLVERS)
 every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -166,18 +171,18 @@ def cases(solver, spacing, prediction_type, clip, **options):
     As shipped, diffusers computes in float32; on float64 tables it shows what its formulas are.
     """
     config = {"prediction_type": prediction_type, "timestep_spacing": spacing}
-    if solver != "dpmpp_2m":
+    if solver not in DROP_LAST:
         config |= {"clip_sample": clip > 0, "clip_sample_range": clip or 1.0}
     settings = [({}, n, 1e-5) for n in (1, 2, 10, 50)] + [({}, 25, 1e-10)]
     settings += [({"beta_schedule": "squaredcos_cap_v2"}, n, 1e-10) for n in (1, 5)]
     settings += [({"beta_schedule": "scaled_linear", "steps_offset": 1}, 10, 1e-10)]
     settings += [(SHORT, n, 1e-10) for n in (7, 13, 20)]
-    if prediction_type != "epsilon" and solver != "dpmpp_2m":
+    if prediction_type != "epsilon" and solver not in DROP_LAST:
         settings += [({"rescale_betas_zero_snr": True}, n, 1e-7) for n in (1, 5)]
     for changes, n, tolerance in settings:
         changed = config | changes
         T = changed.get("num_train_timesteps", 1000)
-        if solver == "dpmpp_2m" and n == T and spacing != "trailing":
+        if solver in DROP_LAST and n == T and spacing != "trailing":
             continue  # repeated timesteps: refused
         if solver == "ddim" and spacing == "trailing" and T % n:
             continue  # diffusers takes t - T // n for the next timestep
@@ -270,13 +275,17 @@ def test_ddim_where_diffusers_is_wrong(spacing, n):
 
 @every_type
 @every_spacing
-def test_dpmpp_2m_is_diffusers(prediction_type, spacing):
+@pytest.mark.parametrize(
+    ("solver", "algorithm"), [("dpmpp_2m", "dpmsolver++"), ("dpmpp_2m_sde", "sde-dpmsolver++")]
+)
+def test_dpmpp_2m_is_diffusers(solver, algorithm, prediction_type, spacing):
     """diffusers casts x to float32 whatever its tables are, whence 1e-6."""
 
     def step(scheduler, out, x, z, t):
-        return scheduler.step(out, t, x).prev_sample
+        return scheduler.step(out, t, x, variance_noise=z).prev_sample
 
-    for plan, config, schedule, tolerance in cases("dpmpp_2m", spacing, prediction_type, 0.0):
+    for plan, config, schedule, tolerance in cases(solver, spacing, prediction_type, 0.0):
+        config["algorithm_type"] = algorithm
         scheduler = peer(DPMSolverMultistepScheduler, config, len(plan), schedule)
         worst = worst_difference(plan, scheduler, step)
         assert worst < max(tolerance, 1e-6), (config, len(plan))
@@ -372,9 +381,9 @@ def test_prediction_types_agree(solver, spacing, clip):
         for p in PREDICTION_TYPES
     ]
     random, hist = np.random.default_rng(1), [None] * 3
-    for i, t in enumerate(plans[0].timesteps.astype(int)):
+    for i, abar in enumerate(plans[0].abar):
         x0, eps, z = random.standard_normal((3, *SHAPE))
-        a, b = np.sqrt(LINEAR.alphas_cumprod[t]), np.sqrt(1 - LINEAR.alphas_cumprod[t])
+        a, b = np.sqrt(abar), np.sqrt(1 - abar)
         results = []
         for j, out in enumerate((eps, x0, a * eps - b * x0)):
             x_next, hist[j] = apply(plans[j].rows[i], a * x0 + b * eps, out, hist[j], z)
@@ -395,13 +404,11 @@ def test_last_step_is_x0_and_zeros_are_exact(solver, prediction_type, spacing, n
     for column in (Column.C_XT, Column.C_OUT, Column.C_HIST, Column.SIGMA):
         assert plan.rows[-1, column] == 0
     assert (plan.rows[:, Column.CLIP] == 1).all()
-    assert (plan.rows[:, Column.SIGMA] == 0).all() == (solver != "ddpm" or n == 1)
-    assert (plan.rows[:, Column.C_HIST] != 0).sum() == (
-        max(n - 2, 0) if DROP_LAST == (solver,) else 0
-    )
+    assert (plan.rows[:-1, Column.SIGMA] != 0).all() == (solver in NOISY or n == 1)
+    assert (plan.rows[:, Column.C_HIST] != 0).sum() == (max(n - 2, 0) if solver in DROP_LAST else 0)
     if prediction_type == "epsilon":
-        assert (plan.rows[:-1, Column.C_XT] == 0).all() == (solver == "ddim" or n == 1)
-    assert (plan.rows[:, Column.C_OUT] == 0).all() == (solver != "ddim" or n == 1)
+        assert (plan.rows[:-1, Column.C_XT] == 0).all() == (solver in BY_EPS or n == 1)
+    assert (plan.rows[:, Column.C_OUT] == 0).all() == (solver not in BY_EPS or n == 1)
 
 
 @every_solver
@@ -469,6 +476,8 @@ def test_dpmpp_2m_by_hand():
         ("ddim", {"clip": 1.0}),
         ("dpmpp_2m", {"clip": 0.0}),
         ("dpmpp_2m", {"clip": 0.8}),
+        ("dpmpp_2m_sde", {"clip": 0.8}),
+        ("euler_ancestral", {"clip": 0.0, "sigmas": "karras"}),
     ],
 )
 def test_reference_kernel_applies_a_plan(solver, options):
@@ -594,7 +603,7 @@ def test_bad_steps(solver, steps, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"solver": "euler"}, "solver='euler'.*ddpm, ddim, dpmpp_2m"),
+        ({"solver": "heun"}, "solver='heun'.*ddpm, ddim, dpmpp_2m"),
         ({"solver": None}, "solver=None"),
         ({"num_steps": 0}, "num_steps=0"),
         ({"num_steps": 1001}, "num_steps=1001"),
@@ -623,11 +632,15 @@ def test_bad_arguments(arguments, message):
 
 def test_make_plan_passes_every_argument():
     steps = timesteps(8, 1000, "leading", 3)
+    dropped = timesteps(8, 1000, "leading", 3, drop_last=True)
     options = {"prediction_type": "v_prediction", "clip": 1.5}
     for solver, solve, extra, at in (
         ("ddpm", ddpm, {"variance_type": "fixed_large"}, steps),
         ("ddim", ddim, {"eta": 0.3}, steps),
-        ("dpmpp_2m", dpmpp_2m, {}, timesteps(8, 1000, "leading", 3, drop_last=True)),
+        ("dpmpp_2m", dpmpp_2m, {}, dropped),
+        ("dpmpp_2m_sde", dpmpp_2m_sde, {}, dropped),
+        ("euler", euler, {}, steps),
+        ("euler_ancestral", euler_ancestral, {}, steps),
     ):
         plan = make_plan(LINEAR, solver, 8, steps_offset=3, **options, **extra)
         np.testing.assert_array_equal(plan.rows, solve(LINEAR, at, **options, **extra).rows)

@@ -1,0 +1,86 @@
+"""What a scheduler config says of sampling, as diffusers writes it."""
+
+from __future__ import annotations
+
+import pytest
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
+
+import flashddpm as fd
+from flashddpm.checkpoint import load_scheduler_config
+
+SCHEDULERS = (
+    (DDPMScheduler, {}, "ddpm"),
+    (DDIMScheduler, {}, "ddim"),
+    (DPMSolverMultistepScheduler, {}, "dpmpp_2m"),
+    (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
+    (EulerDiscreteScheduler, {}, "euler"),
+    (EulerAncestralDiscreteScheduler, {}, "euler_ancestral"),
+)
+
+
+def read(name="DDPMScheduler", **config):
+    return fd.SamplingDefaults.from_config({"_class_name": name, **config})
+
+
+@pytest.mark.parametrize(("cls", "options", "solver"), SCHEDULERS)
+def test_every_scheduler_as_saved(tmp_path, cls, options, solver):
+    """A file of the class itself, every default written out."""
+    cls(**options).save_pretrained(tmp_path)
+    defaults = fd.SamplingDefaults.from_config(load_scheduler_config(tmp_path))
+    own = solver in ("ddpm", "ddim")
+    assert defaults == fd.SamplingDefaults(
+        spacing="leading" if own else "linspace",
+        clip=1.0 if own else 0.0,
+        solver=solver,
+    )
+    assert read(cls.__name__, **options) == defaults
+    config = {"timestep_spacing": "trailing", "steps_offset": 1}
+    cls(**options, **config).save_pretrained(tmp_path)
+    defaults = fd.SamplingDefaults.from_config(load_scheduler_config(tmp_path))
+    assert (defaults.spacing, defaults.steps_offset) == ("trailing", 1)
+
+
+@pytest.mark.parametrize("kind", ["karras", "exponential", "beta"])
+@pytest.mark.parametrize("cls", [DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+def test_sigmas(tmp_path, cls, kind):
+    cls(**{f"use_{kind}_sigmas": True}).save_pretrained(tmp_path)
+    assert fd.SamplingDefaults.from_config(load_scheduler_config(tmp_path)).sigmas == kind
+    assert read(cls.__name__, **{f"use_{kind}_sigmas": None}).sigmas is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"algorithm_type": "dpmsolver"},
+        {"algorithm_type": "sde-dpmsolver"},
+        {"algorithm_type": "deis"},
+        {"algorithm_type": None},
+        {"solver_order": 3},
+        {"solver_type": "heun"},
+        {"use_lu_lambdas": True},
+        {"use_flow_sigmas": True},
+        {"use_dynamic_shifting": True},
+        {"final_sigmas_type": "sigma_min"},
+        {"lambda_min_clipped": -5.1},
+        {"interpolation_type": "log_linear"},
+        {"timestep_type": "continuous"},
+        {"sigma_min": 0.1},
+        {"sigma_max": 80.0},
+        {"use_karras_sigmas": "yes"},
+        {"use_karras_sigmas": True, "use_beta_sigmas": True},
+        {"timestep_spacing": "even"},
+        {"variance_type": "learned"},
+        {"_class_name": "PNDMScheduler"},
+        {"_class_name": 3},
+    ],
+)
+def test_what_we_have_no_rows_for_is_refused_by_name(config):
+    for name in ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler"):
+        with pytest.raises(ValueError, match=next(iter(config))):
+            fd.SamplingDefaults.from_config({"_class_name": name} | config)
