@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-
-if TYPE_CHECKING:
-    from flashddpm.sampler import Sampler
 
 app = typer.Typer(
     help="Sample and train denoising diffusion models.",
@@ -22,9 +18,6 @@ app = typer.Typer(
 )
 
 USAGE, INTERRUPTED = 2, 130
-MAX_FRAMES = 60
-MAX_SEEDS = 1_000_000
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 Option = typer.Option
 
 
@@ -41,64 +34,6 @@ def main() -> None:
 def _fail(message: str, code: int) -> NoReturn:
     print(f"flashddpm: error: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
-    """Return the seeds that the options name: "7", "1,2,5", "0:64", or one and a count.
-
-    Raises:
-        ValueError: not of that form, or another number of seeds than of images.
-    """
-    from flashddpm import arguments
-
-    if num_images is not None:
-        arguments.integer("num_images", num_images, 1)
-    if seeds is None:
-        return list(range(64 if num_images is None else num_images))
-    result: list[int] = []
-    try:
-        for part in seeds.split(","):
-            low, colon, high = part.partition(":")
-            stop = int(high) if colon else int(low) + 1
-            if stop - int(low) > MAX_SEEDS:
-                raise OverflowError
-            result += range(int(low), stop)
-    except OverflowError:
-        raise ValueError(f"seeds={seeds!r}: must be at most {MAX_SEEDS} at a time") from None
-    except ValueError:
-        raise ValueError(
-            f"seeds={seeds!r}: must be integers and ranges, such as 7 or 1,2,5 or 0:64"
-        ) from None
-    if len(result) == 1 and num_images is not None:
-        result = list(range(result[0], result[0] + num_images))
-    if num_images is not None and len(result) != num_images:
-        raise ValueError(f"seeds={seeds!r}: {len(result)} seeds for num_images={num_images}")
-    return arguments.seed_list(result)
-
-
-def parse_labels(labels: str | None, sampler: Sampler, count: int) -> list[int] | None:
-    """Return a label for each image; without the option, the classes in turn.
-
-    Raises:
-        ValueError: no number or class name, or another number of labels than 1 or ``count``.
-    """
-    classes, names = sampler.conditioning.num_classes, sampler.conditioning.class_names or ()
-    if labels is None:
-        return None if classes is None else [i % classes for i in range(count)]
-    if labels == "none":
-        return None
-    lower = [name.lower() for name in names]
-    result = []
-    for part in (part.strip() for part in labels.split(",")):
-        if part.lower() in lower:
-            result.append(lower.index(part.lower()))
-            continue
-        try:
-            result.append(int(part))
-        except ValueError:
-            known = f" or one of {', '.join(names)}" if names else ""
-            raise ValueError(f"labels: {part!r} must be a number{known}") from None
-    return result * count if len(result) == 1 else result
 
 
 @app.command()
@@ -118,12 +53,24 @@ def sample(
         Option(help="3, Boot, or 0,1,2 (one an image), or none.  [default: in turn]"),
     ] = None,
     guidance: Annotated[float, Option(help="Guidance weight w; 1 is off.")] = 1.0,
-    solver: Annotated[str, Option(help="ddim, ddpm or dpmpp_2m.")] = "ddim",
+    solver: Annotated[
+        str, Option(help="ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler or euler_ancestral.")
+    ] = "ddim",
     num_steps: Annotated[int, Option(help="Network evaluations an image.")] = 50,
     spacing: Annotated[
         str | None, Option(help="leading, linspace or trailing.  [default: the model's]")
     ] = None,
+    sigmas: Annotated[
+        str | None, Option(help="karras, exponential or beta noise levels.  [default: spacing's]")
+    ] = None,
     eta: Annotated[float, Option(help="Of ddim: 0 deterministic, 1 as noisy as ddpm.")] = 0.0,
+    variance_type: Annotated[
+        str | None,
+        Option(
+            help="Of ddpm: fixed_small, fixed_large, learned or learned_range.  "
+            "[default: the model's]"
+        ),
+    ] = None,
     clip: Annotated[
         float | None, Option(help="Bound of x0, 0 for none.  [default: model's]")
     ] = None,
@@ -137,6 +84,10 @@ def sample(
     guidance_rescale: Annotated[
         float, Option(help="From 0 to 1: brings guided outputs back to their usual deviation.")
     ] = 0.0,
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        Option(help="Guide where sigma is above the first and not above the second only."),
+    ] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
         str | None, Option(help="float32, bfloat16 or float16.  [default: by device]")
@@ -148,68 +99,50 @@ def sample(
         Path | None, Option(help="Also write the x0 previews as an animation (.gif).")
     ] = None,
 ) -> None:
-    """Draw images and write them as a labelled grid, or one by one."""
-    import flashddpm as fd
-    from flashddpm import arguments, images
+    """Draw images and write them as a labelled grid, or one by one.
 
-    if out.suffix:
-        arguments.one_of("suffix of out", out.suffix.lower(), PICTURES)
-    if trajectory is not None:
-        arguments.one_of("suffix of trajectory", trajectory.suffix.lower(), (".gif",))
-    arguments.one_of("compile", compile, ("auto", "on", "off"))
-    seed = parse_seeds(seeds, num_images)
-    folder = fd.bundled() if model_dir is None else model_dir
-    sampler = fd.Sampler.from_pretrained(
-        folder, device, dtype, backend, compile if compile == "auto" else compile == "on"
+    A folder's finished images are kept, so that the same command goes on after a kill; under
+    torchrun each process draws its share of the batches.
+    """
+    from flashddpm import cli_sample
+    from flashddpm.sharding import World
+
+    options = {
+        "guidance": guidance,
+        "solver": solver,
+        "num_steps": num_steps,
+        "spacing": spacing,
+        "sigmas": sigmas,
+        "eta": eta,
+        "variance_type": variance_type,
+        "clip": clip,
+        "threshold": threshold,
+        "guidance_rescale": guidance_rescale,
+        "guidance_interval": guidance_interval,
+    }
+    request = cli_sample.Request(
+        model_dir,
+        out,
+        num_images,
+        seeds,
+        labels,
+        device,
+        dtype,
+        backend,
+        compile,
+        batch_size,
+        trajectory,
+        options,
     )
-    label = parse_labels(labels, sampler, len(seed))
-    if sampler.shape[0] not in (1, 3):
-        raise ValueError(f"model_dir: draws {sampler.shape[0]} channels; pictures have 1 or 3")
-    if not out.suffix and len(set(seed)) != len(seed):
-        raise ValueError(f"seeds={seeds!r}: some stand twice, and a folder has one file a seed")
-    classes = sampler.conditioning.num_classes
-    columns = classes if labels is None and classes and classes <= 16 else None
-    names = sampler.conditioning.class_names
-    captions = None
-    if label is not None:
-        captions = [names[i] if names and 0 <= i < len(names) else str(i) for i in label]
-    layout: dict[str, Any] = {"columns": columns, "captions": captions}
-    frames: list[Any] = []
-
-    def keep(i: int, x0: Any) -> None:
-        if i % -(-num_steps // MAX_FRAMES) == 0 or i == num_steps - 1:
-            frames.append(images.make_grid(x0, **layout))
-
-    start = time.perf_counter()
     try:
-        x = sampler.sample(
-            seed,
-            label,
-            guidance,
-            solver,
-            num_steps,
-            spacing=spacing,
-            eta=eta,
-            clip=clip,
-            threshold=threshold,
-            guidance_rescale=guidance_rescale,
-            batch_size=batch_size if trajectory is None else len(seed),
-            progress=True,
-            on_step=None if trajectory is None else keep,
-        ).cpu()
+        line = cli_sample.run(request)
     except KeyboardInterrupt:
-        _fail("interrupted, nothing written", INTERRUPTED)
-    seconds = time.perf_counter() - start
-    if out.suffix:
-        images.save_grid(x, out, **layout)
-    else:
-        images.save_folder(x, out, seed)
-    if trajectory is not None:
-        images.save_gif(frames, trajectory)
-    print(
-        f"{len(x)} images, {num_steps} steps, {seconds:.1f} s, {len(x) / seconds:.1f} images/s, "
-        f"{sampler.device}, {sampler.backend} -> {out}"
-    )
+        if World.from_environment().rank:
+            sys.exit(INTERRUPTED)
+        written = "nothing written" if out.suffix else f"{out} keeps what is finished"
+        _fail(f"interrupted, {written}", INTERRUPTED)
+    if line:
+        print(line)
 
 
 @app.command()

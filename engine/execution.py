@@ -100,7 +100,24 @@ class Execution:
         self._compiled_lanes: set[int] = set()
         self._compiled_noise = CompiledNoise()
         self._slots: dict[tuple[int, int], Slots] = {}
-        self._captured: dict[tuple[int, int], CapturedStep] = {}
+        self._captured: dict[tuple[int, int, bool], CapturedStep] = {}
+
+    def start(self, seeds: Sequence[int], plan: Plan, image: Tensor | None = None) -> Tensor:
+        """Return what trajectories begin at, float32 [B, C, H, W]: initial[0] image + initial[1] z.
+
+        Args:
+            seeds: of z, one an image.
+            plan: whose ``initial`` it is.
+            image: float32 [B, C, H, W] on the device, None where the plan needs none.
+        """
+        z = self.draw(seeds, 0, Purpose.INITIAL)
+        if plan.initial == (0.0, 1.0):
+            return z
+        x0 = torch.zeros_like(z) if image is None else image
+        t = torch.zeros(len(seeds), dtype=torch.int64, device=self.device)
+        rows = torch.tensor([plan.initial], dtype=torch.float32, device=self.device)
+        seed = torch.tensor(seeds, device=self.device)
+        return self.ops.add_noise(x0, t, seed, t, rows, Purpose.INITIAL)
 
     def draw(self, seeds: Sequence[int], key: int, purpose: Purpose) -> Tensor:
         """Return the noise of these seeds under one key, float32 [B, C, H, W]."""
@@ -136,6 +153,57 @@ class Execution:
         assert isinstance(self.network, UNet)
         return flops_per_image(self.network, self.shape)
 
+    def service_slots(self, S: int, L: int, R: int) -> Slots:
+        """Return new buffers for S slots, L lanes and R rows of plans, the rest row included."""
+        return Slots(S, L, self.shape, R, self.dtype, self.device, self.labelled)
+
+    def bucket(self, lanes: int, most: int, compiled: bool) -> int:
+        """Return how many lanes the network runs for so many in use, of ``most`` at most.
+
+        A compiled or captured network has one shape for each power of two; otherwise as many as
+        are in use.
+        """
+        if not (compiled or self.capture):
+            return lanes
+        return min(1 << (lanes - 1).bit_length(), most)
+
+    def take_step(self, slots: Slots, L: int, compiled: bool, stats: bool) -> Tensor | None:
+        """Take one step of every slot, whatever its row, the network on the first L lanes.
+
+        Args:
+            slots: the buffers.
+            L: lanes of the bucket.
+            compiled: whether the compiled network runs.
+            stats: whether some row asks for ``sample_stats``.
+
+        Returns:
+            The network's output, or None where the step was a captured graph.
+        """
+        network = self._network(compiled)
+        if compiled:
+            self._warm(slots, network, L)
+        if self.capture:
+            self._capture(slots, network, L)()
+            return None
+        out = evaluate(slots, network, L)
+        if stats:
+            measure(slots, out, self.ops)
+        update(slots, out, self.ops, self._step_noise(slots))
+        return out
+
+    def _step_noise(self, slots: Slots) -> Tensor | None:
+        """Return the noise of all slots, each by its own row, in one call on the fused CPU path."""
+        if self.ops is not reference or self.backend == "reference":
+            return None
+        drawing = (slots.rows[slots.idx, Column.SIGMA] != 0).nonzero().flatten()
+        if not len(drawing):
+            return None
+        keys = slots.keys[slots.idx[drawing]]
+        noise = torch.empty_like(slots.x)
+        z = reference.philox(slots.seeds[drawing], keys, self.shape, Purpose.REVERSE_STEP)
+        noise[drawing] = z
+        return noise
+
     def slots(self, S: int, L: int) -> Slots:
         """Return buffers for S slots and L lanes; the same ones each time while they are kept."""
         if (S, L) not in self._slots:
@@ -151,10 +219,12 @@ class Execution:
     ) -> Iterator[Tensor | None]:
         """Take every step of the plan; yield after each, with its x0 if previews are wanted."""
         network = self._network(compiled)
+        if isinstance(self.network, UNet):
+            self.check_variance(plan, self.network.config.out_channels)
         if compiled:
-            self._warm(slots, network)
+            self._warm(slots, network, len(slots.lane_slot))
         if self.capture and not previews:
-            replay = self._capture(slots, network)
+            replay = self._capture(slots, network, len(slots.lane_slot))
             for _ in range(len(plan)):
                 replay()
                 yield None
@@ -162,11 +232,20 @@ class Execution:
         noise, stats = self._noise(slots, plan, compiled), plan.needs_stats
         for i in range(len(plan)):
             out = evaluate(slots, network)
+            self.check_variance(plan, out.shape[1])
             if stats:
                 measure(slots, out, self.ops)
             x0 = _preview(slots, out, i + 1) if previews else None
             update(slots, out, self.ops, next(noise))
             yield x0
+
+    def check_variance(self, plan: Plan, channels: int) -> None:
+        """Refuse a plan that learns its variance for a network without channels for it."""
+        if plan.learns_variance and channels != 2 * self.shape[0]:
+            raise ValueError(
+                f"variance_type: must be fixed_small or fixed_large for a network that returns "
+                f"{channels} channels; a learned variance takes {2 * self.shape[0]}"
+            )
 
     def _network(self, compiled: bool) -> Network:
         if not compiled:
@@ -177,25 +256,32 @@ class Execution:
             self._compiled = torch.compile(self._predict, fullgraph=True, dynamic=False, mode=mode)
         return self._compiled
 
-    def _warm(self, slots: Slots, network: Network) -> None:
+    def _warm(self, slots: Slots, network: Network, L: int) -> None:
         """Compile for this number of lanes, if it is new: Dynamo by itself stops at 8."""
-        lanes = len(slots.lane_slot)
-        if lanes not in self._compiled_lanes:
+        if L not in self._compiled_lanes:
             with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES):
-                evaluate(slots, network)
-            self._compiled_lanes.add(lanes)
+                evaluate(slots, network, L)
+            self._compiled_lanes.add(L)
 
-    def _capture(self, slots: Slots, network: Network) -> CapturedStep:
-        """Return the captured step of these buffers; captured with every slot at rest."""
-        key = (len(slots.idx), len(slots.lane_slot))
+    def _capture(self, slots: Slots, network: Network, L: int) -> CapturedStep:
+        """Return the captured step of these buffers; captured with every slot at rest.
+
+        A captured step holds on to its buffers, so theirs is no other's identity while it lives.
+        """
+        key = (id(slots), L, slots.fractional)
         if key not in self._captured:
             idx = slots.idx.clone()
             slots.idx.zero_()
             self._captured[key] = CapturedStep(
-                lambda: step(slots, network, self.ops), self.device, self._pool
+                lambda: step(slots, network, self.ops, L), self.device, self._pool
             )
             slots.idx.copy_(idx)
         return self._captured[key]
+
+    def forget(self, slots: Slots) -> None:
+        """Let go of the graphs of these buffers."""
+        for key in [key for key in self._captured if key[0] == id(slots)]:
+            del self._captured[key]
 
     def _noise(self, slots: Slots, plan: Plan, compiled: bool) -> Iterator[Tensor | None]:
         """Yield each step's noise, drawn for many steps in one call on the fused CPU path.
@@ -236,11 +322,12 @@ class Execution:
 def _preview(slots: Slots, out: Tensor, row: int) -> Tensor:
     """Return the x0 that the slots, all on one row, predict from their output."""
     numbers = slots.rows[row].tolist()
+    out = out[:, : slots.x.shape[1]]
     cond = out[slots.lane_cond.long()].float()
     o = reference.combine(cond, out[slots.lane_uncond.clamp(min=0).long()], slots.guidance)
     if numbers[Column.RESCALE]:
         o *= slots.factors.reshape(-1, 1, 1, 1)
-    guided = (slots.lane_uncond >= 0).reshape(-1, 1, 1, 1)
+    guided = ((slots.lane_uncond >= 0) & (numbers[Column.UNGUIDED] == 0)).reshape(-1, 1, 1, 1)
     return reference.predict_x0(slots.x, torch.where(guided, o, cond), numbers, slots.bounds)
 
 
@@ -248,10 +335,11 @@ def _check_unet(unet: UNet, shape: tuple[int, int, int], conditioning: Condition
     """Refuse a U-Net that does not take these images or labels."""
     config, (C, H, W) = unet.config, shape
     multiple = 2 ** (len(config.block_out_channels) - 1)
-    if (config.in_channels, config.out_channels) != (C, C) or H % multiple or W % multiple:
+    channels = config.in_channels == C and config.out_channels in (C, 2 * C)
+    if not channels or H % multiple or W % multiple:
         raise ValueError(
             f"shape={shape}: must have {config.in_channels} channels, as many as come out "
-            f"({config.out_channels}), and sides that are multiples of {multiple}"
+            f"({config.out_channels}) or half, and sides that are multiples of {multiple}"
         )
     embeds, classes = config.num_class_embeds, conditioning.num_classes
     needed = 0 if classes is None else max(classes, (conditioning.null_label or 0) + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from os import PathLike
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flashddpm import arguments
+from flashddpm.checkpoint import write_atomic
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -99,18 +101,28 @@ def save_grid(
     grid.save(path)
 
 
-def save_folder(x: Tensor, folder: str | PathLike[str], seeds: Sequence[int]) -> None:
-    """Write each image as FOLDER/SEED.png.
+def save_folder(x: Tensor, folder: str | PathLike[str], seeds: Sequence[int]) -> int:
+    """Write each image as FOLDER/SEED.png, whole or not at all; a file that is there stays.
+
+    Returns:
+        How many were written.
 
     Raises:
-        ValueError: a seed stands twice.
+        ValueError: a seed stands twice, or another number of seeds than of images.
     """
     if len(set(seeds)) != len(seeds):
         raise ValueError("seeds: some stand twice, and a folder has one file a seed")
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
+    if len(seeds) != len(x):
+        raise ValueError(f"seeds: {len(seeds)} for {len(x)} images")
+    written = 0
     for picture, seed in zip(to_pil(x), seeds, strict=True):
-        picture.save(root / f"{seed}.png")
+        path = Path(folder) / f"{seed}.png"
+        if not path.exists():
+            content = io.BytesIO()
+            picture.save(content, "PNG")
+            write_atomic(path, content.getvalue())
+            written += 1
+    return written
 
 
 def save_gif(frames: Sequence[Image], path: str | PathLike[str], milliseconds: int = 80) -> None:

@@ -38,8 +38,8 @@ class HoistedUNet(nn.Module):
             buffer.copy_(value)
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """[L, C, H, W], int64 [L], int64 [L] or None -> [L, C, H, W]."""
-        emb = self.table[t]
+        """[L, C, H, W], int64 or float32 [L], int64 [L] or None -> [L, C or 2C, H, W]."""
+        emb = self.unet.embed_time(t) if t.is_floating_point() else self.table[t]
         if labels is not None:
             emb = emb + self.unet.class_embedding(labels)
         return self.unet.body(x_t, F.linear(F.silu(emb), self.weight, self.bias))

@@ -12,12 +12,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from flashddpm import arguments
+from flashddpm.batch import Batch, Occupant
 from flashddpm.checkpoint import (
     Conditioning,
     load_conditioning,
@@ -31,7 +32,38 @@ from flashddpm.kernels.contract import Purpose
 from flashddpm.parameterization import PREDICTION_TYPES
 from flashddpm.schedule import NoiseSchedule
 from flashddpm.slots import Slots
-from flashddpm.solvers import FIXED_VARIANCES, Plan, make_plan
+from flashddpm.solvers import Plan, make_plan
+
+
+class PlanOptions(TypedDict, total=False):
+    """What a plan may be told besides its solver and number of steps (solvers.make_plan).
+
+    Attributes:
+        spacing: "leading", "linspace" or "trailing".
+        steps_offset: added to leading timesteps.
+        sigmas: "karras", "exponential" or "beta" noise levels.
+        timesteps: a list of one's own.
+        eta: of ddim: 0 is deterministic, 1 as noisy as ddpm.
+        variance_type: of ddpm: "fixed_small", "fixed_large", or "learned" and "learned_range" for a
+            network of 2C channels.
+        clip: bound of x0, 0 for none.
+        threshold: of dynamic thresholding: the quantile of |x0| that an image is clipped to and
+            divided by, held within [1, clip]; 0 for none.
+        guidance_rescale: how far guided outputs are brought back to the deviation of their
+            conditional half, in [0, 1].
+        guidance_interval: (low, high): guide where low < sigma <= high only.
+    """
+
+    spacing: str | None
+    steps_offset: int | None
+    sigmas: str | None
+    timesteps: Sequence[float] | None
+    eta: float | None
+    variance_type: str | None
+    clip: float | None
+    threshold: float | None
+    guidance_rescale: float | None
+    guidance_interval: tuple[float, float] | None
 
 
 class Sampler:
@@ -147,11 +179,12 @@ class Sampler:
         unet = load_unet(folder, target, kind)
         config = load_scheduler_config(folder)
         size = unet.config.sample_size
-        if size is None or unet.config.in_channels != unet.config.out_channels:
+        C = unet.config.in_channels
+        if size is None or unet.config.out_channels not in (C, 2 * C):
             raise CheckpointError(
                 f"{folder}: sample_size={size}, in_channels={unet.config.in_channels}, "
                 f"out_channels={unet.config.out_channels}: must name a size, and as many "
-                "channels out as in"
+                "channels out as in, or twice as many"
             )
         H, W = (size, size) if isinstance(size, int) else size
         try:
@@ -188,61 +221,39 @@ class Sampler:
         return self.execution.draw(arguments.seed_list(seeds), key, Purpose.REVERSE_STEP)
 
     def plan(
-        self,
-        solver: str | Plan = "ddim",
-        num_steps: int = 50,
-        *,
-        spacing: str | None = None,
-        eta: float = 0.0,
-        variance_type: str | None = None,
-        clip: float | None = None,
-        threshold: float | None = None,
-        guidance_rescale: float = 0.0,
+        self, solver: str | Plan = "ddim", num_steps: int = 50, **options: Unpack[PlanOptions]
     ) -> Plan:
         """Return the rows that ``sample`` would apply; arguments are those of ``sample``."""
         if isinstance(solver, Plan):
-            given = {
-                "spacing": spacing,
-                "eta": eta or None,
-                "variance_type": variance_type,
-                "clip": clip,
-                "threshold": threshold,
-                "guidance_rescale": guidance_rescale or None,
-            }
-            for name, value in given.items():
+            for name, value in options.items():
                 if value is not None:
                     raise ValueError(f"{name}={value!r}: must not be given beside a Plan")
-            if solver.learns_variance:
-                raise ValueError("solver: the plan learns its variance; a Sampler's must be fixed")
-            t = solver.timesteps
-            if (t != t.round()).any() or t.min() < 0 or t.max() >= len(self.schedule):
+            if solver.timesteps.min() < 0 or solver.timesteps.max() > len(self.schedule) - 1:
                 raise ValueError(
-                    f"solver: the plan's timesteps must be integers in 0..{len(self.schedule) - 1}"
+                    f"solver: the plan's timesteps must be in 0..{len(self.schedule) - 1}"
                 )
             return solver
+        given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
         defaults = self.defaults
-        if variance_type is None:
-            variance_type = defaults.variance_type if solver == "ddpm" else "fixed_small"
-        arguments.one_of("variance_type", variance_type, FIXED_VARIANCES)
-        if threshold is not None:
-            threshold = arguments.number("threshold", threshold, 0, 1)
-        if threshold and clip is None and defaults.clip <= 1:
-            raise ValueError(
-                f"threshold={threshold!r}: needs clip, the largest threshold, above 1, such "
-                f"as 2; the model's own clip={defaults.clip:g} would leave plain clipping"
-            )
+        if given.get("threshold"):
+            arguments.number("threshold", given["threshold"], 0, 1)
+            if "clip" not in given and defaults.clip <= 1:
+                raise ValueError(
+                    f"threshold={given['threshold']!r}: needs clip, the largest threshold, above "
+                    f"1, such as 2; the model's own clip={defaults.clip:g} would be plain clipping"
+                )
+        own: dict[str, Any] = {
+            "spacing": defaults.spacing,
+            "steps_offset": defaults.steps_offset,
+            "clip": defaults.clip,
+            "threshold": defaults.threshold,
+        }
+        if solver == "ddpm":
+            own["variance_type"] = defaults.variance_type
+        if solver == defaults.solver and "timesteps" not in given:
+            own["sigmas"] = defaults.sigmas
         return make_plan(
-            self.schedule,
-            solver,
-            num_steps,
-            prediction_type=self.prediction_type,
-            spacing=defaults.spacing if spacing is None else spacing,
-            steps_offset=defaults.steps_offset,
-            eta=eta,
-            variance_type=variance_type,
-            clip=defaults.clip if clip is None else clip,
-            threshold=defaults.threshold if threshold is None else threshold,
-            guidance_rescale=guidance_rescale,
+            self.schedule, solver, num_steps, prediction_type=self.prediction_type, **own | given
         )
 
     @torch.inference_mode(False)
@@ -255,15 +266,12 @@ class Sampler:
         solver: str | Plan = "ddim",
         num_steps: int = 50,
         *,
-        spacing: str | None = None,
-        eta: float = 0.0,
-        variance_type: str | None = None,
-        clip: float | None = None,
-        threshold: float | None = None,
-        guidance_rescale: float = 0.0,
+        image: Tensor | None = None,
+        strength: float | None = None,
         batch_size: int = 64,
         progress: bool = False,
         on_step: Callable[[int, Tensor], None] | None = None,
+        **options: Unpack[PlanOptions],
     ) -> Tensor:
         """Draw one image a seed.
 
@@ -272,20 +280,15 @@ class Sampler:
             labels: one label, or one for each seed; None asks for the null class.
             guidance: w of out = uncond + w (cond - uncond), one or one for each seed; 1 is off
                 and costs one network evaluation a step instead of two.
-            solver: "ddpm", "ddim", "dpmpp_2m", or a Plan of your own.
+            solver: a name of solvers.SOLVERS, or a Plan of your own.
             num_steps: 1..T; of no effect beside a Plan.
-            spacing: "leading", "linspace" or "trailing"; None is the model's own.
-            eta: of ddim: 0 is deterministic, 1 as noisy as ddpm.
-            variance_type: of ddpm: "fixed_small" or "fixed_large"; None is the model's own.
-            clip: bound of x0, 0 for none; None is the model's own.
-            threshold: of dynamic thresholding: the quantile of |x0| that an image is clipped to and
-                divided by, held within [1, clip]; 0 for none, None is the model's own.
-            guidance_rescale: how far guided outputs are brought back to the deviation of their
-                conditional half, in [0, 1].
+            image: float [N, C, H, W] or [C, H, W] in [-1, 1] to begin at (SDEdit), noised.
+            strength: in (0, 1], beside an image: the share of the steps that is taken.
             batch_size: images at a time.
             progress: show a bar.
             on_step: called after each step of each chunk with the step's number and the x0
                 predicted by it, float32 [b, C, H, W]; steps are then not captured.
+            options: of the plan (PlanOptions): None is the model's own, or none.
 
         Returns:
             float32 [N, C, H, W] in about [-1, 1], on the sampler's device.
@@ -298,16 +301,10 @@ class Sampler:
         label = self._labels(labels, len(seed))
         scale = self._guidance(guidance, len(seed), labels)
         batch = arguments.integer("batch_size", batch_size, 1)
-        plan = self.plan(
-            solver,
-            num_steps,
-            spacing=spacing,
-            eta=eta,
-            variance_type=variance_type,
-            clip=clip,
-            threshold=threshold,
-            guidance_rescale=guidance_rescale,
-        )
+        plan = self.plan(solver, num_steps, **options)
+        if strength is not None:
+            plan = plan.start(strength)
+        begin = self._image(image, len(seed), plan)
         if len(plan) > len(self.schedule):
             raise ValueError(f"solver: a plan of {len(plan)} rows; at most {len(self.schedule)}")
         batch = min(batch, len(seed))
@@ -326,12 +323,13 @@ class Sampler:
                 S, L = (batch, fixed) if padded else (count, count + sum(guided[part]))
                 slots = self.execution.slots(S, L)
                 slots.load_plan(plan)
-                slots.admit(
-                    self.execution.draw(seed[part], 0, Purpose.INITIAL),
+                self._admit(
+                    Batch(slots),
+                    self.execution.start(seed[part], plan, None if begin is None else begin[part]),
                     seed[part],
                     None if label is None else label[part],
-                    self.conditioning.null_label,
                     scale[part],
+                    len(plan),
                 )
                 steps = self.execution.run(slots, plan, compiled, on_step is not None)
                 for i, x0 in enumerate(steps):
@@ -341,6 +339,39 @@ class Sampler:
                 self._check_finite(slots, seed[part], len(plan))
                 result[part] = slots.x[:count]
         return result
+
+    def _admit(
+        self,
+        batch: Batch,
+        x: Tensor,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None,
+        guidance: Sequence[float],
+        length: int,
+    ) -> None:
+        """Start every image at row 1 of a plan of this length."""
+        for i, seed in enumerate(seeds):
+            label = None if labels is None else labels[i]
+            null = self.conditioning.null_label
+            batch.admit(Occupant(seed, label, null, guidance[i], row=1, last=length), x[i])
+        batch.upload()
+
+    def _image(self, image: Tensor | None, count: int, plan: Plan) -> Tensor | None:
+        """Return the images to begin at, float32 [count, C, H, W] on the device."""
+        if image is None:
+            if plan.needs_image:
+                raise ValueError("image=None: the plan begins at an image; give one")
+            return None
+        if not plan.needs_image:
+            raise ValueError("image: must not be given without strength, or a plan that needs one")
+        if not isinstance(image, Tensor) or not image.is_floating_point():
+            raise ValueError("image: must be a tensor of floats in [-1, 1]")
+        if image.shape not in (self.shape, (count, *self.shape)):
+            raise ValueError(
+                f"image of shape {tuple(image.shape)}: must be {self.shape} or "
+                f"{(count, *self.shape)}"
+            )
+        return image.to(self.device, torch.float32).expand(count, *self.shape)
 
     def _labels(self, labels: Any, count: int) -> list[int] | None:
         """Return the label of every image, the null class where none is asked for."""

@@ -3,12 +3,12 @@
 A batch has S slots (images) and L lanes (network evaluations): a slot owns one lane, or two when
 it is guided. All state of a trajectory is in these tensors, at addresses that never change, so
 that a captured graph stays valid whatever is put into them. A slot on row 0 rests: nothing of it
-is read or written.
+is read or written. The network runs on the first lanes only, as many as a bucket has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -18,19 +18,23 @@ from flashddpm.kernels.contract import REST, Column
 from flashddpm.solvers import Plan
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(x_t [L, C, H, W], t int64 [L], labels int64 [L] or None) -> out [L, C, H, W]."""
+"""(x_t [L, C, H, W], t int64 [L], labels int64 [L] or None) -> out [L, C, H, W].
+
+t is float32 where a plan in the batch has timesteps between the integers.
+"""
 
 
 class Slots:
-    """Buffers for S slots and L lanes of (C, H, W) images and plans of up to R - 1 rows.
+    """Buffers for S slots and L lanes of (C, H, W) images and R rows of plans, the rest row one.
 
     Attributes:
         x, hist: float32 [S, C, H, W], channels-last, rows padded to 16 elements.
         net_in: [L, C, H, W] in the network's dtype, channels-last.
-        idx, seeds: int64 [S]. guidance: float32 [S]. nonfinite: int32 [S].
-        bounds, factors: float32 [S], what ``measure`` found. lane_cond, lane_uncond: int32 [S].
-        lane_slot: int64 [L]. lane_label: int64 [L] or None.
-        rows: float32 [R, len(Column)]. timesteps, keys, next: int64 [R].
+        idx, seeds: int64 [S]. guidance, bounds, factors: float32 [S]. nonfinite: int32 [S].
+        lane_cond, lane_uncond: int32 [S]. lane_slot: int64 [L]. lane_label: int64 [L] or None.
+        lane_row, t: int64 [L], t_float: float32 [L]: of each lane in the step under way.
+        rows: float32 [R, len(Column)]. timesteps: float32 [R]. keys, next: int64 [R].
+        fractional: whether a plan that was loaded has timesteps between the integers.
     """
 
     def __init__(
@@ -57,72 +61,54 @@ class Slots:
         self.x, self.hist = state(), state()
         self.net_in = zeros(L, H, W, C, dtype=dtype).permute(0, 3, 1, 2)
         self.idx, self.seeds = zeros(S), zeros(S)
-        self.guidance = zeros(S, dtype=torch.float32)
-        self.bounds, self.factors = (torch.ones(S, device=device) for _ in range(2))
+        self.guidance, self.bounds, self.factors = zeros(3, S, dtype=torch.float32)
         self.nonfinite = zeros(S, dtype=torch.int32)
         self.lane_cond = zeros(S, dtype=torch.int32)
         self.lane_uncond = zeros(S, dtype=torch.int32) - 1
         self.lane_slot = zeros(L)
         self.lane_label = zeros(L) if labelled else None
+        self.lane_row, self.t = zeros(L), zeros(L)
+        self.t_float = zeros(L, dtype=torch.float32)
         self.rows = zeros(R, len(Column), dtype=torch.float32)
-        self.timesteps, self.keys, self.next = zeros(R), zeros(R), zeros(R)
+        self.timesteps = zeros(R, dtype=torch.float32)
+        self.keys, self.next = zeros(R), zeros(R)
+        self.fractional = False
 
-    def load_plan(self, plan: Plan) -> None:
-        """Put a plan into rows 1..len(plan); the last leads to rest."""
+    def load_plan(self, plan: Plan, start: int = 1) -> None:
+        """Put a plan into rows start..start + len(plan) - 1; the last leads to rest."""
         n = len(plan)
-        self.rows[1 : n + 1].copy_(torch.tensor(plan.rows))
-        self.timesteps[1 : n + 1].copy_(torch.tensor(plan.timesteps))
-        self.keys[1 : n + 1].copy_(torch.tensor(plan.noise_keys))
-        self.next[1:n].copy_(torch.arange(2, n + 1))
-        self.next[n] = REST
-
-    def admit(
-        self,
-        noise: Tensor,
-        seeds: Sequence[int],
-        labels: Sequence[int] | None,
-        null_label: int | None,
-        guidance: Sequence[float],
-    ) -> None:
-        """Start the first len(seeds) slots from ``noise`` at row 1; the other slots rest.
-
-        Guided slots (guidance other than 1) take a second lane each, after the first S.
-        """
-        S, n = len(self.idx), len(seeds)
-        guided = [s for s in range(n) if guidance[s] != 1]
-        lane_slot = [*range(S), *guided]
-        lane_uncond = [-1] * S
-        for lane, s in enumerate(guided, start=S):
-            lane_uncond[s] = lane
-        lane_slot += [0] * (len(self.lane_slot) - len(lane_slot))
-        self.idx.copy_(torch.tensor([1] * n + [REST] * (S - n)))
-        self.seeds[:n].copy_(torch.tensor(seeds))
-        self.guidance[:n].copy_(torch.tensor(guidance))
-        self.nonfinite.zero_()
-        self.lane_cond.copy_(torch.arange(S))
-        self.lane_uncond.copy_(torch.tensor(lane_uncond))
-        self.lane_slot.copy_(torch.tensor(lane_slot))
-        if self.lane_label is not None and labels is not None:
-            lane_label = [*labels, *[labels[0]] * (S - n)]
-            lane_label += [null_label or 0] * (len(lane_slot) - S)
-            self.lane_label.copy_(torch.tensor(lane_label))
-        self.x[:n].copy_(noise)
-        self.net_in.copy_(self.x[self.lane_slot])
+        part = slice(start, start + n)
+        self.rows[part].copy_(torch.tensor(plan.rows))
+        self.timesteps[part].copy_(torch.tensor(plan.timesteps))
+        self.keys[part].copy_(torch.tensor(plan.noise_keys))
+        self.next[part].copy_(torch.tensor([*range(start + 1, start + n), REST]))
+        self.fractional |= bool((plan.timesteps != plan.timesteps.round()).any())
 
 
-def evaluate(slots: Slots, network: Network) -> Tensor:
-    """Run the network on every lane, at the timestep of the lane's slot.
+def evaluate(slots: Slots, network: Network, L: int | None = None) -> Tensor:
+    """Run the network on the first L lanes (all by default), at the timestep of the lane's slot.
+
+    Allocates nothing besides what the network does.
 
     Raises:
-        ValueError: the network returns anything but a tensor of its input's shape.
+        ValueError: the network returns anything but a tensor of its input's shape, or of twice its
+            channels.
     """
-    t = slots.timesteps.index_select(0, slots.idx.index_select(0, slots.lane_slot))
-    out = network(slots.net_in, t, slots.lane_label)
-    if not isinstance(out, Tensor) or out.shape != slots.net_in.shape:
+    L = len(slots.net_in) if L is None else L
+    lane_row, t_float, t = slots.lane_row[:L], slots.t_float[:L], slots.t[:L]
+    torch.index_select(slots.idx, 0, slots.lane_slot[:L], out=lane_row)
+    torch.index_select(slots.timesteps, 0, lane_row, out=t_float)
+    if not slots.fractional:
+        t.copy_(t_float)
+    x_t = slots.net_in[:L]
+    labels = None if slots.lane_label is None else slots.lane_label[:L]
+    out = network(x_t, t_float if slots.fractional else t, labels)
+    _, C, H, W = x_t.shape
+    if not isinstance(out, Tensor) or out.shape not in ((L, C, H, W), (L, 2 * C, H, W)):
         kind = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(
-            f"network: returned {kind} for x_t of shape {tuple(slots.net_in.shape)}; "
-            "must return a tensor of that shape (call= can unwrap or slice it)"
+            f"network: returned {kind} for x_t of shape {tuple(x_t.shape)}; must return a tensor "
+            "of that shape, or of twice its channels (call= can unwrap or slice it)"
         )
     return out
 
@@ -148,7 +134,7 @@ def update(slots: Slots, out: Tensor, ops: ModuleType, noise: Tensor | None = No
     ops.denoise_step(
         slots.x,
         slots.hist,
-        slots.net_in,
+        slots.net_in[: len(out)],
         slots.nonfinite,
         out,
         slots.idx,
@@ -166,8 +152,8 @@ def update(slots: Slots, out: Tensor, ops: ModuleType, noise: Tensor | None = No
     ops.advance(slots.idx, slots.next)
 
 
-def step(slots: Slots, network: Network, ops: ModuleType) -> None:
+def step(slots: Slots, network: Network, ops: ModuleType, L: int | None = None) -> None:
     """The whole reverse step of every slot, for any plan: what a graph captures."""
-    out = evaluate(slots, network)
+    out = evaluate(slots, network, L)
     measure(slots, out, ops)
     update(slots, out, ops)

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,10 @@ def test_colour_and_files(tmp_path):
     images.save_folder(x, tmp_path / "folder", [7, -2])
     assert sorted(f.name for f in (tmp_path / "folder").iterdir()) == ["-2.png", "7.png"]
     assert Image.open(tmp_path / "folder" / "7.png").size == (4, 4)
+    (tmp_path / "folder" / "7.png").write_bytes(b"there before")
+    assert images.save_folder(x, tmp_path / "folder", [7, 8]) == 1
+    assert (tmp_path / "folder" / "7.png").read_bytes() == b"there before"
+    assert Image.open(tmp_path / "folder" / "8.png").size == (4, 4)
     frames = [fd.make_grid(torch.full((1, 1, 4, 4), v)) for v in (-1.0, 0.0, 1.0)]
     images.save_gif(frames, tmp_path / "t.gif")
     assert Image.open(tmp_path / "t.gif").n_frames == 3
@@ -51,7 +57,20 @@ def test_more_bad_pictures_are_refused(tmp_path):
             fd.make_grid(torch.zeros(2, 1, 4, 4), **arguments)
     with pytest.raises(ValueError, match="seeds: some stand twice"):
         images.save_folder(torch.zeros(2, 1, 4, 4), tmp_path / "f", [7, 7])
+    with pytest.raises(ValueError, match="seeds: 1 for 2 images"):
+        images.save_folder(torch.zeros(2, 1, 4, 4), tmp_path / "f", [7])
     assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_an_image_is_written_whole_or_not_at_all(tmp_path, monkeypatch, broken):
+    def full(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(os, broken, full)
+        images.save_folder(torch.zeros(1, 1, 4, 4), tmp_path, [7])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

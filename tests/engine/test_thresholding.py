@@ -21,7 +21,7 @@ SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpmpp_2m": DPMSolve
 SHAPE, STEPS, SEEDS = (2, 5, 7), 12, [3, 2**63, -4]
 THRESHOLD = {"threshold": 0.9, "clip": 1.6}
 
-every_solver = pytest.mark.parametrize("solver", SOLVERS)
+every_solver = pytest.mark.parametrize("solver", SCHEDULERS)
 every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 
 
@@ -288,7 +288,7 @@ def test_what_a_scheduler_config_says():
         ({"threshold": True, "clip": 2.0}, "threshold=True"),
         ({"guidance_rescale": 1.5}, r"guidance_rescale=1.5.*\[0, 1\]"),
         ({"guidance_rescale": -0.1}, "guidance_rescale=-0.1"),
-        ({"guidance_rescale": None}, "guidance_rescale=None"),
+        ({"guidance_rescale": "x"}, "guidance_rescale='x'"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(tiny_sampler, options, message):

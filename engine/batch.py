@@ -1,0 +1,183 @@
+"""Which slot holds what, on the host: images come and go, and one upload tells the device.
+
+The host knows where every trajectory is without asking: rows follow one another by tables that it
+wrote itself. So nothing is read back while a batch runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashddpm.kernels.contract import REST
+from flashddpm.slots import Slots
+from flashddpm.solvers import Plan
+
+
+@dataclass
+class Occupant:
+    """An image in a slot.
+
+    Attributes:
+        seed: of its noise.
+        label: of its conditional lane; null_label: of the other. Both None without labels.
+        guidance: w; with 1 it has one lane.
+        row: that it is at; last: of its plan.
+    """
+
+    seed: int
+    label: int | None
+    null_label: int | None
+    guidance: float
+    row: int
+    last: int
+
+    @property
+    def lanes(self) -> int:
+        """How many network evaluations it takes a step."""
+        return 1 if self.guidance == 1 else 2
+
+    @property
+    def remaining(self) -> int:
+        """How many steps are left."""
+        return 0 if self.row == REST else self.last - self.row + 1
+
+
+class Batch:
+    """The occupants of slots, and their lanes.
+
+    Lanes are packed without gaps, the conditional ones first, each in the order of slots, so that
+    the network runs on as few as a bucket allows. ``upload`` must follow any change before the
+    next step.
+
+    Attributes:
+        occupants: of each slot, None where it is idle.
+    """
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self.occupants: list[Occupant | None] = [None] * len(slots.idx)
+
+    def __len__(self) -> int:
+        return sum(occupant is not None for occupant in self.occupants)
+
+    @property
+    def lanes(self) -> int:
+        """Lanes in use."""
+        return sum(occupant.lanes for occupant in self.occupants if occupant)
+
+    def fits(self, lanes: int) -> bool:
+        """Return whether an image of one or two lanes finds a slot."""
+        return None in self.occupants and self.lanes + lanes <= len(self.slots.lane_slot)
+
+    def admit(self, occupant: Occupant, x: Tensor) -> int:
+        """Put an image into the first idle slot, started from x [C, H, W]; return the slot."""
+        slot = self.occupants.index(None)
+        self.slots.x[slot].copy_(x)
+        self.slots.nonfinite[slot] = 0
+        self.occupants[slot] = occupant  # last, so that the slot is idle if anything raised
+        return slot
+
+    def retire(self, slot: int) -> None:
+        """Empty a slot, finished or not."""
+        self.occupants[slot] = None
+
+    def clear(self) -> None:
+        """Empty every slot."""
+        self.occupants = [None] * len(self.occupants)
+
+    def upload(self) -> None:
+        """Tell the device who is where, and give every lane its image."""
+        slots, S = self.slots, len(self.occupants)
+        idx, seeds, guidance = [REST] * S, [0] * S, [1.0] * S
+        cond, uncond = [0] * S, [-1] * S
+        present = [(s, o) for s, o in enumerate(self.occupants) if o is not None]
+        guided = [(s, o) for s, o in present if o.lanes == 2]
+        for lane, (s, o) in enumerate(present):
+            idx[s], seeds[s], guidance[s], cond[s] = o.row, o.seed, o.guidance, lane
+        for lane, (s, _) in enumerate(guided, start=len(present)):
+            uncond[s] = lane
+        lane_slot = [s for s, _ in (*present, *guided)]
+        lane_label = [o.label or 0 for _, o in present] + [o.null_label or 0 for _, o in guided]
+        spare = len(slots.lane_slot) - len(lane_slot)
+        for buffer, values in (
+            (slots.idx, idx),
+            (slots.seeds, seeds),
+            (slots.guidance, guidance),
+            (slots.lane_cond, cond),
+            (slots.lane_uncond, uncond),
+            (slots.lane_slot, lane_slot + [0] * spare),
+            *([] if slots.lane_label is None else [(slots.lane_label, lane_label + [0] * spare)]),
+        ):
+            buffer.copy_(torch.tensor(values, dtype=buffer.dtype))
+        slots.net_in.copy_(slots.x.index_select(0, slots.lane_slot))
+
+    def advance(self) -> list[int]:
+        """Move every occupant by one row, as the step just did; return slots that are finished."""
+        done = []
+        for s, o in enumerate(self.occupants):
+            if o is not None and o.row != REST:
+                o.row = REST if o.row == o.last else o.row + 1
+                if o.row == REST:
+                    done.append(s)
+        return done
+
+
+class PlanTable:
+    """Where plans stand in the rows of ``slots``; each once, while some image follows it.
+
+    Plans that nobody follows stay until their room is needed.
+    """
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self._plans: dict[bytes, tuple[int, int]] = {}  # content -> start, length; oldest first
+        self._users: dict[bytes, int] = {}
+
+    @staticmethod
+    def _key(plan: Plan) -> bytes:
+        return plan.rows.tobytes() + plan.noise_keys.tobytes()
+
+    def acquire(self, plan: Plan) -> int | None:
+        """Return the plan's first row, put there if it is new; None if there is no room now.
+
+        Raises:
+            ValueError: the plan is longer than the whole table.
+        """
+        room = len(self.slots.rows) - 1
+        if len(plan) > room:
+            raise ValueError(f"plan of {len(plan)} rows: must be at most {room}")
+        key = self._key(plan)
+        if key not in self._plans:
+            start = self._place(len(plan))
+            if start is None:
+                return None
+            self.slots.load_plan(plan, start)
+            self._plans[key] = (start, len(plan))
+        self._plans[key] = self._plans.pop(key)  # the newest now
+        self._users[key] = self._users.get(key, 0) + 1
+        return self._plans[key][0]
+
+    def release(self, plan: Plan) -> None:
+        """Say that one image less follows the plan."""
+        key = self._key(plan)
+        self._users[key] -= 1
+        if not self._users[key]:
+            del self._users[key]
+
+    def _place(self, length: int) -> int | None:
+        """Return the first row of a gap, letting go of unused plans, the oldest first."""
+        unused = [key for key in self._plans if key not in self._users]
+        while True:
+            row = 1
+            for start, count in sorted(self._plans.values()):
+                if start - row >= length:
+                    return row
+                row = start + count
+            if len(self.slots.rows) - row >= length:
+                return row
+            if not unused:
+                return None
+            del self._plans[unused.pop(0)]
