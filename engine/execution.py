@@ -219,8 +219,7 @@ class Execution:
     ) -> Iterator[Tensor | None]:
         """Take every step of the plan; yield after each, with its x0 if previews are wanted."""
         network = self._network(compiled)
-        if isinstance(self.network, UNet):
-            self.check_variance(plan, self.network.config.out_channels)
+        self.check_plan(plan)
         if compiled:
             self._warm(slots, network, len(slots.lane_slot))
         if self.capture and not previews:
@@ -238,6 +237,11 @@ class Execution:
             x0 = _preview(slots, out, i + 1) if previews else None
             update(slots, out, self.ops, next(noise))
             yield x0
+
+    def check_plan(self, plan: Plan) -> None:
+        """Refuse a plan that our U-Net has not the channels for; others show when they are run."""
+        if isinstance(self.network, UNet):
+            self.check_variance(plan, self.network.config.out_channels)
 
     def check_variance(self, plan: Plan, channels: int) -> None:
         """Refuse a plan that learns its variance for a network without channels for it."""

@@ -33,6 +33,7 @@ from flashddpm.parameterization import PREDICTION_TYPES
 from flashddpm.schedule import NoiseSchedule
 from flashddpm.slots import Slots
 from flashddpm.solvers import Plan, make_plan
+from flashddpm.trajectory import Trajectory, load_trajectory
 
 
 class PlanOptions(TypedDict, total=False):
@@ -297,14 +298,9 @@ class Sampler:
             ValueError: an argument that is not allowed.
             NonFiniteError: the network's output turned NaN or infinite.
         """
-        seed = arguments.seed_list(seeds)
-        label = self._labels(labels, len(seed))
-        scale = self._guidance(guidance, len(seed), labels)
         batch = arguments.integer("batch_size", batch_size, 1)
-        plan = self.plan(solver, num_steps, **options)
-        if strength is not None:
-            plan = plan.start(strength)
-        begin = self._image(image, len(seed), plan)
+        seed, label, scale = self._images(seeds, labels, guidance)
+        plan, begin = self._begin(solver, num_steps, image, strength, len(seed), options)
         if len(plan) > len(self.schedule):
             raise ValueError(f"solver: a plan of {len(plan)} rows; at most {len(self.schedule)}")
         batch = min(batch, len(seed))
@@ -339,6 +335,60 @@ class Sampler:
                 self._check_finite(slots, seed[part], len(plan))
                 result[part] = slots.x[:count]
         return result
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def trajectory(
+        self,
+        seeds: int | Iterable[int] | Tensor,
+        labels: int | Iterable[int] | Tensor | None = None,
+        guidance: float | Sequence[float] = 1.0,
+        solver: str | Plan = "ddim",
+        num_steps: int = 50,
+        *,
+        image: Tensor | None = None,
+        strength: float | None = None,
+        **options: Unpack[PlanOptions],
+    ) -> Trajectory:
+        """Begin to draw images that are stepped by hand, and can be saved on their way.
+
+        Arguments and errors are those of ``sample``; all images are one batch.
+        """
+        seed, label, scale = self._images(seeds, labels, guidance)
+        plan, begin = self._begin(solver, num_steps, image, strength, len(seed), options)
+        x = self.execution.start(seed, plan, begin)
+        return Trajectory(self, plan, x, seed, label, scale)
+
+    def resume(self, path: str | PathLike[str]) -> Trajectory:
+        """Return the trajectory that ``Trajectory.save`` wrote, to go on from.
+
+        Raises:
+            CheckpointError: no such file, or not one of images that this sampler draws.
+        """
+        return load_trajectory(self, path)
+
+    def _images(
+        self, seeds: Any, labels: Any, guidance: Any
+    ) -> tuple[list[int], list[int] | None, list[float]]:
+        """Return seed, label and guidance of every image."""
+        seed = arguments.seed_list(seeds)
+        label = self._labels(labels, len(seed))
+        return seed, label, self._guidance(guidance, len(seed), labels)
+
+    def _begin(
+        self,
+        solver: str | Plan,
+        num_steps: int,
+        image: Tensor | None,
+        strength: float | None,
+        count: int,
+        options: PlanOptions,
+    ) -> tuple[Plan, Tensor | None]:
+        """Return the plan, and the images that it begins at."""
+        plan = self.plan(solver, num_steps, **options)
+        if strength is not None:
+            plan = plan.start(strength)
+        return plan, self._image(image, count, plan)
 
     def _admit(
         self,
