@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -264,6 +265,46 @@ def kernels(
     print(card.json() if json else text(card, verbose))
     if card.faults:
         sys.exit(1)
+
+
+@app.command()
+def warm(
+    model_dir: Annotated[
+        Path | None, typer.Argument(help="A model folder; by default the bundled model.")
+    ] = None,
+    batch_size: Annotated[
+        str, Option(help="Images at a time, comma-separated: a shape is compiled for each.")
+    ] = "64",
+    guided: Annotated[bool, Option("--guided", help="With two evaluations an image.")] = False,
+    tune: Annotated[
+        bool, Option("--tune", help="Try many kernels for each operation; takes minutes.")
+    ] = False,
+    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str | None, Option(help="float32, bfloat16 or float16.  [default: by device]")
+    ] = None,
+) -> None:
+    """Compile a model ahead of its first use; later processes find the code in the user's cache."""
+    import flashddpm as fd
+    from flashddpm import arguments, caches
+
+    try:
+        sizes = [int(part) for part in batch_size.split(",")]
+    except ValueError:
+        raise ValueError(f"batch_size={batch_size!r}: must be integers, such as 1,16,64") from None
+    for size in sizes:
+        arguments.integer("batch_size", size, 1)
+    folder = fd.bundled() if model_dir is None else model_dir
+    sampler = fd.Sampler.from_pretrained(folder, device, dtype, compile=True, tune=tune)
+    if guided and sampler.conditioning.null_label is None:
+        raise ValueError("guided: must not be given for a model without a null class")
+    label = 0 if sampler.conditioning.num_classes else None
+    for size in sizes:
+        start = time.perf_counter()
+        sampler.sample(range(size), label, 2.0 if guided else 1.0, num_steps=1, batch_size=size)
+        lanes = 2 * size if guided else size
+        print(f"{lanes} evaluations at a time: {time.perf_counter() - start:.1f} s")
+    print(f"kept in {caches.folder()}")
 
 
 @app.command()

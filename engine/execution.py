@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flashddpm import arguments, kernels
+from flashddpm.caches import keep_compiled_code
 from flashddpm.checkpoint import Conditioning, mismatches
 from flashddpm.graph import CapturedStep
 from flashddpm.kernels import reference
@@ -40,6 +41,7 @@ class Execution:
         backend: "reference" or "fused".
         compile: True, False or "auto".
         capture: whether the step becomes a CUDA graph.
+        tune: whether compiling tries many kernels for each operation, for minutes.
         ops: the module whose operations a step calls.
     """
 
@@ -56,6 +58,7 @@ class Execution:
         backend: str,
         compile: bool | str,
         capture: bool | str,
+        tune: bool = False,
     ) -> None:
         arguments.one_of("backend", backend, BACKENDS)
         self.backend = "fused" if backend == "auto" else backend
@@ -81,6 +84,7 @@ class Execution:
         self.compile = compile if fused and (own or compile is True) else False
         self.capture = fused and cuda and (bool(own) if capture == "auto" else bool(capture))
         self.ops = kernels if fused and cuda else reference
+        self.tune = arguments.boolean("tune", tune)
         self.device, self.shape = device, shape
         self.num_timesteps = num_timesteps
         self.labelled = conditioning.num_classes is not None
@@ -243,6 +247,19 @@ class Execution:
         if isinstance(self.network, UNet):
             self.check_variance(plan, self.network.config.out_channels)
 
+    def check_exact(self, plan: Plan) -> None:
+        """Refuse what has no bits to promise: a network that is not compiled, or compiled twice."""
+        if self.compile is False:
+            raise ValueError(
+                f"exact=True: needs a compiled network; this sampler, with backend="
+                f"{self.backend!r} and compile=False, has none"
+            )
+        if (plan.timesteps != plan.timesteps.round()).any():
+            raise ValueError(
+                "exact=True: the plan has timesteps between the integers, for which the network "
+                "is compiled apart; must be integers"
+            )
+
     def check_variance(self, plan: Plan, channels: int) -> None:
         """Refuse a plan that learns its variance for a network without channels for it."""
         if plan.learns_variance and channels != 2 * self.shape[0]:
@@ -255,7 +272,8 @@ class Execution:
         if not compiled:
             return self._predict
         if self._compiled is None:
-            mode = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else None
+            keep_compiled_code()
+            mode = "max-autotune-no-cudagraphs" if self.tune else None
             log.info("compiling the network (%s)", mode or "default")
             self._compiled = torch.compile(self._predict, fullgraph=True, dynamic=False, mode=mode)
         return self._compiled

@@ -85,6 +85,8 @@ class Sampler:
         compile: True, False, or "auto": on CUDA always for our U-Net, on the CPU when the
             work asked for repays it, never for a foreign network.
         capture: whether the step becomes a CUDA graph; "auto" means on CUDA for our U-Net.
+        tune: compile by trying many kernels for each operation (max-autotune), which takes minutes
+            once for each shape: what is found is kept in the user's cache.
 
     Raises:
         ValueError: an argument that is not allowed.
@@ -105,6 +107,7 @@ class Sampler:
         backend: str = "auto",
         compile: bool | str = "auto",
         capture: bool | str = "auto",
+        tune: bool = False,
     ) -> None:
         if not callable(network):
             raise ValueError(f"network={network!r}: must be a module or a function")
@@ -129,6 +132,7 @@ class Sampler:
             backend=backend,
             compile=compile,
             capture=capture,
+            tune=tune,
         )
         self._lock = threading.Lock()
         self._owner: int | None = None
@@ -161,12 +165,13 @@ class Sampler:
         dtype: str | torch.dtype | None = None,
         backend: str = "auto",
         compile: bool | str = "auto",
+        tune: bool = False,
     ) -> Sampler:
         """Load a folder in diffusers' layout.
 
         Args:
             folder: with unet/, scheduler/ and, for labels, flashddpm.json.
-            device, backend, compile: as for the class.
+            device, backend, compile, tune: as for the class.
             dtype: of the network; by default bfloat16 on CUDA and float32 on the CPU.
 
         Raises:
@@ -207,6 +212,7 @@ class Sampler:
             dtype=kind,
             backend=backend,
             compile=compile,
+            tune=tune,
         )
 
     def initial_noise(self, seeds: int | Iterable[int] | Tensor) -> Tensor:
@@ -270,6 +276,7 @@ class Sampler:
         image: Tensor | None = None,
         strength: float | None = None,
         batch_size: int = 64,
+        exact: bool = False,
         progress: bool = False,
         on_step: Callable[[int, Tensor], None] | None = None,
         **options: Unpack[PlanOptions],
@@ -286,6 +293,9 @@ class Sampler:
             image: float [N, C, H, W] or [C, H, W] in [-1, 1] to begin at (SDEdit), noised.
             strength: in (0, 1], beside an image: the share of the steps that is taken.
             batch_size: images at a time.
+            exact: run the compiled network on one shape always, whatever is asked for, so that an
+                image's bits do not depend on how many others there are: at the price of a full
+                batch each time.
             progress: show a bar.
             on_step: called after each step of each chunk with the step's number and the x0
                 predicted by it, float32 [b, C, H, W]; steps are then not captured.
@@ -303,10 +313,16 @@ class Sampler:
         plan, begin = self._begin(solver, num_steps, image, strength, len(seed), options)
         if len(plan) > len(self.schedule):
             raise ValueError(f"solver: a plan of {len(plan)} rows; at most {len(self.schedule)}")
-        batch = min(batch, len(seed))
         guided = [w != 1 for w in scale]
-        fixed = 2 * batch if any(guided) else batch
-        compiled = self.execution.compiles(len(plan) * (len(seed) + sum(guided)), fixed)
+        two = any(guided)
+        if arguments.boolean("exact", exact):
+            self.execution.check_exact(plan)
+            two = self.conditioning.null_label is not None
+        else:
+            batch = min(batch, len(seed))
+        fixed = 2 * batch if two else batch
+        work = len(plan) * (len(seed) + sum(guided))
+        compiled = exact or self.execution.compiles(work, fixed)
 
         result = torch.empty(len(seed), *self.shape, device=self.device)
         chunks = range(0, len(seed), batch)

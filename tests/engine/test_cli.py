@@ -308,3 +308,17 @@ def test_kernels_needs_triton(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "flashddpm.kernels.checks.compiled", None)
     code, _, err = run("kernels", *ONE)
     assert code == 2 and "Triton is needed" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch-size", "x"), "batch_size='x': must be integers"),
+        (("--batch-size", "4,0"), "batch_size=0: must be at least 1"),
+        (("--device", "tpu"), "device='tpu'"),
+        (("nowhere",), "nowhere"),
+    ],
+)
+def test_warm_refuses_bad_input(run, options, message):
+    code, out, err = run("warm", *options)
+    assert code == 2 and message in err and not out

@@ -243,6 +243,41 @@ def test_noise_of_many_steps_is_drawn_within_the_memory_cap(tiny_sampler, monkey
     assert sizes == [12, 12]  # four steps, four steps, and the last one, which draws none
 
 
+@pytest.mark.parametrize(
+    "threads", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 5))]
+)
+def test_exact_bits_do_not_depend_on_the_others(tiny_sampler, threads):
+    """One compiled shape: alone, in a crowd, in the last chunk, guided or not.
+
+    For each number of threads; with one, torch's convolutions themselves round differently.
+    """
+    sampler = tiny_sampler(compile="auto")
+    ask = {"solver": "ddpm", "num_steps": 3, "batch_size": 4, "exact": True}
+    seeds, labels, guidance = range(7), [i % 3 for i in range(7)], [1.0, 2.0] * 3 + [1.0]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        want = sampler.sample(seeds, labels, guidance, **ask)
+        for i in (0, 1, 6):
+            alone = sampler.sample(seeds[i], labels[i], guidance[i], **ask)
+            assert torch.equal(alone[0], want[i])
+        plain = sampler.sample(seeds, labels, guidance, **ask | {"exact": False})
+        assert (plain - want).abs().max() <= 1e-3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_exact_is_refused_where_nothing_is_compiled(tiny_sampler):
+    for options in ({"compile": False}, {"backend": "reference"}):
+        sampler = tiny_sampler(**options)
+        with pytest.raises(ValueError, match="exact=True: needs a compiled network"):
+            sampler.sample(0, 0, exact=True)
+    with pytest.raises(ValueError, match="timesteps between the integers"):
+        tiny_sampler(compile="auto").sample(0, 0, exact=True, solver="euler", spacing="linspace")
+    with pytest.raises(ValueError, match="exact=1: must be true or false"):
+        tiny_sampler().sample(0, 0, exact=1)
+
+
 def test_compiled_equals_eager(tiny_sampler):
     eager, compiled = tiny_sampler(), tiny_sampler(compile=True)
     run = {"num_steps": 5, "solver": "ddpm"}
