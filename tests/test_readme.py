@@ -18,7 +18,8 @@ def test_python_examples_run(tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
         shapes.append(tuple(namespace["x"].shape))
-    assert shapes[:3] == [(20, 1, 28, 28), (3, 1, 28, 28), (4, 3, 16, 16)]
+    assert shapes[:4] == [(20, 1, 28, 28), (3, 1, 28, 28), (3, 1, 28, 28), (4, 3, 16, 16)]
+    assert namespace["y"].shape == (2, 1, 28, 28) and namespace["trajectory"].position == 3
     assert (tmp_path / "garments.png").exists()
     assert namespace["z"].shape == namespace["x_T"].shape == (2, 1, 28, 28)
     assert namespace["network"].weight.grad.abs().sum() > 0
