@@ -13,8 +13,18 @@ from flashddpm.checkpoint import Conditioning
 from flashddpm.defaults import SamplingDefaults
 from flashddpm.errors import CheckpointError, DataError, NonFiniteError
 from flashddpm.images import make_grid, save_grid, to_pil, to_uint8
+from flashddpm.request import (
+    DeadlineExceeded,
+    EngineClosed,
+    QueueFull,
+    Request,
+    RequestFailed,
+    Result,
+    Timings,
+)
 from flashddpm.sampler import Sampler
 from flashddpm.schedule import NoiseSchedule
+from flashddpm.service import Engine
 from flashddpm.solvers import Plan, make_plan
 from flashddpm.unet import UNet
 from flashddpm.unet_config import UNetConfig
@@ -25,11 +35,19 @@ __all__ = [
     "CheckpointError",
     "Conditioning",
     "DataError",
+    "DeadlineExceeded",
+    "Engine",
+    "EngineClosed",
     "NoiseSchedule",
     "NonFiniteError",
     "Plan",
+    "QueueFull",
+    "Request",
+    "RequestFailed",
+    "Result",
     "Sampler",
     "SamplingDefaults",
+    "Timings",
     "UNet",
     "UNetConfig",
     "bundled",

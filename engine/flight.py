@@ -1,0 +1,222 @@
+"""The images in flight: jobs in the slots of one batch, which step together and leave one by one.
+
+Used by one thread at a time. What fails, fails by raising; who is told is up to the caller.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashddpm.batch import Batch, Occupant, PlanTable
+from flashddpm.execution import Execution
+from flashddpm.kernels import reference
+from flashddpm.kernels.contract import REST, Column, Purpose
+from flashddpm.request import Job
+from flashddpm.slots import Slots
+
+PLAN_ROWS = 8192
+"""Rows that the table of plans has at least; more if a model has more timesteps."""
+STEPS_AHEAD = 2
+"""How many steps the host may be ahead of a GPU: enough to keep it busy, few enough that a new
+request does not wait behind a long queue of launches."""
+
+
+class Flight:
+    """A batch of jobs.
+
+    Args:
+        execution: what runs the network.
+        max_batch: slots, which is to say images at a time.
+        guided: whether an image may need two lanes.
+        num_timesteps: rows of the longest plan.
+        compiled: whether the compiled network runs.
+        one_bucket: whether the network always runs on all lanes.
+
+    Attributes:
+        jobs: by slot.
+    """
+
+    def __init__(
+        self,
+        execution: Execution,
+        max_batch: int,
+        guided: bool,
+        num_timesteps: int,
+        compiled: bool,
+        one_bucket: bool,
+    ) -> None:
+        self.execution, self.compiled = execution, compiled
+        self.max_lanes = max_batch * (2 if guided else 1)
+        rows = 1 + max(PLAN_ROWS, num_timesteps)
+        self.slots = execution.service_slots(max_batch, self.max_lanes, rows)
+        self.batch = Batch(self.slots)
+        self.table = PlanTable(self.slots)
+        self.jobs: dict[int, Job] = {}
+        self._slot_of: dict[Job, int] = {}
+        self._one_bucket = one_bucket
+        self._changed = False
+        self._channels: int | None = None  # that the network returns
+        self._pace = Pace(execution.device)
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __contains__(self, job: Job) -> bool:
+        return job in self._slot_of
+
+    @property
+    def finished(self) -> list[Job]:
+        """The jobs whose plan is at its end; they keep their slots until removed."""
+        return [job for slot, job in self.jobs.items() if self._row(slot) == REST]
+
+    @property
+    def lanes(self) -> int:
+        """How many the network runs on in the next step, spare ones included."""
+        if self._one_bucket:
+            return self.max_lanes
+        return self.execution.bucket(self.batch.lanes, self.max_lanes, self.compiled)
+
+    def reserve(self, job: Job) -> bool:
+        """Give the job's plan a place in the table; False if there is none before others leave."""
+        start = self.table.acquire(job.plan)
+        job.start = start or 0
+        return start is not None
+
+    def release(self, job: Job) -> None:
+        """Give up what `reserve` gave."""
+        self.table.release(job.plan)
+
+    def draw(self, jobs: Sequence[Job]) -> Tensor:
+        """Return what these jobs begin at, float32 [B, C, H, W]."""
+        x = self.execution.draw([job.seed for job in jobs], 0, Purpose.INITIAL)
+        for i, job in enumerate(jobs):
+            if job.plan.initial != (0.0, 1.0):
+                x[i] = self.execution.start([job.seed], job.plan, job.image)[0]
+        return x
+
+    def admit(self, job: Job, x: Tensor) -> None:
+        """Put a job that holds a reservation into a free slot, started from x [C, H, W]."""
+        slot = self.batch.admit(
+            Occupant(
+                seed=job.seed,
+                label=job.label,
+                null_label=job.null_label,
+                guidance=job.guidance,
+                row=job.start,
+                last=job.start + len(job.plan) - 1,
+            ),
+            x,
+        )
+        self.jobs[slot], self._slot_of[job] = job, slot
+        self._changed = True
+
+    def remove(self, job: Job) -> None:
+        """Free the job's slot and what it reserved."""
+        slot = self._slot_of.pop(job)
+        del self.jobs[slot]
+        self.batch.retire(slot)
+        self.release(job)
+        self._changed = True
+
+    def step(self) -> list[tuple[Job, Tensor]]:
+        """Take one step of every job.
+
+        Returns:
+            Each job that has an ``on_step``, with the x0 that the step predicted, float32
+            [C, H, W].
+        """
+        if self._changed:
+            self.batch.upload()
+            self._changed = False
+        jobs = self.jobs.values()
+        self.slots.fractional = any(job.fractional for job in jobs)
+        watched = [
+            (slot, self._numbers(slot), self.slots.x[slot].clone())
+            for slot, job in self.jobs.items()
+            if job.on_step is not None and self._row(slot) != REST
+        ]
+        self._pace.wait()
+        out = self.execution.take_step(
+            self.slots, self.lanes, self.compiled, any(job.needs_stats for job in jobs)
+        )
+        self._pace.mark()
+        if out is not None:
+            self._channels = out.shape[1]
+        self.batch.advance()
+        previews = []
+        for slot, row, x_t in watched:
+            assert out is not None  # the engine takes no on_step for a captured sampler
+            previews.append((self.jobs[slot], preview(self.slots, out, slot, row, x_t)))
+        return previews
+
+    def take(self, job: Job) -> tuple[Tensor, int | None]:
+        """Return a copy of the job's image, and the step that was first not finite or None.
+
+        Raises:
+            ValueError: the plan learns its variance, and the network returns none.
+        """
+        if self._channels is not None:
+            self.execution.check_variance(job.plan, self._channels)
+        slot = self._slot_of[job]
+        image = self.slots.x[slot].clone(memory_format=torch.contiguous_format)
+        row = int(self.slots.nonfinite[slot])
+        return image, row - job.start if row else None
+
+    def close(self) -> None:
+        """Let go of the graphs."""
+        self.execution.forget(self.slots)
+
+    def _row(self, slot: int) -> int:
+        occupant = self.batch.occupants[slot]
+        assert occupant is not None
+        return occupant.row
+
+    def _numbers(self, slot: int) -> list[float]:
+        """Return what the slot's next step applies, from the host's copy."""
+        job = self.jobs[slot]
+        return job.plan.rows[self._row(slot) - job.start].astype(np.float32).tolist()
+
+
+def preview(slots: Slots, out: Tensor, slot: int, row: list[float], x_t: Tensor) -> Tensor:
+    """Return the x0 that a slot's step predicted, float32 [C, H, W].
+
+    Args:
+        slots: the buffers, after the step.
+        out: the network's output in it.
+        slot: whose.
+        row: the numbers that the step applied.
+        x_t: float32 [C, H, W], the slot's state before it.
+    """
+    C = len(x_t)
+    cond, uncond = int(slots.lane_cond[slot]), int(slots.lane_uncond[slot])
+    o = out[cond, :C].float()
+    if uncond >= 0 and not row[Column.UNGUIDED]:
+        o = reference.combine(o[None], out[uncond, None, :C], slots.guidance[slot])[0]
+        if row[Column.RESCALE]:
+            o = o * slots.factors[slot]
+    return reference.predict_x0(x_t[None], o[None], row, slots.bounds[slot])[0]
+
+
+class Pace:
+    """Keeps the host at most `STEPS_AHEAD` steps ahead of a GPU; on the CPU there is no ahead."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: deque[torch.cuda.Event] = deque()
+
+    def mark(self) -> None:
+        """Note that a step was launched."""
+        if self._cuda:
+            event = torch.cuda.Event(blocking=True)
+            event.record()
+            self._marks.append(event)
+
+    def wait(self) -> None:
+        """Wait until fewer than `STEPS_AHEAD` steps are under way."""
+        while len(self._marks) >= STEPS_AHEAD:
+            self._marks.popleft().synchronize()

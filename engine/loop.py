@@ -1,0 +1,169 @@
+"""The loop of in-flight batching: admit, step, harvest.
+
+Each turn is a step boundary. Whatever raises ends the jobs that it concerns and no other: in
+admission, in ``on_step`` and in the harvest one job, in the step those that took part.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+
+from flashddpm.desk import Desk, Outcome, failure
+from flashddpm.errors import NonFiniteError
+from flashddpm.flight import Flight
+from flashddpm.request import DeadlineExceeded, Job, Result, Timings
+from flashddpm.sampler import Sampler
+
+log = logging.getLogger("flashddpm")
+
+
+class Loop:
+    """Moves jobs from the desk through the flight; used by one thread at a time.
+
+    Args:
+        desk: where jobs come from and end.
+        flight: the batch.
+        sampler: whose network; its own calls and the steps here take turns.
+        max_batch: images at a time.
+        max_failures: failed steps in a row after which it closes.
+    """
+
+    def __init__(
+        self, desk: Desk, flight: Flight, sampler: Sampler, max_batch: int, max_failures: int
+    ) -> None:
+        self.desk, self.flight, self.sampler = desk, flight, sampler
+        self.max_batch, self.max_failures = max_batch, max_failures
+        self._failures = 0
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def turn(self) -> bool:
+        """Admit, step and harvest, once; return whether work is left."""
+        self._drop_unwanted()
+        self._admit()
+        if self.flight:
+            self._step()
+            self._harvest()
+        return self.desk.busy
+
+    def run(self) -> None:
+        """Turn until the desk accepts no more and nothing is open; no future stays unresolved."""
+        cause: BaseException | None = None
+        try:
+            device = self.sampler.device
+            if device.type == "cuda" and device.index is not None:
+                torch.cuda.set_device(device)  # a new thread begins at the first
+            while self.desk.wait_for_work():
+                self.turn()
+        except BaseException as error:  # whatever it is, nobody may wait for ever
+            log.exception("the engine closes")
+            cause = error
+        finally:
+            self.close(cause)
+
+    def close(self, cause: BaseException | None) -> None:
+        """Fail what is open and let go of the graphs."""
+        self.desk.close(cause)
+        self.flight.close()
+
+    def _drop_unwanted(self) -> None:
+        """Let go of what is too late, waiting or in a slot, and of what was cancelled in one."""
+        now = time.monotonic()
+        late = [job for job in self.flight.jobs.values() if now >= job.deadline]
+        for job in (*self.desk.late(now), *late):
+            self._end(job, DeadlineExceeded(f"deadline={job.request.deadline}: has passed"))
+        for job in list(self.flight.jobs.values()):
+            if job.future.cancelled():
+                self._end(job, None)
+
+    def _admit(self) -> None:
+        """Put waiting jobs into free slots, in their order."""
+        entering = self._reserve(self.max_batch - len(self.flight))
+        if not entering:
+            return
+        try:
+            starts = self.flight.draw(entering)
+        except Exception as error:
+            for job in entering:
+                self.flight.release(job)
+                self._end(job, failure("admission", error))
+            return
+        for job, x in zip(entering, starts, strict=True):
+            job.admitted = time.monotonic()
+            try:
+                self.flight.admit(job, x)
+            except Exception as error:
+                self.flight.release(job)
+                self._end(job, failure("admission", error))
+
+    def _reserve(self, room: int) -> list[Job]:
+        """Take up to ``room`` jobs off the queue, while the table has room for their plans."""
+        entering: list[Job] = []
+        while len(entering) < room and (job := self.desk.first()):
+            try:
+                if not self.flight.reserve(job):
+                    break  # the first waits for rows, and those behind it for their turn
+            except Exception as error:
+                self._end(job, failure("admission", error))
+                continue
+            if self.desk.withdraw(job):
+                entering.append(job)
+            else:  # cancelled just now
+                self.flight.release(job)
+        return entering
+
+    def _step(self) -> None:
+        """Take one step of all slots, and show what it predicts to those who asked."""
+        began, occupancy = time.monotonic(), len(self.flight) / self.max_batch
+        problem: BaseException | None = None
+        with self.sampler._exclusive():
+            try:
+                previews = self.flight.step()
+            except BaseException as error:
+                problem = error
+        if problem is not None:
+            self._fail_step(problem)
+            if isinstance(problem, Exception):
+                return
+            raise problem
+        self._failures = 0
+        self.desk.count_step(time.monotonic() - began, occupancy)
+        for job, x0 in previews:
+            try:
+                assert job.on_step is not None
+                job.on_step(x0)
+            except Exception as error:
+                self._end(job, failure("on_step", error))
+
+    def _fail_step(self, error: BaseException) -> None:
+        """Fail every image of the batch, whose state is lost; close after too many in a row."""
+        log.warning("a step of %d images failed: %r", len(self.flight), error)
+        for job in list(self.flight.jobs.values()):
+            self._end(job, failure("step", error))
+        self._failures += 1
+        if self._failures >= self.max_failures:
+            self.close(error)
+
+    def _harvest(self) -> None:
+        """Hand out the images that are finished."""
+        for job in self.flight.finished:
+            try:
+                image, broken = self.flight.take(job)
+            except Exception as error:
+                self._end(job, failure("harvest", error))
+                continue
+            if broken is not None:
+                self._end(job, NonFiniteError(job.seed, broken, len(job.plan)))
+                continue
+            now = time.monotonic()
+            timings = Timings(job.admitted - job.submitted, now - job.admitted)
+            self._end(job, Result(image, job.request, timings))
+
+    def _end(self, job: Job, outcome: Outcome) -> None:
+        """Free what the job holds and resolve its future."""
+        if job in self.flight:
+            self.flight.remove(job)
+        self.desk.end(job, outcome)
