@@ -102,6 +102,7 @@ class Execution:
         log.info("runs on %s in %s, %s backend", device, self.dtype, self.backend)
         self._compiled: Network | None = None
         self._compiled_lanes: set[int] = set()
+        self._exact_lanes: set[int] = set()
         self._compiled_noise = CompiledNoise()
         self._slots: dict[tuple[int, int], Slots] = {}
         self._captured: dict[tuple[int, int, bool], CapturedStep] = {}
@@ -259,6 +260,26 @@ class Execution:
                 "exact=True: the plan has timesteps between the integers, for which the network "
                 "is compiled apart; must be integers"
             )
+
+    def prove_exact(self, L: int) -> None:
+        """Refuse exact mode where the compiled network's bits depend on the lane: try, once.
+
+        They do on the CPU for some odd sizes, where loops over the whole batch end in tails that
+        round differently.
+        """
+        if L in self._exact_lanes:
+            return
+        image = self.draw([0], 0, Purpose.INITIAL).to(self.dtype).expand(L, *self.shape)
+        t = torch.zeros(L, dtype=torch.int64, device=self.device)
+        with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES):
+            x = image.contiguous(memory_format=torch.channels_last)
+            out = self._network(True)(x, t, torch.zeros_like(t) if self.labelled else None)
+        if not torch.equal(out, out[:1].expand_as(out)):
+            raise ValueError(
+                f"exact=True: on this machine the compiled network gives other bits in other lanes "
+                f"of {L}, for images of {self.shape}; must be False"
+            )
+        self._exact_lanes.add(L)
 
     def check_variance(self, plan: Plan, channels: int) -> None:
         """Refuse a plan that learns its variance for a network without channels for it."""

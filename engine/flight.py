@@ -140,6 +140,8 @@ class Flight:
             for slot, job in self.jobs.items()
             if job.on_step is not None and self._row(slot) != REST
         ]
+        if self._one_bucket:
+            self.execution.prove_exact(self.max_lanes)
         self._pace.wait()
         out = self.execution.take_step(
             self.slots, self.lanes, self.compiled, any(job.needs_stats for job in jobs)

@@ -324,6 +324,8 @@ class Sampler:
         work = len(plan) * (len(seed) + sum(guided))
         compiled = exact or self.execution.compiles(work, fixed)
 
+        if exact:
+            self.execution.prove_exact(fixed)
         result = torch.empty(len(seed), *self.shape, device=self.device)
         chunks = range(0, len(seed), batch)
         with self._exclusive(), _bar(progress, len(chunks) * len(plan)) as bar:

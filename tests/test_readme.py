@@ -12,13 +12,14 @@ README = Path(__file__).parent.parent / "README.md"
 def test_python_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     namespace: dict = {}
     shapes = []
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
         shapes.append(tuple(namespace["x"].shape))
-    assert shapes[:4] == [(20, 1, 28, 28), (3, 1, 28, 28), (3, 1, 28, 28), (4, 3, 16, 16)]
+    assert shapes[:4] == [(20, 1, 28, 28), (3, 1, 28, 28), (3, 1, 28, 28), (3, 1, 28, 28)]
+    assert shapes[4] == (4, 3, 16, 16) and namespace["image"].shape == (1, 28, 28)
     assert namespace["y"].shape == (2, 1, 28, 28) and namespace["trajectory"].position == 3
     assert (tmp_path / "garments.png").exists()
     assert namespace["z"].shape == namespace["x_T"].shape == (2, 1, 28, 28)

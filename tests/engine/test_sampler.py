@@ -267,6 +267,20 @@ def test_exact_bits_do_not_depend_on_the_others(tiny_sampler, threads):
         torch.set_num_threads(before)
 
 
+def test_exact_is_refused_where_bits_depend_on_the_lane(tiny_sampler, monkeypatch):
+    """As the compiled network's do on the CPU for some odd sizes, in vector tails."""
+    sampler = tiny_sampler(compile="auto")
+
+    def network(x_t, t, labels):
+        return x_t * 0.5 + 1e-7 * torch.arange(len(x_t)).reshape(-1, 1, 1, 1)
+
+    monkeypatch.setattr(sampler.execution, "_network", lambda compiled: network)
+    with pytest.raises(ValueError, match=r"exact=True: on this machine .* lanes of 8"):
+        sampler.sample(0, 0, num_steps=2, batch_size=4, exact=True)
+    monkeypatch.setattr(sampler.execution, "_network", lambda compiled: lambda x, t, y: x * 0.5)
+    assert sampler.sample(0, 0, num_steps=2, batch_size=4, exact=True).isfinite().all()
+
+
 def test_exact_is_refused_where_nothing_is_compiled(tiny_sampler):
     for options in ({"compile": False}, {"backend": "reference"}):
         sampler = tiny_sampler(**options)

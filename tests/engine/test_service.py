@@ -230,6 +230,7 @@ class TestExact:
     def test_one_bucket_and_the_compiled_network(self, compiled, monkeypatch):
         taken = []
         engine = fd.Engine(compiled, 3, exact=True, threaded=False)
+        monkeypatch.setattr(compiled.execution, "prove_exact", lambda lanes: None)
         monkeypatch.setattr(
             compiled.execution,
             "take_step",
@@ -241,6 +242,19 @@ class TestExact:
         assert taken == [(6, True)] * 3
         with pytest.raises(ValueError, match="between the integers"):
             engine.submit(ask(solver="euler", timesteps=[20.5, 3.25]))
+
+    def test_a_request_fails_where_bits_depend_on_the_lane(self, compiled, monkeypatch):
+        """Tried before the first step; no image is handed out as exact that is not."""
+
+        def refuse(lanes):
+            raise ValueError(f"exact=True: other bits in other lanes of {lanes}")
+
+        monkeypatch.setattr(compiled.execution, "prove_exact", refuse)
+        engine = fd.Engine(compiled, 3, exact=True, threaded=False)
+        future = engine.submit(ask(0))
+        engine.drain()
+        with pytest.raises(fd.RequestFailed, match="other bits in other lanes of 6"):
+            future.result(0)
 
     def test_refused_where_nothing_is_compiled(self, tiny_sampler):
         for of in (make_sampler(), tiny_sampler(backend="reference"), tiny_sampler()):
