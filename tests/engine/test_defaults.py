@@ -75,7 +75,6 @@ def test_sigmas(tmp_path, cls, kind):
         {"use_karras_sigmas": "yes"},
         {"use_karras_sigmas": True, "use_beta_sigmas": True},
         {"timestep_spacing": "even"},
-        {"variance_type": "learned"},
         {"_class_name": "PNDMScheduler"},
         {"_class_name": 3},
     ],
@@ -84,3 +83,8 @@ def test_what_we_have_no_rows_for_is_refused_by_name(config):
     for name in ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler"):
         with pytest.raises(ValueError, match=next(iter(config))):
             fd.SamplingDefaults.from_config({"_class_name": name} | config)
+
+
+@pytest.mark.parametrize("kind", ["fixed_small", "fixed_large", "learned", "learned_range"])
+def test_every_variance_type_is_read(kind):
+    assert fd.SamplingDefaults.from_config({"variance_type": kind}).variance_type == kind
