@@ -101,7 +101,7 @@ class Execution:
         self._predict: Network = self._hoisted or call or _positional(network)
         log.info("runs on %s in %s, %s backend", device, self.dtype, self.backend)
         self._compiled: Network | None = None
-        self._compiled_lanes: set[int] = set()
+        self._compiled_lanes: set[tuple[int, bool]] = set()  # and whether timesteps are floats
         self._exact_lanes: set[int] = set()
         self._compiled_noise = CompiledNoise()
         self._slots: dict[tuple[int, int], Slots] = {}
@@ -133,7 +133,7 @@ class Execution:
         """Return whether to compile for this many evaluations of one image, ``lanes`` at a time."""
         if self.compile != "auto":
             return bool(self.compile)
-        return lanes in self._compiled_lanes or self.auto_compile(evaluations)[0]
+        return (lanes, False) in self._compiled_lanes or self.auto_compile(evaluations)[0]
 
     def auto_compile(self, evaluations: int) -> tuple[bool, str]:
         """Return what compile="auto" chooses for so many evaluations of one image, and why."""
@@ -225,6 +225,7 @@ class Execution:
         """Take every step of the plan; yield after each, with its x0 if previews are wanted."""
         network = self._network(compiled)
         self.check_plan(plan)
+        slots.fractional = plan.fractional
         if compiled:
             self._warm(slots, network, len(slots.lane_slot))
         if self.capture and not previews:
@@ -255,7 +256,7 @@ class Execution:
                 f"exact=True: needs a compiled network; this sampler, with backend="
                 f"{self.backend!r} and compile=False, has none"
             )
-        if (plan.timesteps != plan.timesteps.round()).any():
+        if plan.fractional:
             raise ValueError(
                 "exact=True: the plan has timesteps between the integers, for which the network "
                 "is compiled apart; must be integers"
@@ -301,10 +302,10 @@ class Execution:
 
     def _warm(self, slots: Slots, network: Network, L: int) -> None:
         """Compile for this number of lanes, if it is new: Dynamo by itself stops at 8."""
-        if L not in self._compiled_lanes:
+        if (L, slots.fractional) not in self._compiled_lanes:
             with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES):
                 evaluate(slots, network, L)
-            self._compiled_lanes.add(L)
+            self._compiled_lanes.add((L, slots.fractional))
 
     def _capture(self, slots: Slots, network: Network, L: int) -> CapturedStep:
         """Return the captured step of these buffers; captured with every slot at rest.

@@ -77,6 +77,11 @@ class Plan:
         return self.rows[:, Column.TIMESTEP]
 
     @property
+    def fractional(self) -> bool:
+        """Whether some timestep lies between the integers."""
+        return bool((self.timesteps != self.timesteps.round()).any())
+
+    @property
     def initial_scale(self) -> float:
         """What z is multiplied by at the start."""
         return self.initial[1]

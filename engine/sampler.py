@@ -324,11 +324,11 @@ class Sampler:
         work = len(plan) * (len(seed) + sum(guided))
         compiled = exact or self.execution.compiles(work, fixed)
 
-        if exact:
-            self.execution.prove_exact(fixed)
         result = torch.empty(len(seed), *self.shape, device=self.device)
         chunks = range(0, len(seed), batch)
         with self._exclusive(), _bar(progress, len(chunks) * len(plan)) as bar:
+            if exact:
+                self.execution.prove_exact(fixed)
             for start in chunks:
                 part = slice(start, start + batch)
                 count = len(seed[part])

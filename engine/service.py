@@ -231,7 +231,7 @@ class Engine:
             request=request,
             plan=plan,
             needs_stats=plan.needs_stats,
-            fractional=bool((plan.timesteps % 1).any()),
+            fractional=plan.fractional,
             seed=seeds[0],
             label=None if labels is None else labels[0],
             null_label=sampler.conditioning.null_label,

@@ -34,7 +34,7 @@ class Slots:
         lane_cond, lane_uncond: int32 [S]. lane_slot: int64 [L]. lane_label: int64 [L] or None.
         lane_row, t: int64 [L], t_float: float32 [L]: of each lane in the step under way.
         rows: float32 [R, len(Column)]. timesteps: float32 [R]. keys, next: int64 [R].
-        fractional: whether a plan that was loaded has timesteps between the integers.
+        fractional: whether the network is told float timesteps; set by who runs the plans.
     """
 
     def __init__(
@@ -82,7 +82,6 @@ class Slots:
         self.timesteps[part].copy_(torch.tensor(plan.timesteps))
         self.keys[part].copy_(torch.tensor(plan.noise_keys))
         self.next[part].copy_(torch.tensor([*range(start + 1, start + n), REST]))
-        self.fractional |= bool((plan.timesteps != plan.timesteps.round()).any())
 
 
 def evaluate(slots: Slots, network: Network, L: int | None = None) -> Tensor:

@@ -68,6 +68,7 @@ class Trajectory:
         self._compiled = self._execution.compiles(len(plan) * lanes, lanes)
         self._slots = self._execution.service_slots(len(seeds), lanes, len(plan) + 1)
         self._slots.load_plan(plan)
+        self._slots.fractional = plan.fractional
         self._slots.x.copy_(x)
         self._batch = Batch(self._slots)
         if not self.done:

@@ -134,3 +134,21 @@ def test_a_model_folders_own_sigmas_are_of_its_solver_only(epsilon_sampler):
     assert (karras.timesteps == plain.timesteps).all()  # None is the model's own
     ddim = sampler.plan("ddim", 8)
     assert (ddim.timesteps == ddim.timesteps.round()).all()
+
+
+def test_timesteps_between_the_integers_leave_nothing_behind(epsilon_sampler):
+    """The next run of the same shape gets whole timesteps, and the bits that it had before."""
+    sampler = epsilon_sampler()
+    before = sampler.sample(SEEDS, num_steps=5)
+    sampler.sample(SEEDS, solver="euler", spacing="linspace", num_steps=5)
+    assert torch.equal(sampler.sample(SEEDS, num_steps=5), before)
+    told = []
+
+    def network(x_t, t, labels):
+        told.append(t.dtype)
+        return x_t * 0.5
+
+    foreign = fd.Sampler(network, sampler.schedule, shape=(1, 8, 8), device="cpu", call=network)
+    for solver in ("ddim", "euler", "ddim"):
+        foreign.sample(SEEDS, solver=solver, spacing="linspace", num_steps=3)
+    assert told == [torch.int64] * 3 + [torch.float32] * 3 + [torch.int64] * 3
