@@ -84,6 +84,11 @@ class Slots:
         self.next[part].copy_(torch.tensor([*range(start + 1, start + n), REST]))
 
 
+def _first(lanes: Tensor, L: int) -> Tensor:
+    """Return the first L lanes; all of them without the cost of a view."""
+    return lanes if len(lanes) == L else lanes[:L]
+
+
 def evaluate(slots: Slots, network: Network, L: int | None = None) -> Tensor:
     """Run the network on the first L lanes (all by default), at the timestep of the lane's slot.
 
@@ -94,13 +99,13 @@ def evaluate(slots: Slots, network: Network, L: int | None = None) -> Tensor:
             channels.
     """
     L = len(slots.net_in) if L is None else L
-    lane_row, t_float, t = slots.lane_row[:L], slots.t_float[:L], slots.t[:L]
-    torch.index_select(slots.idx, 0, slots.lane_slot[:L], out=lane_row)
+    lane_row, t_float, t = _first(slots.lane_row, L), _first(slots.t_float, L), _first(slots.t, L)
+    torch.index_select(slots.idx, 0, _first(slots.lane_slot, L), out=lane_row)
     torch.index_select(slots.timesteps, 0, lane_row, out=t_float)
     if not slots.fractional:
         t.copy_(t_float)
-    x_t = slots.net_in[:L]
-    labels = None if slots.lane_label is None else slots.lane_label[:L]
+    x_t = _first(slots.net_in, L)
+    labels = None if slots.lane_label is None else _first(slots.lane_label, L)
     out = network(x_t, t_float if slots.fractional else t, labels)
     _, C, H, W = x_t.shape
     if not isinstance(out, Tensor) or out.shape not in ((L, C, H, W), (L, 2 * C, H, W)):
@@ -133,7 +138,7 @@ def update(slots: Slots, out: Tensor, ops: ModuleType, noise: Tensor | None = No
     ops.denoise_step(
         slots.x,
         slots.hist,
-        slots.net_in[: len(out)],
+        _first(slots.net_in, len(out)),
         slots.nonfinite,
         out,
         slots.idx,
