@@ -14,6 +14,7 @@ from torch import Tensor
 from flashddpm.kernels.contract import REST
 from flashddpm.slots import Slots
 from flashddpm.solvers import Plan
+from flashddpm.upload import fill
 
 
 @dataclass
@@ -89,30 +90,26 @@ class Batch:
         self.occupants = [None] * len(self.occupants)
 
     def upload(self) -> None:
-        """Tell the device who is where, and give every lane its image."""
+        """Tell the device who is where, in one copy, and give every lane its image."""
         slots, S = self.slots, len(self.occupants)
-        idx, seeds, guidance = [REST] * S, [0] * S, [1.0] * S
-        cond, uncond = [0] * S, [-1] * S
         present = [(s, o) for s, o in enumerate(self.occupants) if o is not None]
         guided = [(s, o) for s, o in present if o.lanes == 2]
+        host = torch.zeros_like(slots.control, device="cpu")
+        parts = {name: part.numpy() for name, part in slots.parts(host).items()}
+        parts["lane_uncond"][:] = -1
+        parts["guidance"][:S] = 1.0
         for lane, (s, o) in enumerate(present):
-            idx[s], seeds[s], guidance[s], cond[s] = o.row, o.seed, o.guidance, lane
+            parts["idx"][s], parts["seeds"][s] = o.row, o.seed
+            parts["guidance"][s], parts["lane_cond"][s] = o.guidance, lane
         for lane, (s, _) in enumerate(guided, start=len(present)):
-            uncond[s] = lane
-        lane_slot = [s for s, _ in (*present, *guided)]
-        lane_label = [o.label or 0 for _, o in present] + [o.null_label or 0 for _, o in guided]
-        spare = len(slots.lane_slot) - len(lane_slot)
-        for buffer, values in (
-            (slots.idx, idx),
-            (slots.seeds, seeds),
-            (slots.guidance, guidance),
-            (slots.lane_cond, cond),
-            (slots.lane_uncond, uncond),
-            (slots.lane_slot, lane_slot + [0] * spare),
-            *([] if slots.lane_label is None else [(slots.lane_label, lane_label + [0] * spare)]),
-        ):
-            buffer.copy_(torch.tensor(values, dtype=buffer.dtype))
-        slots.net_in.copy_(slots.x.index_select(0, slots.lane_slot))
+            parts["lane_uncond"][s] = lane
+        n = len(present) + len(guided)
+        parts["lane_slot"][:n] = [s for s, _ in (*present, *guided)]
+        if slots.lane_label is not None:
+            labels = [o.label or 0 for _, o in present] + [o.null_label or 0 for _, o in guided]
+            parts["lane_label"][:n] = labels
+        fill(slots.control, host)
+        slots.net_in[:n].copy_(slots.x.index_select(0, slots.lane_slot[:n]))
 
     def advance(self) -> list[int]:
         """Move every occupant by one row, as the step just did; return slots that are finished."""
@@ -136,10 +133,6 @@ class PlanTable:
         self._plans: dict[bytes, tuple[int, int]] = {}  # content -> start, length; oldest first
         self._users: dict[bytes, int] = {}
 
-    @staticmethod
-    def _key(plan: Plan) -> bytes:
-        return plan.rows.tobytes() + plan.noise_keys.tobytes()
-
     def acquire(self, plan: Plan) -> int | None:
         """Return the plan's first row, put there if it is new; None if there is no room now.
 
@@ -149,7 +142,7 @@ class PlanTable:
         room = len(self.slots.rows) - 1
         if len(plan) > room:
             raise ValueError(f"plan of {len(plan)} rows: must be at most {room}")
-        key = self._key(plan)
+        key = plan.content
         if key not in self._plans:
             start = self._place(len(plan))
             if start is None:
@@ -162,7 +155,7 @@ class PlanTable:
 
     def release(self, plan: Plan) -> None:
         """Say that one image less follows the plan."""
-        key = self._key(plan)
+        key = plan.content
         self._users[key] -= 1
         if not self._users[key]:
             del self._users[key]

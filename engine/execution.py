@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from contextlib import contextmanager
+from functools import cached_property, partial
+from itertools import repeat
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flashddpm import arguments, kernels
-from flashddpm.caches import keep_compiled_code
+from flashddpm import arguments, kernels, noise
 from flashddpm.checkpoint import Conditioning, mismatches
-from flashddpm.graph import CapturedStep
+from flashddpm.compilation import CompiledNetwork, repays
+from flashddpm.graph import CapturedSteps, Card, Graphs, Resting, Step
 from flashddpm.kernels import reference
-from flashddpm.kernels.contract import Column, Purpose
+from flashddpm.kernels.contract import Purpose
 from flashddpm.network import HoistedUNet, flops_per_image
 from flashddpm.noise import CompiledNoise
-from flashddpm.slots import Network, Slots, evaluate, measure, step, update
+from flashddpm.slots import Network, Slots, evaluate, measure, predicted_x0, step, update
 from flashddpm.solvers import Plan
 from flashddpm.unet import UNet
+from flashddpm.upload import send
 
 log = logging.getLogger("flashddpm")
 
 BACKENDS = ("auto", "reference", "fused")
-MAX_COMPILED_SHAPES = 128
-NOISE_BYTES = 16 << 20
-"""Most memory that noise drawn ahead may hold, on the CPU, unless one step needs more."""
-
-# compile="auto" on the CPU: compiling takes about a minute and saves about a quarter of the time
-# of eager convolutions, which run at some 20 GFLOP/s a core. Rough figures; only the order counts.
-COMPILE_SECONDS, SAVED, FLOPS_PER_CORE = 60.0, 0.25, 20e9
 
 
 class Execution:
@@ -41,7 +38,7 @@ class Execution:
         backend: "reference" or "fused".
         compile: True, False or "auto".
         capture: whether the step becomes a CUDA graph.
-        tune: whether compiling tries many kernels for each operation, for minutes.
+        compiled: the compiled network.
         ops: the module whose operations a step calls.
     """
 
@@ -59,6 +56,7 @@ class Execution:
         compile: bool | str,
         capture: bool | str,
         tune: bool = False,
+        graph_memory: int | None = None,
     ) -> None:
         arguments.one_of("backend", backend, BACKENDS)
         self.backend = "fused" if backend == "auto" else backend
@@ -84,7 +82,9 @@ class Execution:
         self.compile = compile if fused and (own or compile is True) else False
         self.capture = fused and cuda and (bool(own) if capture == "auto" else bool(capture))
         self.ops = kernels if fused and cuda else reference
-        self.tune = arguments.boolean("tune", tune)
+        if graph_memory is not None:
+            arguments.integer("graph_memory", graph_memory, 0)
+        self._graph_memory = graph_memory
         self.device, self.shape = device, shape
         self.num_timesteps = num_timesteps
         self.labelled = conditioning.num_classes is not None
@@ -100,12 +100,10 @@ class Execution:
                 self._hoisted = HoistedUNet(own, num_timesteps)
         self._predict: Network = self._hoisted or call or _positional(network)
         log.info("runs on %s in %s, %s backend", device, self.dtype, self.backend)
-        self._compiled: Network | None = None
-        self._compiled_lanes: set[tuple[int, bool]] = set()  # and whether timesteps are floats
-        self._exact_lanes: set[int] = set()
+        self.compiled = CompiledNetwork(self._predict, arguments.boolean("tune", tune))
         self._compiled_noise = CompiledNoise()
-        self._slots: dict[tuple[int, int], Slots] = {}
-        self._captured: dict[tuple[int, int, bool], CapturedStep] = {}
+        self._slots: Slots | None = None
+        self._launched = torch.cuda.Event() if device.type == "cuda" else None
 
     def start(self, seeds: Sequence[int], plan: Plan, image: Tensor | None = None) -> Tensor:
         """Return what trajectories begin at, float32 [B, C, H, W]: initial[0] image + initial[1] z.
@@ -120,20 +118,20 @@ class Execution:
             return z
         x0 = torch.zeros_like(z) if image is None else image
         t = torch.zeros(len(seeds), dtype=torch.int64, device=self.device)
-        rows = torch.tensor([plan.initial], dtype=torch.float32, device=self.device)
-        seed = torch.tensor(seeds, device=self.device)
+        rows = send(torch.tensor([plan.initial], dtype=torch.float32), self.device)
+        seed = send(torch.tensor(seeds), self.device)
         return self.ops.add_noise(x0, t, seed, t, rows, Purpose.INITIAL)
 
     def draw(self, seeds: Sequence[int], key: int, purpose: Purpose) -> Tensor:
         """Return the noise of these seeds under one key, float32 [B, C, H, W]."""
-        seed = torch.tensor(seeds, device=self.device)
+        seed = send(torch.tensor(seeds), self.device)
         return self.ops.philox(seed, torch.full_like(seed, key), self.shape, purpose)
 
     def compiles(self, evaluations: int, lanes: int) -> bool:
         """Return whether to compile for this many evaluations of one image, ``lanes`` at a time."""
         if self.compile != "auto":
             return bool(self.compile)
-        return (lanes, False) in self._compiled_lanes or self.auto_compile(evaluations)[0]
+        return (lanes, False) in self.compiled.shapes or self.auto_compile(evaluations)[0]
 
     def auto_compile(self, evaluations: int) -> tuple[bool, str]:
         """Return what compile="auto" chooses for so many evaluations of one image, and why."""
@@ -141,109 +139,148 @@ class Execution:
             return False, "a foreign network is compiled only when asked"
         if self.device.type == "cuda":
             return True, "our U-Net on CUDA is always compiled"
-        flops = evaluations * self._flops
-        seconds = flops / (FLOPS_PER_CORE * torch.get_num_threads())
-        chosen = seconds * SAVED > COMPILE_SECONDS
-        verb = "repays" if chosen else "does not repay"
-        return chosen, (
-            f"about {seconds:.0f} s of work {verb} about {COMPILE_SECONDS:.0f} s of compiling"
-        )
-
-    @cached_property
-    def _pool(self) -> Any:
-        return torch.cuda.graph_pool_handle()
+        return repays(evaluations * self._flops)
 
     @cached_property
     def _flops(self) -> int:
         assert isinstance(self.network, UNet)
         return flops_per_image(self.network, self.shape)
 
+    @cached_property
+    def _graphs(self) -> Graphs:
+        return Graphs(Card(self.device), self._graph_memory)
+
+    @property
+    def graph_bytes(self) -> int:
+        """How much memory captured steps hold."""
+        return self._graphs.bytes if self.capture else 0
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Order what one caller launches after what the last one did, on whatever stream."""
+        if self._launched is None:
+            yield
+            return
+        with torch.cuda.device(self.device):
+            self._launched.wait()
+            try:
+                yield
+            finally:
+                self._launched.record()
+
     def service_slots(self, S: int, L: int, R: int) -> Slots:
         """Return new buffers for S slots, L lanes and R rows of plans, the rest row included."""
         return Slots(S, L, self.shape, R, self.dtype, self.device, self.labelled)
 
-    def bucket(self, lanes: int, most: int, compiled: bool) -> int:
-        """Return how many lanes the network runs for so many in use, of ``most`` at most.
+    def slots(self, S: int, L: int, most: tuple[int, int]) -> Slots:
+        """Return buffers for S slots and L lanes, the same ones while they fit.
 
-        A compiled or captured network has one shape for each power of two; otherwise as many as
-        are in use.
+        Graphs hold their addresses: under capture they are made for the most that may be asked for,
+        and larger ones fit too.
         """
+        kept = self._slots
+        had = (0, 0) if kept is None else (len(kept.idx), len(kept.lane_slot))
+        if self.capture:
+            S, L = max(S, most[0], had[0]), max(L, most[1], had[1])
+        if kept is not None:
+            if had == (S, L):
+                return kept
+            self.forget(kept)
+        self._slots = self.service_slots(S, L, self.num_timesteps + 1)
+        return self._slots
+
+    def buckets(self, most: int) -> list[int]:
+        """Return the numbers of lanes that a compiled or captured network runs on, of ``most``."""
+        return [*(1 << i for i in range((most - 1).bit_length())), most]
+
+    def bucket(self, lanes: int, most: int, compiled: bool) -> int:
+        """Return how many lanes the network runs for so many in use: all of them, or a bucket."""
         if not (compiled or self.capture):
             return lanes
-        return min(1 << (lanes - 1).bit_length(), most)
+        return next(bucket for bucket in self.buckets(most) if bucket >= lanes)
 
-    def take_step(self, slots: Slots, L: int, compiled: bool, stats: bool) -> Tensor | None:
-        """Take one step of every slot, whatever its row, the network on the first L lanes.
+    def warm(self, prefixes: Sequence[Slots], compiled: bool) -> None:
+        """Compile for each of these prefixes, then capture each, the largest first.
+
+        Whatever their slots hold rests meanwhile.
+        """
+        prefixes = sorted(prefixes, key=lambda slots: -len(slots.lane_slot))
+        for slots in prefixes:
+            if compiled:
+                self.compiled.prepare(slots, fractional=False)
+            if self.capture:
+                self._graphs.warm(*self._step(slots, compiled, False))
+        for slots in prefixes:
+            self._graph(slots, compiled, False)
+
+    def take_step(
+        self, slots: Slots, compiled: bool, stats: bool, fractional: bool = False
+    ) -> Tensor:
+        """Take one step of every slot, whatever its row.
 
         Args:
-            slots: the buffers.
-            L: lanes of the bucket.
+            slots: the buffers; all their lanes are run.
             compiled: whether the compiled network runs.
             stats: whether some row asks for ``sample_stats``.
+            fractional: whether some row has a timestep between the integers.
 
         Returns:
-            The network's output, or None where the step was a captured graph.
+            The network's output, to be read before the next step.
         """
-        network = self._network(compiled)
         if compiled:
-            self._warm(slots, network, L)
-        if self.capture:
-            self._capture(slots, network, L)()
-            return None
-        out = evaluate(slots, network, L)
+            self.compiled.prepare(slots, fractional)
+        graph = self._graph(slots, compiled, fractional)
+        if graph is not None:
+            return graph()
+        out = evaluate(slots, self._network(compiled), fractional)
         if stats:
             measure(slots, out, self.ops)
-        update(slots, out, self.ops, self._step_noise(slots))
+        update(slots, out, self.ops, noise.of_rows(slots) if self._draws_ahead else None)
         return out
-
-    def _step_noise(self, slots: Slots) -> Tensor | None:
-        """Return the noise of all slots, each by its own row, in one call on the fused CPU path."""
-        if self.ops is not reference or self.backend == "reference":
-            return None
-        drawing = (slots.rows[slots.idx, Column.SIGMA] != 0).nonzero().flatten()
-        if not len(drawing):
-            return None
-        keys = slots.keys[slots.idx[drawing]]
-        noise = torch.empty_like(slots.x)
-        z = reference.philox(slots.seeds[drawing], keys, self.shape, Purpose.REVERSE_STEP)
-        noise[drawing] = z
-        return noise
-
-    def slots(self, S: int, L: int) -> Slots:
-        """Return buffers for S slots and L lanes; the same ones each time while they are kept."""
-        if (S, L) not in self._slots:
-            if not self.capture:  # nothing holds the addresses of the last ones
-                self._slots.clear()
-            self._slots[S, L] = Slots(
-                S, L, self.shape, self.num_timesteps + 1, self.dtype, self.device, self.labelled
-            )
-        return self._slots[S, L]
 
     def run(
         self, slots: Slots, plan: Plan, compiled: bool, previews: bool
     ) -> Iterator[Tensor | None]:
-        """Take every step of the plan; yield after each, with its x0 if previews are wanted."""
-        network = self._network(compiled)
+        """Take every step of the plan; yield after each, with its x0 if previews are wanted.
+
+        All slots follow the plan together, from its first row.
+        """
         self.check_plan(plan)
-        slots.fractional = plan.fractional
         if compiled:
-            self._warm(slots, network, len(slots.lane_slot))
-        if self.capture and not previews:
-            replay = self._capture(slots, network, len(slots.lane_slot))
-            for _ in range(len(plan)):
-                replay()
-                yield None
+            self.compiled.prepare(slots, plan.fractional)
+        graph = self._graph(slots, compiled, plan.fractional)
+        if graph is not None and not previews:
+            yield from self._replay(slots, plan, compiled, graph)
             return
-        noise, stats = self._noise(slots, plan, compiled), plan.needs_stats
+        network, stats = self._network(compiled), plan.needs_stats
+        drawn = self._noise(slots, plan, compiled)
+        rows = plan.rows.astype(np.float32).tolist() if previews else []
         for i in range(len(plan)):
-            out = evaluate(slots, network)
+            x_t = slots.x.clone() if previews else None
+            if graph is not None:
+                out = graph()
+            else:
+                out = evaluate(slots, network, plan.fractional)
+                if stats:
+                    measure(slots, out, self.ops)
+                update(slots, out, self.ops, next(drawn))
             if i == 0:
                 self.check_variance(plan, out.shape[1])
-            if stats:
-                measure(slots, out, self.ops)
-            x0 = _preview(slots, out, i + 1) if previews else None
-            update(slots, out, self.ops, next(noise))
-            yield x0
+            yield None if x_t is None else predicted_x0(slots, out, x_t, rows[i])
+
+    def _replay(
+        self, slots: Slots, plan: Plan, compiled: bool, one: CapturedSteps
+    ) -> Iterator[None]:
+        """Take every step of the plan, as many in a graph as pay."""
+        many = self._graphs.best(*self._step(slots, compiled, plan.fractional)) or one
+        left = len(plan)
+        while left:
+            graph = many if left >= many.count else one
+            out = graph()
+            if left == len(plan):
+                self.check_variance(plan, out.shape[1])
+            left -= graph.count
+            yield from [None] * graph.count
 
     def check_plan(self, plan: Plan) -> None:
         """Refuse a plan that our U-Net has not the channels for; others show when they are run."""
@@ -264,24 +301,9 @@ class Execution:
             )
 
     def prove_exact(self, L: int) -> None:
-        """Refuse exact mode where the compiled network's bits depend on the lane: try, once.
-
-        They do on the CPU for some odd sizes, where loops over the whole batch end in tails that
-        round differently.
-        """
-        if L in self._exact_lanes:
-            return
-        image = self.draw([0], 0, Purpose.INITIAL).to(self.dtype).expand(L, *self.shape)
-        t = torch.zeros(L, dtype=torch.int64, device=self.device)
-        with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES):
-            x = image.contiguous(memory_format=torch.channels_last)
-            out = self._network(True)(x, t, torch.zeros_like(t) if self.labelled else None)
-        if not torch.equal(out, out[:1].expand_as(out)):
-            raise ValueError(
-                f"exact=True: on this machine the compiled network gives other bits in other lanes "
-                f"of {L}, for images of {self.shape}; must be False"
-            )
-        self._exact_lanes.add(L)
+        """Refuse exact mode where the compiled network's bits depend on the lane: try, once."""
+        image = self.draw([0], 0, Purpose.INITIAL).to(self.dtype)
+        self.compiled.prove_exact(image, L, self.labelled)
 
     def check_variance(self, plan: Plan, channels: int) -> None:
         """Refuse a plan that learns its variance for a network without channels for it."""
@@ -292,65 +314,40 @@ class Execution:
             )
 
     def _network(self, compiled: bool) -> Network:
-        if not compiled:
-            return self._predict
-        if self._compiled is None:
-            keep_compiled_code()
-            mode = "max-autotune-no-cudagraphs" if self.tune else None
-            log.info("compiling the network (%s)", mode or "default")
-            self._compiled = torch.compile(self._predict, fullgraph=True, dynamic=False, mode=mode)
-        return self._compiled
+        return self.compiled.network if compiled else self._predict
 
-    def _warm(self, slots: Slots, network: Network, L: int) -> None:
-        """Compile for this number of lanes, if it is new: Dynamo by itself stops at 8."""
-        if (L, slots.fractional) not in self._compiled_lanes:
-            with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES):
-                evaluate(slots, network, L)
-            self._compiled_lanes.add((L, slots.fractional))
+    def _step(
+        self, slots: Slots, compiled: bool, fractional: bool
+    ) -> tuple[tuple[Any, ...], Resting]:
+        """Return the key of these buffers' step among the graphs, and what makes it harmless.
 
-    def _capture(self, slots: Slots, network: Network, L: int) -> CapturedStep:
-        """Return the captured step of these buffers; captured with every slot at rest.
-
-        A captured step holds on to its buffers, so theirs is no other's identity while it lives.
+        A graph holds on to its buffers, so theirs is no other's identity while it lives.
         """
-        key = (id(slots), L, slots.fractional)
-        if key not in self._captured:
-            idx = slots.idx.clone()
-            slots.idx.zero_()
-            self._captured[key] = CapturedStep(
-                lambda: step(slots, network, self.ops, L), self.device, self._pool
-            )
-            slots.idx.copy_(idx)
-        return self._captured[key]
+        key = (id(slots.control), len(slots.idx), len(slots.lane_slot), compiled, fractional)
+        take = partial(step, slots, self._network(compiled), self.ops, fractional)
+        return key, partial(_at_rest, slots, take)
+
+    def _graph(self, slots: Slots, compiled: bool, fractional: bool) -> CapturedSteps | None:
+        """Return the captured step of these buffers; None where steps run one by one."""
+        if not self.capture:
+            return None
+        return self._graphs.get(*self._step(slots, compiled, fractional))
 
     def forget(self, slots: Slots) -> None:
         """Let go of the graphs of these buffers."""
-        for key in [key for key in self._captured if key[0] == id(slots)]:
-            del self._captured[key]
+        if self.capture:
+            self._graphs.forget(lambda key: key[0] == id(slots.control))
+
+    @property
+    def _draws_ahead(self) -> bool:
+        """Whether noise is drawn before the step: on the CPU's fast path."""
+        return self.ops is reference and self.backend != "reference"
 
     def _noise(self, slots: Slots, plan: Plan, compiled: bool) -> Iterator[Tensor | None]:
-        """Yield each step's noise, drawn for many steps in one call on the fused CPU path.
-
-        None where the step draws its own, or none.
-        """
-        S, n = len(slots.idx), len(plan)
-        if self.ops is not reference or self.backend == "reference":
-            yield from [None] * n
-            return
-        draw = self._compiled_noise if compiled else reference.philox
-        many = max(1, NOISE_BYTES // (4 * slots.x.numel()))
-        for start in range(0, n, many):
-            keys = torch.tensor(plan.noise_keys[start : start + many])
-            if not plan.rows[start : start + many, Column.SIGMA].any():
-                yield from [None] * len(keys)
-                continue
-            z = draw(
-                slots.seeds.repeat(len(keys)),
-                keys.repeat_interleave(S),
-                self.shape,
-                Purpose.REVERSE_STEP,
-            )
-            yield from z.unflatten(0, (len(keys), S))
+        """Yield each step's noise; None where the step draws its own, or none."""
+        if self._draws_ahead:
+            return noise.ahead(slots, plan, self._compiled_noise if compiled else reference.philox)
+        return repeat(None)
 
     def update_weights(self, state: dict[str, Tensor]) -> None:
         """Copy weights into our U-Net and derive again what depends on them, all in place."""
@@ -364,16 +361,15 @@ class Execution:
             self._hoisted.refresh()
 
 
-def _preview(slots: Slots, out: Tensor, row: int) -> Tensor:
-    """Return the x0 that the slots, all on one row, predict from their output."""
-    numbers = slots.rows[row].tolist()
-    out = out[:, : slots.x.shape[1]]
-    cond = out[slots.lane_cond.long()].float()
-    o = reference.combine(cond, out[slots.lane_uncond.clamp(min=0).long()], slots.guidance)
-    if numbers[Column.RESCALE]:
-        o *= slots.factors.reshape(-1, 1, 1, 1)
-    guided = ((slots.lane_uncond >= 0) & (numbers[Column.UNGUIDED] == 0)).reshape(-1, 1, 1, 1)
-    return reference.predict_x0(slots.x, torch.where(guided, o, cond), numbers, slots.bounds)
+@contextmanager
+def _at_rest(slots: Slots, take: Step) -> Iterator[Step]:
+    """Let every slot rest, so that ``take`` leaves all state as it is."""
+    idx = slots.idx.clone()
+    slots.idx.zero_()
+    try:
+        yield take
+    finally:
+        slots.idx.copy_(idx)
 
 
 def _check_unet(unet: UNet, shape: tuple[int, int, int], conditioning: Conditioning) -> None:

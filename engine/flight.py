@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,10 +15,9 @@ from torch import Tensor
 
 from flashddpm.batch import Batch, Occupant, PlanTable
 from flashddpm.execution import Execution
-from flashddpm.kernels import reference
-from flashddpm.kernels.contract import REST, Column, Purpose
+from flashddpm.kernels.contract import REST, Purpose
 from flashddpm.request import Job
-from flashddpm.slots import Slots
+from flashddpm.slots import predicted_x0
 
 PLAN_ROWS = 8192
 """Rows that the table of plans has at least; more if a model has more timesteps."""
@@ -51,6 +51,7 @@ class Flight:
         one_bucket: bool,
     ) -> None:
         self.execution, self.compiled = execution, compiled
+        self.max_batch = max_batch
         self.max_lanes = max_batch * (2 if guided else 1)
         rows = 1 + max(PLAN_ROWS, num_timesteps)
         self.slots = execution.service_slots(max_batch, self.max_lanes, rows)
@@ -80,6 +81,13 @@ class Flight:
         if self._one_bucket:
             return self.max_lanes
         return self.execution.bucket(self.batch.lanes, self.max_lanes, self.compiled)
+
+    def warm(self) -> None:
+        """Make ready for every number of lanes that the network may run on."""
+        most = self.max_lanes
+        buckets = [most] if self._one_bucket else self.execution.buckets(most)
+        prefixes = [self.slots.prefix(self.max_batch, L) for L in buckets]
+        self.execution.warm(prefixes, self.compiled)
 
     def reserve(self, job: Job) -> bool:
         """Give the job's plan a place in the table; False if there is none before others leave."""
@@ -134,9 +142,8 @@ class Flight:
             self.batch.upload()
             self._changed = False
         jobs = self.jobs.values()
-        self.slots.fractional = any(job.fractional for job in jobs)
         watched = [
-            (slot, self._numbers(slot), self.slots.x[slot].clone())
+            (slot, self._numbers(slot), self.slots.x[slot : slot + 1].clone())
             for slot, job in self.jobs.items()
             if job.on_step is not None and self._row(slot) != REST
         ]
@@ -144,20 +151,21 @@ class Flight:
             self.execution.prove_exact(self.max_lanes)
         self._pace.wait()
         out = self.execution.take_step(
-            self.slots, self.lanes, self.compiled, any(job.needs_stats for job in jobs)
+            self.slots.prefix(self.max_batch, self.lanes),
+            self.compiled,
+            any(job.needs_stats for job in jobs),
+            any(job.fractional for job in jobs),
         )
         self._pace.mark()
-        if out is not None:
-            self._channels = out.shape[1]
+        self._channels = out.shape[1]
         self.batch.advance()
-        previews = []
-        for slot, row, x_t in watched:
-            assert out is not None  # the engine takes no on_step for a captured sampler
-            previews.append((self.jobs[slot], preview(self.slots, out, slot, row, x_t)))
-        return previews
+        return [
+            (self.jobs[s], predicted_x0(self.slots, out, x_t, row, slice(s, s + 1))[0])
+            for s, row, x_t in watched
+        ]
 
-    def take(self, job: Job) -> tuple[Tensor, int | None]:
-        """Return a copy of the job's image, and the step that was first not finite or None.
+    def take(self, job: Job) -> Landing:
+        """Return a copy of the job's image, on its way from the device; the slot may be freed.
 
         Raises:
             ValueError: the plan learns its variance, and the network returns none.
@@ -166,8 +174,8 @@ class Flight:
             self.execution.check_variance(job.plan, self._channels)
         slot = self._slot_of[job]
         image = self.slots.x[slot].clone(memory_format=torch.contiguous_format)
-        row = int(self.slots.nonfinite[slot])
-        return image, row - job.start if row else None
+        flag = self.slots.nonfinite[slot : slot + 1]
+        return Landing(job, image, flag.to("cpu", non_blocking=True), self._pace.event())
 
     def close(self) -> None:
         """Let go of the graphs."""
@@ -184,24 +192,28 @@ class Flight:
         return job.plan.rows[self._row(slot) - job.start].astype(np.float32).tolist()
 
 
-def preview(slots: Slots, out: Tensor, slot: int, row: list[float], x_t: Tensor) -> Tensor:
-    """Return the x0 that a slot's step predicted, float32 [C, H, W].
+@dataclass(frozen=True, eq=False)
+class Landing:
+    """A finished image whose last step the device may still be at.
 
-    Args:
-        slots: the buffers, after the step.
-        out: the network's output in it.
-        slot: whose.
-        row: the numbers that the step applied.
-        x_t: float32 [C, H, W], the slot's state before it.
+    Attributes:
+        job: whose.
+        image: float32 [C, H, W].
+        flag: int32 [1], on the host: the row that was first not finite, or 0.
+        event: after which both are there; None where they are already.
     """
-    C = len(x_t)
-    cond, uncond = int(slots.lane_cond[slot]), int(slots.lane_uncond[slot])
-    o = out[cond, :C].float()
-    if uncond >= 0 and not row[Column.UNGUIDED]:
-        o = reference.combine(o[None], out[uncond, None, :C], slots.guidance[slot])[0]
-        if row[Column.RESCALE]:
-            o = o * slots.factors[slot]
-    return reference.predict_x0(x_t[None], o[None], row, slots.bounds[slot])[0]
+
+    job: Job
+    image: Tensor
+    flag: Tensor
+    event: torch.cuda.Event | None
+
+    def wait(self) -> tuple[Tensor, int | None]:
+        """Return the image, and the step that was first not finite or None; wait for both."""
+        if self.event is not None:
+            self.event.synchronize()
+        row = int(self.flag)
+        return self.image, row - self.job.start if row else None
 
 
 class Pace:
@@ -211,11 +223,18 @@ class Pace:
         self._cuda = device.type == "cuda"
         self._marks: deque[torch.cuda.Event] = deque()
 
+    def event(self) -> torch.cuda.Event | None:
+        """Return an event after all that was launched so far."""
+        if not self._cuda:
+            return None
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+        return event
+
     def mark(self) -> None:
         """Note that a step was launched."""
-        if self._cuda:
-            event = torch.cuda.Event(blocking=True)
-            event.record()
+        event = self.event()
+        if event is not None:
             self._marks.append(event)
 
     def wait(self) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from flashddpm.desk import Desk, Outcome, failure
 from flashddpm.errors import NonFiniteError
-from flashddpm.flight import Flight
+from flashddpm.flight import Flight, Landing
 from flashddpm.request import DeadlineExceeded, Job, Result, Timings
 from flashddpm.sampler import Sampler
 
@@ -37,6 +37,7 @@ class Loop:
         self.desk, self.flight, self.sampler = desk, flight, sampler
         self.max_batch, self.max_failures = max_batch, max_failures
         self._failures = 0
+        self._landing: list[Landing] = []
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -46,7 +47,7 @@ class Loop:
         self._admit()
         if self.flight:
             self._step()
-            self._harvest()
+        self._harvest()
         return self.desk.busy
 
     def run(self) -> None:
@@ -65,7 +66,10 @@ class Loop:
             self.close(cause)
 
     def close(self, cause: BaseException | None) -> None:
-        """Fail what is open and let go of the graphs."""
+        """Hand out what is finished, fail what is open and let go of the graphs."""
+        landed, self._landing = self._landing, []
+        for landing in landed:
+            self._hand_out(landing)
         self.desk.close(cause)
         self.flight.close()
 
@@ -148,19 +152,39 @@ class Loop:
             self.close(error)
 
     def _harvest(self) -> None:
-        """Hand out the images that are finished."""
+        """Take the images that are finished out of their slots, and hand out those that are there.
+
+        On a GPU the images of a step are handed out while the next one runs, so that the device
+        never waits for the host.
+        """
+        before, self._landing = self._landing, []
         for job in self.flight.finished:
             try:
-                image, broken = self.flight.take(job)
+                landing = self.flight.take(job)
+                self.flight.remove(job)
             except Exception as error:
                 self._end(job, failure("harvest", error))
                 continue
-            if broken is not None:
-                self._end(job, NonFiniteError(job.seed, broken, len(job.plan)))
-                continue
-            now = time.monotonic()
-            timings = Timings(job.admitted - job.submitted, now - job.admitted)
-            self._end(job, Result(image, job.request, timings))
+            (before if landing.event is None else self._landing).append(landing)
+        if not self.flight:
+            before, self._landing = before + self._landing, []
+        for landing in before:
+            self._hand_out(landing)
+
+    def _hand_out(self, landing: Landing) -> None:
+        """Resolve the future of a finished image."""
+        job = landing.job
+        try:
+            image, broken = landing.wait()
+        except Exception as error:
+            self._end(job, failure("harvest", error))
+            return
+        if broken is not None:
+            self._end(job, NonFiniteError(job.seed, broken, len(job.plan)))
+            return
+        now = time.monotonic()
+        timings = Timings(job.admitted - job.submitted, now - job.admitted)
+        self._end(job, Result(image, job.request, timings))
 
     def _end(self, job: Job, outcome: Outcome) -> None:
         """Free what the job holds and resolve its future."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,10 +77,15 @@ class Plan:
         """What the network is told at each step, float64 [S]; may be fractional, and may repeat."""
         return self.rows[:, Column.TIMESTEP]
 
-    @property
+    @cached_property
     def fractional(self) -> bool:
         """Whether some timestep lies between the integers."""
         return bool((self.timesteps != self.timesteps.round()).any())
+
+    @cached_property
+    def content(self) -> bytes:
+        """What tells its steps from those of another plan."""
+        return self.rows.tobytes() + self.noise_keys.tobytes()
 
     @property
     def initial_scale(self) -> float:
@@ -91,7 +97,7 @@ class Plan:
         """Whether it begins at a noised image, which must be given."""
         return self.initial[0] != 0
 
-    @property
+    @cached_property
     def needs_stats(self) -> bool:
         """Whether some row asks for ``sample_stats``: has a threshold, or rescales."""
         return bool(self.rows[:, SHARES].any())

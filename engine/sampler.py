@@ -87,6 +87,8 @@ class Sampler:
         capture: whether the step becomes a CUDA graph; "auto" means on CUDA for our U-Net.
         tune: compile by trying many kernels for each operation (max-autotune), which takes minutes
             once for each shape: what is found is kept in the user's cache.
+        graph_memory: bytes of the GPU that captured steps may hold, past which they run one by one;
+            by default half of what is free when the first is captured.
 
     Raises:
         ValueError: an argument that is not allowed.
@@ -108,6 +110,7 @@ class Sampler:
         compile: bool | str = "auto",
         capture: bool | str = "auto",
         tune: bool = False,
+        graph_memory: int | None = None,
     ) -> None:
         if not callable(network):
             raise ValueError(f"network={network!r}: must be a module or a function")
@@ -133,6 +136,7 @@ class Sampler:
             compile=compile,
             capture=capture,
             tune=tune,
+            graph_memory=graph_memory,
         )
         self._lock = threading.Lock()
         self._owner: int | None = None
@@ -277,6 +281,7 @@ class Sampler:
         strength: float | None = None,
         batch_size: int = 64,
         exact: bool = False,
+        bucket: int | None = None,
         progress: bool = False,
         on_step: Callable[[int, Tensor], None] | None = None,
         **options: Unpack[PlanOptions],
@@ -296,9 +301,12 @@ class Sampler:
             exact: run the compiled network on one shape always, whatever is asked for, so that an
                 image's bits do not depend on how many others there are: at the price of a full
                 batch each time.
+            bucket: how many evaluations the network runs at a time, the spare ones included. By
+                default as many as are asked for, or, compiled or captured, the next power of two
+                and ``batch_size`` images at most: one shape for each is compiled.
             progress: show a bar.
             on_step: called after each step of each chunk with the step's number and the x0
-                predicted by it, float32 [b, C, H, W]; steps are then not captured.
+                predicted by it, float32 [b, C, H, W].
             options: of the plan (PlanOptions): None is the model's own, or none.
 
         Returns:
@@ -313,38 +321,29 @@ class Sampler:
         plan, begin = self._begin(solver, num_steps, image, strength, len(seed), options)
         if len(plan) > len(self.schedule):
             raise ValueError(f"solver: a plan of {len(plan)} rows; at most {len(self.schedule)}")
-        guided = [w != 1 for w in scale]
-        two = any(guided)
-        if arguments.boolean("exact", exact):
-            self.execution.check_exact(plan)
-            two = self.conditioning.null_label is not None
-        else:
-            batch = min(batch, len(seed))
-        fixed = 2 * batch if two else batch
-        work = len(plan) * (len(seed) + sum(guided))
-        compiled = exact or self.execution.compiles(work, fixed)
+        most = batch if self.conditioning.null_label is None else 2 * batch
+        lanes = [1 if w == 1 else 2 for w in scale]
+        L, compiled = self._width(lanes, batch, most, plan, exact, bucket)
 
         result = torch.empty(len(seed), *self.shape, device=self.device)
         chunks = range(0, len(seed), batch)
         with self._exclusive(), _bar(progress, len(chunks) * len(plan)) as bar:
-            if exact:
-                self.execution.prove_exact(fixed)
+            if exact and L:
+                self.execution.prove_exact(L)
             for start in chunks:
                 part = slice(start, start + batch)
-                count = len(seed[part])
-                # A compiled or captured network has one shape: the last chunk's spare slots rest.
-                padded = compiled or self.execution.capture
-                S, L = (batch, fixed) if padded else (count, count + sum(guided[part]))
-                slots = self.execution.slots(S, L)
-                slots.load_plan(plan)
+                count, width = len(seed[part]), L or sum(lanes[part])
+                buffers = self.execution.slots(count, width, (batch, most))
+                buffers.load_plan(plan)
                 self._admit(
-                    Batch(slots),
+                    Batch(buffers),
                     self.execution.start(seed[part], plan, None if begin is None else begin[part]),
                     seed[part],
                     None if label is None else label[part],
                     scale[part],
                     len(plan),
                 )
+                slots = buffers.prefix(min(len(buffers.idx), width), width)
                 steps = self.execution.run(slots, plan, compiled, on_step is not None)
                 for i, x0 in enumerate(steps):
                     bar.update()
@@ -392,6 +391,34 @@ class Sampler:
         seed = arguments.seed_list(seeds)
         label = self._labels(labels, len(seed))
         return seed, label, self._guidance(guidance, len(seed), labels)
+
+    def _width(
+        self,
+        lanes: list[int],
+        batch: int,
+        most: int,
+        plan: Plan,
+        exact: bool,
+        bucket: int | None,
+    ) -> tuple[int | None, bool]:
+        """Return the lanes of every chunk, None for as many as it uses, and whether compiled.
+
+        Args:
+            lanes: of each image.
+            batch: images of a chunk.
+            most: lanes that so many images may take.
+            plan, exact, bucket: as for ``sample``.
+        """
+        used = max(sum(lanes[i : i + batch]) for i in range(0, len(lanes), batch))
+        if bucket is not None:
+            arguments.integer("bucket", bucket, used)
+        if arguments.boolean("exact", exact):
+            self.execution.check_exact(plan)
+            return bucket or most, True
+        compiled = self.execution.compiles(len(plan) * sum(lanes), used)
+        if bucket or compiled or self.execution.capture:
+            return bucket or self.execution.bucket(used, most, compiled), compiled
+        return None, compiled
 
     def _begin(
         self,
@@ -497,7 +524,8 @@ class Sampler:
         with self._lock:
             self._owner = me
             try:
-                yield
+                with self.execution.turn():
+                    yield
             finally:
                 self._owner = None
 

@@ -20,6 +20,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashddpm import arguments
@@ -112,6 +113,17 @@ class Engine:
         self._desk.accept(job)
         return job.future
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def warm(self) -> None:
+        """Compile and capture for every bucket now, so that no request waits for it.
+
+        Without it a bucket is compiled when it is first wanted, which takes tens of seconds. Images
+        in flight wait meanwhile and are the same.
+        """
+        with self.sampler._exclusive():
+            self._loop.flight.warm()
+
     async def generate(self, request: Request) -> Result:
         """Return the result; cancelling the task cancels the request. Raises as `submit` does."""
         return await asyncio.wrap_future(self.submit(request))
@@ -146,9 +158,10 @@ class Engine:
 
         submitted = completed + failed + cancelled + expired + queue_depth + active. Occupancy is
         the mean fraction of slots in use in a step; latencies are seconds from ``submit`` to the
-        image; steps_per_second is of the time spent stepping.
+        image; steps_per_second is of the time spent stepping; graph_bytes is the memory that the
+        sampler's captured steps hold.
         """
-        return self._desk.metrics()
+        return {**self._desk.metrics(), "graph_bytes": self.sampler.execution.graph_bytes}
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until every request submitted so far has ended; return whether that came to be."""
@@ -207,10 +220,6 @@ class Engine:
         if not isinstance(request, Request):
             raise ValueError(f"request={request!r}: must be a Request")
         sampler = self.sampler
-        if on_step is not None and sampler.execution.capture:
-            raise ValueError(
-                "on_step: a captured step shows no x0; the sampler needs capture=False"
-            )
         seeds, labels, guidance = sampler._images(request.seed, request.label, request.guidance)
         if len(seeds) != 1:
             raise ValueError(f"seed={request.seed!r}: must be one integer; a Request is one image")

@@ -3,25 +3,35 @@
 A batch has S slots (images) and L lanes (network evaluations): a slot owns one lane, or two when
 it is guided. All state of a trajectory is in these tensors, at addresses that never change, so
 that a captured graph stays valid whatever is put into them. A slot on row 0 rests: nothing of it
-is read or written. The network runs on the first lanes only, as many as a bucket has.
+is read or written. A bucket is a prefix of the slots and lanes.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from flashddpm.kernels import reference
 from flashddpm.kernels.contract import REST, Column
 from flashddpm.solvers import Plan
+from flashddpm.upload import fill
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x_t [L, C, H, W], t int64 [L], labels int64 [L] or None) -> out [L, C, H, W].
 
 t is float32 where a plan in the batch has timesteps between the integers.
 """
+
+ALIGNMENT = 64  # bytes: kernels are compiled for pointers that are multiples of 16
+OF_SLOTS = (
+    *("idx", "seeds", "guidance", "lane_cond", "lane_uncond"),
+    *("x", "hist", "bounds", "factors", "nonfinite"),
+)
+OF_LANES = ("net_in", "lane_slot", "lane_label", "lane_row", "t", "t_float")
 
 
 class Slots:
@@ -30,12 +40,22 @@ class Slots:
     Attributes:
         x, hist: float32 [S, C, H, W], channels-last, rows padded to 16 elements.
         net_in: [L, C, H, W] in the network's dtype, channels-last.
-        idx, seeds: int64 [S]. guidance, bounds, factors: float32 [S]. nonfinite: int32 [S].
-        lane_cond, lane_uncond: int32 [S]. lane_slot: int64 [L]. lane_label: int64 [L] or None.
+        control: uint8, what the host writes before a step, in one piece; its parts are
+            idx, seeds: int64 [S]; guidance: float32 [S]; lane_cond, lane_uncond: int32 [S];
+            lane_slot: int64 [L]; lane_label: int64 [L] or None.
+        bounds, factors: float32 [S]. nonfinite: int32 [S].
         lane_row, t: int64 [L], t_float: float32 [L]: of each lane in the step under way.
-        rows: float32 [R, len(Column)]. timesteps: float32 [R]. keys, next: int64 [R].
-        fractional: whether the network is told float timesteps; set by who runs the plans.
+        rows: float32 [R, len(Column)]. keys, next: int64 [R].
+        timesteps: float32 [R], whole: int64 [R]: what the network is told.
     """
+
+    idx: Tensor
+    seeds: Tensor
+    guidance: Tensor
+    lane_cond: Tensor
+    lane_uncond: Tensor
+    lane_slot: Tensor
+    lane_label: Tensor | None
 
     def __init__(
         self,
@@ -60,58 +80,89 @@ class Slots:
 
         self.x, self.hist = state(), state()
         self.net_in = zeros(L, H, W, C, dtype=dtype).permute(0, 3, 1, 2)
-        self.idx, self.seeds = zeros(S), zeros(S)
-        self.guidance, self.bounds, self.factors = zeros(3, S, dtype=torch.float32)
+        self._layout = _layout(S, L, labelled)
+        self.control = zeros(sum(size for *_, size in self._layout), dtype=torch.uint8)
+        self.lane_label = None
+        for name, part in self.parts(self.control).items():
+            setattr(self, name, part)
+        self.lane_uncond -= 1
+        self.bounds, self.factors = zeros(2, S, dtype=torch.float32)
         self.nonfinite = zeros(S, dtype=torch.int32)
-        self.lane_cond = zeros(S, dtype=torch.int32)
-        self.lane_uncond = zeros(S, dtype=torch.int32) - 1
-        self.lane_slot = zeros(L)
-        self.lane_label = zeros(L) if labelled else None
         self.lane_row, self.t = zeros(L), zeros(L)
         self.t_float = zeros(L, dtype=torch.float32)
         self.rows = zeros(R, len(Column), dtype=torch.float32)
-        self.timesteps = zeros(R, dtype=torch.float32)
+        self.timesteps, self.whole = zeros(R, dtype=torch.float32), zeros(R)
         self.keys, self.next = zeros(R), zeros(R)
-        self.fractional = False
+        self._prefixes: dict[tuple[int, int], Slots] = {}
+
+    def parts(self, control: Tensor) -> dict[str, Tensor]:
+        """Return the named parts of ``control``, or of a tensor of its size."""
+        pieces = control.split([size for *_, size in self._layout])
+        return {
+            name: piece.view(dtype)[:count]
+            for piece, (name, dtype, count, _) in zip(pieces, self._layout, strict=True)
+        }
+
+    def prefix(self, S: int, L: int) -> Slots:
+        """Return the first S slots and L lanes, in the same memory; the same object each time."""
+        if (S, L) == (len(self.idx), len(self.lane_slot)):
+            return self
+        if (S, L) not in self._prefixes:
+            view = copy.copy(self)
+            view._prefixes = {}
+            for names, n in ((OF_SLOTS, S), (OF_LANES, L)):
+                for name in names:
+                    whole = getattr(self, name)
+                    setattr(view, name, None if whole is None else whole[:n])
+            self._prefixes[S, L] = view
+        return self._prefixes[S, L]
 
     def load_plan(self, plan: Plan, start: int = 1) -> None:
         """Put a plan into rows start..start + len(plan) - 1; the last leads to rest."""
         n = len(plan)
         part = slice(start, start + n)
-        self.rows[part].copy_(torch.tensor(plan.rows))
-        self.timesteps[part].copy_(torch.tensor(plan.timesteps))
-        self.keys[part].copy_(torch.tensor(plan.noise_keys))
-        self.next[part].copy_(torch.tensor([*range(start + 1, start + n), REST]))
+        fill(self.rows[part], torch.tensor(plan.rows, dtype=torch.float32))
+        fill(self.timesteps[part], torch.tensor(plan.timesteps, dtype=torch.float32))
+        fill(self.whole[part], torch.tensor(plan.timesteps).long())
+        fill(self.keys[part], torch.tensor(plan.noise_keys))
+        fill(self.next[part], torch.tensor([*range(start + 1, start + n), REST]))
 
 
-def _first(lanes: Tensor, L: int) -> Tensor:
-    """Return the first L lanes; all of them without the cost of a view."""
-    return lanes if len(lanes) == L else lanes[:L]
+def _layout(S: int, L: int, labelled: bool) -> list[tuple[str, torch.dtype, int, int]]:
+    """Return name, dtype, length and padded bytes of each part of ``control``."""
+    parts = [("idx", torch.int64, S), ("seeds", torch.int64, S), ("lane_slot", torch.int64, L)]
+    parts += [("lane_label", torch.int64, L)] if labelled else []
+    parts += [("guidance", torch.float32, S)]
+    parts += [("lane_cond", torch.int32, S), ("lane_uncond", torch.int32, S)]
+    return [
+        (name, dtype, n, -(-n * dtype.itemsize // ALIGNMENT) * ALIGNMENT)
+        for name, dtype, n in parts
+    ]
 
 
-def evaluate(slots: Slots, network: Network, L: int | None = None) -> Tensor:
-    """Run the network on the first L lanes (all by default), at the timestep of the lane's slot.
+def evaluate(slots: Slots, network: Network, fractional: bool = False) -> Tensor:
+    """Run the network on every lane, at the timestep of the lane's slot.
 
     Allocates nothing besides what the network does.
+
+    Args:
+        slots: the buffers.
+        network: what to run.
+        fractional: whether it is told timesteps between the integers.
 
     Raises:
         ValueError: the network returns anything but a tensor of its input's shape, or of twice its
             channels.
     """
-    L = len(slots.net_in) if L is None else L
-    lane_row, t_float, t = _first(slots.lane_row, L), _first(slots.t_float, L), _first(slots.t, L)
-    torch.index_select(slots.idx, 0, _first(slots.lane_slot, L), out=lane_row)
-    torch.index_select(slots.timesteps, 0, lane_row, out=t_float)
-    if not slots.fractional:
-        t.copy_(t_float)
-    x_t = _first(slots.net_in, L)
-    labels = None if slots.lane_label is None else _first(slots.lane_label, L)
-    out = network(x_t, t_float if slots.fractional else t, labels)
-    _, C, H, W = x_t.shape
+    told, t = (slots.timesteps, slots.t_float) if fractional else (slots.whole, slots.t)
+    torch.index_select(slots.idx, 0, slots.lane_slot, out=slots.lane_row)
+    torch.index_select(told, 0, slots.lane_row, out=t)
+    out = network(slots.net_in, t, slots.lane_label)
+    L, C, H, W = slots.net_in.shape
     if not isinstance(out, Tensor) or out.shape not in ((L, C, H, W), (L, 2 * C, H, W)):
         kind = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(
-            f"network: returned {kind} for x_t of shape {tuple(x_t.shape)}; must return a tensor "
+            f"network: returned {kind} for x_t of shape {(L, C, H, W)}; must return a tensor "
             "of that shape, or of twice its channels (call= can unwrap or slice it)"
         )
     return out
@@ -138,7 +189,7 @@ def update(slots: Slots, out: Tensor, ops: ModuleType, noise: Tensor | None = No
     ops.denoise_step(
         slots.x,
         slots.hist,
-        _first(slots.net_in, len(out)),
+        slots.net_in,
         slots.nonfinite,
         out,
         slots.idx,
@@ -156,8 +207,32 @@ def update(slots: Slots, out: Tensor, ops: ModuleType, noise: Tensor | None = No
     ops.advance(slots.idx, slots.next)
 
 
-def step(slots: Slots, network: Network, ops: ModuleType, L: int | None = None) -> None:
-    """The whole reverse step of every slot, for any plan: what a graph captures."""
-    out = evaluate(slots, network, L)
+def step(slots: Slots, network: Network, ops: ModuleType, fractional: bool = False) -> Tensor:
+    """The whole reverse step of every slot, for any plan: what a graph captures. Returns out."""
+    out = evaluate(slots, network, fractional)
     measure(slots, out, ops)
     update(slots, out, ops)
+    return out
+
+
+def predicted_x0(
+    slots: Slots, out: Tensor, x_t: Tensor, row: list[float], which: slice = slice(None)
+) -> Tensor:
+    """Return the x0 that slots on one row predicted in a step, float32 [s, C, H, W].
+
+    Args:
+        slots: the buffers, after the step.
+        out: the network's output in it.
+        x_t: float32 [s, C, H, W], the state of these slots before it.
+        row: the numbers that the step applied.
+        which: the slots.
+    """
+    out = out[:, : x_t.shape[1]]
+    uncond = slots.lane_uncond[which]
+    o = cond = out[slots.lane_cond[which].long()].float()
+    if not row[Column.UNGUIDED]:
+        o = reference.combine(cond, out[uncond.clamp(min=0).long()], slots.guidance[which])
+        if row[Column.RESCALE]:
+            o *= slots.factors[which].reshape(-1, 1, 1, 1)
+        o = torch.where((uncond >= 0).reshape(-1, 1, 1, 1), o, cond)
+    return reference.predict_x0(x_t, o, row, slots.bounds[which])

@@ -68,7 +68,6 @@ class Trajectory:
         self._compiled = self._execution.compiles(len(plan) * lanes, lanes)
         self._slots = self._execution.service_slots(len(seeds), lanes, len(plan) + 1)
         self._slots.load_plan(plan)
-        self._slots.fractional = plan.fractional
         self._slots.x.copy_(x)
         self._batch = Batch(self._slots)
         if not self.done:
@@ -103,10 +102,12 @@ class Trajectory:
             NonFiniteError: the network's output turned NaN or infinite.
         """
         count = min(arguments.integer("count", count, 1), len(self) - self.position)
-        lanes = len(self._slots.lane_slot)
+        plan = self.plan
         with self.sampler._exclusive():
             for _ in range(count):
-                self._execution.take_step(self._slots, lanes, self._compiled, self.plan.needs_stats)
+                self._execution.take_step(
+                    self._slots, self._compiled, plan.needs_stats, plan.fractional
+                )
                 self._batch.advance()
                 self.position += 1
         for seed, row in zip(self.seeds, self._slots.nonfinite.tolist(), strict=True):

@@ -229,13 +229,14 @@ class TestExact:
 
     def test_one_bucket_and_the_compiled_network(self, compiled, monkeypatch):
         taken = []
+
+        def take_step(slots, compiled, stats, fractional):
+            taken.append((len(slots.lane_slot), compiled))
+            return slots.net_in
+
         engine = fd.Engine(compiled, 3, exact=True, threaded=False)
         monkeypatch.setattr(compiled.execution, "prove_exact", lambda lanes: None)
-        monkeypatch.setattr(
-            compiled.execution,
-            "take_step",
-            lambda slots, L, compiled, stats: taken.append((L, compiled)),
-        )
+        monkeypatch.setattr(compiled.execution, "take_step", take_step)
         engine.submit(ask(0))
         engine.submit(ask(1, guidance=2.0))
         engine.drain()
@@ -308,7 +309,16 @@ class TestAdmission:
     def test_request_has_every_option_of_sample(self, sampler):
         sample = inspect.signature(sampler.sample).parameters
         request = inspect.signature(fd.Request).parameters
-        of_many = {"seeds", "labels", "batch_size", "exact", "progress", "on_step", "options"}
+        of_many = {
+            "seeds",
+            "labels",
+            "batch_size",
+            "bucket",
+            "exact",
+            "progress",
+            "on_step",
+            "options",
+        }
         single = {"seed", "label", "deadline"}
         assert set(request) - single == {*sample, *PlanOptions.__annotations__} - of_many
         for name, parameter in request.items():

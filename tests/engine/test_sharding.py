@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -172,10 +173,10 @@ def scenes(model, tmp_path, first_failure: str) -> tuple[int, str, str]:
 
 
 def errors_of(err: str) -> list[str]:
-    """Return our error lines; they stand before torchrun's report."""
+    """Return our errors; they stand before torchrun's report, perhaps behind a line's beginning."""
     ours, _, report = err.partition("exitcode: 2")
     assert "flashddpm: error" not in report and "exitcode  : 2" in report
-    return [line for line in ours.splitlines() if line.startswith("flashddpm: error: ")]
+    return re.findall("flashddpm: error: .*", ours)
 
 
 def test_one_image_a_picture_and_an_error_in_the_first_batch(model, alone, tmp_path):

@@ -90,7 +90,7 @@ def test_a_step_reads_nothing_and_allocates_nothing():
     for L in (4, 6):
         with Watch(known) as watch:
             for _ in range(3):
-                step(slots, network, kernels, L)
+                step(slots.prefix(4, L), network, kernels)
         assert watch.seen.count("flashddpm::denoise_step") == 3
         assert watch.seen.count("flashddpm::sample_stats") == 3
     assert storages(slots, network) == known
@@ -110,7 +110,7 @@ def test_every_slot_ends_as_if_it_were_alone(ops):
     slots, batch = batch_of_three()
     network, finished = Network(6), {}
     for n in range(6):
-        step(slots, network, ops, 4)
+        step(slots.prefix(4, 4), network, ops)
         for s in batch.advance():
             finished[s] = n + 1
             result = slots.x[s].clone()
@@ -122,7 +122,7 @@ def test_every_slot_ends_as_if_it_were_alone(ops):
             alone.admit(Occupant(s, s, 3, w, 1, len(PLANS[s])), start)
             alone.upload()
             for _ in range(len(PLANS[s])):
-                step(lone, Network(2), ops, 2 if w != 1 else 1)
+                step(lone.prefix(1, 2 if w != 1 else 1), Network(2), ops)
             assert torch.equal(lone.x[0], result)
     assert finished == {0: 5, 1: 4, 2: 6}
     assert slots.idx.tolist() == [0] * 4
@@ -134,5 +134,5 @@ def test_host_and_device_agree_on_every_row():
     for _ in range(7):
         rows = [0 if o is None else o.row for o in batch.occupants]
         assert slots.idx.tolist() == rows
-        step(slots, network, reference, 4)
+        step(slots.prefix(4, 4), network, reference)
         batch.advance()

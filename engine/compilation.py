@@ -1,0 +1,88 @@
+"""The network compiled: once for each number of lanes, and only where that repays its cost."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from flashddpm.caches import keep_compiled_code
+from flashddpm.slots import Network, Slots, evaluate
+
+log = logging.getLogger("flashddpm")
+
+MAX_SHAPES = 128
+"""Where Dynamo by itself stops at 8, with one warning."""
+
+# compile="auto" on the CPU: compiling takes about a minute and saves about a quarter of the time
+# of eager convolutions, which run at some 20 GFLOP/s a core. Rough figures; only the order counts.
+COMPILE_SECONDS, SAVED, FLOPS_PER_CORE = 60.0, 0.25, 20e9
+
+
+def repays(flops: float) -> tuple[bool, str]:
+    """Return whether so many floating-point operations on the CPU repay compiling, and why."""
+    seconds = flops / (FLOPS_PER_CORE * torch.get_num_threads())
+    chosen = seconds * SAVED > COMPILE_SECONDS
+    verb = "repays" if chosen else "does not repay"
+    return chosen, (
+        f"about {seconds:.0f} s of work {verb} about {COMPILE_SECONDS:.0f} s of compiling"
+    )
+
+
+class CompiledNetwork:
+    """A network, compiled when it is first wanted.
+
+    Args:
+        predict: the network.
+        tune: whether compiling tries many kernels for each operation, for minutes.
+
+    Attributes:
+        shapes: the numbers of lanes it is compiled for, and whether timesteps were floats.
+    """
+
+    def __init__(self, predict: Network, tune: bool) -> None:
+        self._predict, self.tune = predict, tune
+        self.shapes: set[tuple[int, bool]] = set()
+        self._exact_lanes: set[int] = set()
+
+    @cached_property
+    def network(self) -> Network:
+        """The compiled network."""
+        keep_compiled_code()
+        mode = "max-autotune-no-cudagraphs" if self.tune else None
+        log.info("compiling the network (%s)", mode or "default")
+        return torch.compile(self._predict, fullgraph=True, dynamic=False, mode=mode)
+
+    def prepare(self, slots: Slots, fractional: bool) -> None:
+        """Compile for the lanes of these buffers, if that is new."""
+        shape = (len(slots.lane_slot), fractional)
+        if shape not in self.shapes:
+            with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
+                evaluate(slots, self.network, fractional)
+            self.shapes.add(shape)
+
+    def prove_exact(self, image: Tensor, L: int, labelled: bool) -> None:
+        """Refuse exact mode where the network's bits depend on the lane: try, once.
+
+        They do on the CPU for some odd sizes, where loops over the whole batch end in tails that
+        round differently.
+
+        Args:
+            image: [1, C, H, W], which is run in every lane.
+            L: lanes.
+            labelled: whether the network takes labels.
+        """
+        if L in self._exact_lanes:
+            return
+        t = torch.zeros(L, dtype=torch.int64, device=image.device)
+        with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
+            x = image.expand(L, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+            out = self.network(x, t, torch.zeros_like(t) if labelled else None)
+        if not torch.equal(out, out[:1].expand_as(out)):
+            raise ValueError(
+                f"exact=True: on this machine the compiled network gives other bits in other lanes "
+                f"of {L}, for images of {tuple(image.shape[1:])}; must be False"
+            )
+        self._exact_lanes.add(L)

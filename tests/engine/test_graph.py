@@ -1,0 +1,374 @@
+"""Which steps are captured, when, and what a replay gives: on a card that only pretends to be one.
+
+The pretended graph calls its step, as a captured one repeats its launches.
+"""
+
+import logging
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import flashddpm as fd
+from flashddpm import graph as graphs_module
+from flashddpm.graph import CapturedSteps, Graphs
+
+RUN = {"labels": 1, "guidance": [1.0, 2.0, 1.0], "solver": "ddpm"}
+
+
+class Graph:
+    def __init__(self, card, step, count):
+        self.card, self.step, self.count = card, step, count
+
+    def __call__(self):
+        self.card.replayed.append(self.count)
+        for _ in range(self.count):
+            self.out = self.step()
+        return self.out
+
+
+class Card:
+    """Remembers what it was asked; ``seconds`` of a step by how many a graph holds."""
+
+    def __init__(self, free=1000, needs=100, seconds=None):
+        self.free, self.needs = free, needs
+        self.times = seconds or {1: 1e-3, 4: 0.9e-3, 16: 0.9e-3}
+        self.log, self.replayed, self.held = [], [], 0
+        self.full = False
+
+    def free_bytes(self):
+        return self.free
+
+    def pool_bytes(self):
+        return self.held
+
+    def warm(self, step):
+        self.log.append(("warm", len(step())))
+        return self.needs
+
+    def capture(self, step, count):
+        if self.full:
+            raise torch.cuda.OutOfMemoryError("no room")
+        self.log.append(("capture", len(step()), count))
+        self.held = max(self.held, self.needs)
+        return Graph(self, step, count)
+
+    def seconds(self, graph):
+        graph()
+        return self.times[graph.count]
+
+    def release(self):
+        self.log.append("release")
+
+
+def resting():
+    @contextmanager
+    def rest():
+        yield lambda: torch.zeros(3)
+
+    return rest
+
+
+@pytest.fixture
+def captured(tiny_sampler):
+    """Returns a sampler on the CPU whose steps are "captured", and its card."""
+
+    def make(limit=None, **options):
+        sampler, card = tiny_sampler(), Card(**options)
+        sampler.execution.capture = True
+        sampler.execution._graphs = Graphs(card, limit)
+        return sampler, card
+
+    return make
+
+
+class TestGraphs:
+    def test_a_step_is_warmed_captured_and_kept(self):
+        card = Card()
+        graphs = Graphs(card)
+        assert graphs.bytes == 0
+        first = graphs.get("key", resting())
+        assert graphs.get("key", resting()) is first and graphs.get("other", resting()) is not first
+        assert card.log == [("warm", 3), ("capture", 3, 1)] * 2
+        assert len(graphs) == 2 and graphs.bytes == 100
+
+    def test_the_limit_declines_with_one_line(self, caplog):
+        for limit, free, needs in (
+            (99, 1000, 100),
+            (None, 200, 101),
+        ):  # given; half of what is free
+            card = Card(free=free, needs=needs)
+            graphs = Graphs(card, limit)
+            caplog.clear()
+            with caplog.at_level(logging.WARNING, "flashddpm"):
+                assert graphs.get("key", resting()) is None
+                assert graphs.get("key", resting()) is None
+                assert graphs.best("key", resting()) is None
+            assert len(caplog.records) == 1
+            assert f"{needs} bytes, of {limit or free // 2}" in caplog.text
+            assert len(graphs) == 0 and ("capture", 3, 1) not in card.log
+
+    def test_what_the_graphs_hold_counts_too(self):
+        card = Card()
+        graphs = Graphs(card, 150)
+        assert graphs.get("a", resting()) is not None
+        card.held = 151
+        assert graphs.get("b", resting()) is None
+        assert graphs.get("a", resting()) is not None
+
+    def test_out_of_memory_while_capturing_declines_and_others_go_on(self):
+        card = Card()
+        graphs = Graphs(card)
+        assert graphs.get("a", resting()) is not None
+        card.full = True
+        assert graphs.get("b", resting()) is None
+        assert card.log[-1] == "release"
+        card.full = False
+        assert graphs.get("b", resting()) is None  # not tried again at every step
+        graphs.forget(lambda key: key == "b")
+        assert graphs.get("b", resting()) is not None
+
+    @pytest.mark.parametrize(
+        ("seconds", "best"),
+        [
+            ({1: 1e-3, 4: 0.9e-3, 16: 0.8e-3}, 16),
+            ({1: 1e-3, 4: 0.9e-3, 16: 0.895e-3}, 4),  # too little for the longer one
+            ({1: 1e-3, 4: 0.995e-3, 16: 1.1e-3}, 1),
+            ({1: 5e-3}, 1),  # so long that the pause between replays is nothing: none is tried
+        ],
+    )
+    def test_as_many_steps_as_pay(self, seconds, best):
+        card = Card(seconds=seconds)
+        graphs = Graphs(card)
+        assert graphs.best("key", resting()).count == best
+        tried = len(card.log)
+        assert graphs.best("key", resting()).count == best and len(card.log) == tried
+        assert graphs.get("key", resting()).count == 1
+        assert len(graphs) == (1 if best == 1 else 2)  # what does not pay is let go
+
+    def test_a_failing_step_ends_the_capture(self, monkeypatch):
+        calls = []
+
+        class CUDAGraph:
+            def capture_begin(self, pool, capture_error_mode):
+                calls.append(("begin", pool, capture_error_mode))
+
+            def capture_end(self):
+                calls.append("end")
+
+            def replay(self):
+                calls.append("replay")
+
+        @contextmanager
+        def stream(which):
+            calls.append(which)
+            try:
+                yield
+            finally:
+                calls.append("left")
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+
+        def fail():
+            raise RuntimeError("not allowed while capturing")
+
+        around = ["aside", ("begin", "pool", "thread_local"), "end", "left"]
+        with pytest.raises(RuntimeError, match="not allowed while"):
+            CapturedSteps(fail, 2, "pool", "aside")
+        assert calls == around
+        calls.clear()
+        ran = []
+        graph = CapturedSteps(lambda: ran.append(1) or "out", 3, "pool", "aside")
+        assert calls == around and len(ran) == graph.count == 3
+        assert graph() == "out" and calls[-1] == "replay"
+
+
+class TestSampler:
+    @pytest.mark.parametrize("num_steps", [1, 4, 10, 37])
+    def test_replays_give_what_the_loop_gives(self, tiny_sampler, captured, num_steps):
+        want = tiny_sampler().sample(range(3), num_steps=num_steps, **RUN)
+        sampler, card = captured()
+        for _ in range(2):
+            card.replayed.clear()
+            got = sampler.sample(range(3), num_steps=num_steps, **RUN)
+            assert (got - want).abs().max() <= 1e-5  # four lanes, of which none is spare
+        long, short = divmod(num_steps, 4)
+        assert card.replayed == [4] * long + [1] * short
+
+    def test_one_graph_serves_every_plan_and_number_of_images(self, tiny_sampler, captured):
+        sampler, card = captured()
+        plain = tiny_sampler()
+        for options in (
+            {"solver": "ddim"},
+            {"solver": "dpmpp_2m"},
+            {"solver": "ddim", "threshold": 0.9, "clip": 2.0},
+            {"guidance_rescale": 0.7},
+            {"seeds": [5, 6]},
+        ):
+            ask = {"seeds": range(3), "num_steps": 9, **RUN, **options}
+            ask["guidance"] = 2.0  # 6 lanes, or 4 in a bucket of 8 or 4
+            got, want = sampler.sample(**ask), plain.sample(**ask)
+            assert (got - want).abs().max() <= 1e-5, options
+        captures = [entry[1:] for entry in card.log if entry[0] == "capture"]
+        assert captures == [(n, count) for n in (8, 4) for count in (1, 4, 16)]
+        assert len(sampler.execution._graphs) == 4
+
+    def test_buckets_share_buffers_that_only_grow(self, captured):
+        sampler, card = captured()
+        buffers = []
+        for count, batch in ((3, 4), (1, 4), (4, 4), (2, 2), (5, 8), (1, 4)):
+            sampler.sample(range(count), 0, num_steps=2, batch_size=batch)
+            buffers.append(sampler.execution._slots)
+        assert len({id(b) for b in buffers[:4]}) == 1 and buffers[4] is buffers[5] is not buffers[0]
+        assert len(buffers[0].idx) == 4 and len(buffers[4].idx) == 8
+        keys = {key[0] for key, _ in sampler.execution._graphs._kept}
+        assert keys == {id(buffers[4].control)}  # the graphs of the old ones are gone
+
+    def test_without_room_steps_run_one_by_one(self, tiny_sampler, captured):
+        want = tiny_sampler().sample(range(3), num_steps=5, **RUN)
+        sampler, card = captured(limit=1)
+        assert (sampler.sample(range(3), num_steps=5, **RUN) - want).abs().max() <= 1e-5
+        assert card.replayed == []
+
+    def test_previews_of_captured_steps(self, tiny_sampler, captured):
+        for options in ({}, {"threshold": 0.9, "clip": 2.0, "guidance_rescale": 0.5}):
+            runs = []
+            for sampler in (tiny_sampler(), captured()[0]):
+                seen = []
+                x = sampler.sample(
+                    range(3),
+                    1,
+                    [1.0, 2.0, 1.0],
+                    "ddim",
+                    6,
+                    on_step=lambda i, x0, seen=seen: seen.append(x0.clone()),
+                    **options,
+                )
+                runs.append(torch.stack([*seen, x]))
+            assert len(runs[0]) == 7 and (runs[0] - runs[1]).abs().max() <= 1e-5
+
+    def test_a_held_result_stays_as_it_is(self, captured):
+        sampler, _ = captured()
+        first = sampler.sample(range(2), 0, num_steps=3)
+        kept = first.clone()
+        sampler.sample(range(7, 9), 1, num_steps=3)
+        assert torch.equal(first, kept)
+
+    def test_new_weights_are_not_stale(self, tiny_unet, tiny_sampler, captured):
+        sampler, card = captured()
+        sampler.sample(range(2), 0, num_steps=3)
+        before = len(card.log)
+        sampler.update_weights(tiny_unet(seed=5, num_class_embeds=4).state_dict())
+        got = sampler.sample(range(2), 0, num_steps=3)
+        other = tiny_sampler()
+        other.update_weights(sampler.network.state_dict())
+        assert (got - other.sample(range(2), 0, num_steps=3)).abs().max() <= 1e-5
+        assert len(card.log) == before  # the same graphs
+
+    @pytest.mark.parametrize("bad", [-1, 1.5, "1", True])
+    def test_bad_memory(self, tiny_unet, bad):
+        with pytest.raises(ValueError, match="graph_memory="):
+            fd.Sampler(tiny_unet(), fd.NoiseSchedule.create(), shape=(1, 8, 8), graph_memory=bad)
+
+
+class TestEngine:
+    def ask(self, seed, **options):
+        given = {"label": seed % 3, "num_steps": 3 + seed, "solver": "ddpm", **options}
+        return fd.Request(seed=seed, **given)
+
+    def test_capturing_a_new_bucket_changes_nothing_in_flight(self, tiny_sampler, captured):
+        sampler, card = captured()
+        engine = fd.Engine(sampler, 4, threaded=False)
+        futures = []
+        for seed in range(4):  # 1, 2, 4 and 5 lanes, each captured while others are under way
+            ask = self.ask(seed, guidance=1.0 + (seed == 2), num_steps=6 + seed)
+            futures.append(engine.submit(ask))
+            engine.turn()
+        engine.drain()
+        plain = tiny_sampler()
+        for future in futures:
+            image, asked = future.result().image, future.result().request
+            want = plain.sample(
+                asked.seed, asked.label, asked.guidance, asked.solver, asked.num_steps
+            )
+            assert (image - want[0]).abs().max() <= 1e-5
+        assert [entry[1] for entry in card.log if entry[0] == "capture"] == [1, 2, 4, 8]
+        assert set(card.replayed) == {1}
+        assert engine.metrics()["graph_bytes"] == 100
+        engine.shutdown()
+        assert engine.metrics()["graph_bytes"] == 0
+
+    def test_warm_readies_every_bucket_and_then_captures_the_largest_first(self, captured):
+        sampler, card = captured()
+        engine = fd.Engine(sampler, 3, threaded=False)
+        engine.warm()
+        ready = list(card.log)
+        assert ready == [("warm", n) for n in (6, 4, 2, 1)] + [
+            ("capture", n, 1) for n in (6, 4, 2, 1)
+        ]
+        futures = [engine.submit(self.ask(seed)) for seed in range(5)]
+        engine.drain()
+        assert all(future.done() for future in futures) and card.log == ready
+        engine.shutdown()
+
+    def test_previews_in_flight(self, tiny_sampler, captured):
+        runs = []
+        for sampler in (tiny_sampler(), captured()[0]):
+            engine = fd.Engine(sampler, 2, threaded=False)
+            seen = []
+            engine.submit(self.ask(5, guidance=3.0), on_step=seen.append)
+            engine.submit(self.ask(1))
+            engine.drain()
+            runs.append(torch.stack(seen))
+        assert len(runs[0]) == 8 and (runs[0] - runs[1]).abs().max() <= 1e-5
+
+    def test_images_land_while_the_next_step_runs(self, captured):
+        """Where the device runs behind, nobody waits for it before there is nothing else to do."""
+        sampler, _ = captured()
+        engine = fd.Engine(sampler, 2, threaded=False)
+        log = []
+
+        class Event:
+            def synchronize(self):
+                log.append("wait")
+
+        flight = engine._loop.flight
+        flight._pace.event = Event
+        real = flight.step
+        flight.step = lambda: (log.append("step"), real())[1]
+        a = engine.submit(self.ask(0, num_steps=2))
+        b = engine.submit(self.ask(1, num_steps=4))
+        for _ in range(2):
+            engine.turn()
+        assert not a.done() and len(flight) == 1 and engine.metrics()["active"] == 2
+        engine.turn()
+        assert a.done() and not b.done()
+        engine.turn()
+        assert b.done()
+        # (a step also waits for the one before the last)
+        assert [x for x in log if x == "step"] == ["step"] * 4
+        assert torch.isfinite(a.result().image).all() and not engine.turn()
+
+    def test_a_finished_image_is_handed_out_when_the_engine_closes(self, captured):
+        sampler, _ = captured()
+        engine = fd.Engine(sampler, 2, threaded=False, max_failures=1)
+
+        class Event:
+            def synchronize(self):
+                pass
+
+        engine._loop.flight._pace.event = Event
+        a = engine.submit(self.ask(0, num_steps=1))
+        b = engine.submit(self.ask(1, num_steps=4))
+        engine.turn()
+        sampler.execution.take_step = None  # the next step fails
+        engine.turn()
+        assert a.result().image.isfinite().all()
+        with pytest.raises(fd.RequestFailed):
+            b.result()
+
+
+def test_the_module_touches_no_gpu_unless_asked():
+    assert not torch.cuda.is_initialized()
+    assert graphs_module.Graphs(None).bytes == 0
