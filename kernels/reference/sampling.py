@@ -11,23 +11,30 @@ from flashddpm.kernels.contract import Column, Purpose
 from flashddpm.kernels.reference.exact import exp
 from flashddpm.kernels.reference.noise import philox
 
+Selection = slice | list[int] | None
+"""Of slots or lanes; None for all of them."""
 
-def _take(tensor: Tensor, index: list[int]) -> Tensor:
-    """Return tensor[index]; without a copy where the index counts up from 0."""
+
+def _select(index: list[int], count: int) -> Selection:
+    """Return these of ``count``: as all, or as a view, if they count up from 0."""
     n = len(index)
     if index != list(range(n)):
-        return tensor[index]
-    return tensor if n == len(tensor) else tensor[:n]
+        return index
+    return None if n == count else slice(n)
 
 
-def _put(tensor: Tensor, index: list[int], value: Tensor) -> None:
-    if index == list(range(len(index))):
-        _take(tensor, index).copy_(value)
+def _take(tensor: Tensor, which: Selection) -> Tensor:
+    return tensor if which is None else tensor[which]
+
+
+def _put(tensor: Tensor, which: Selection, value: Tensor) -> None:
+    if which is None:
+        tensor.copy_(value)
     else:
-        tensor[index] = value.to(tensor.dtype)
+        tensor[which] = value.to(tensor.dtype)
 
 
-def _flag(nonfinite: Tensor, slots: list[int], values: Tensor, row: int) -> None:
+def _flag(nonfinite: Tensor, slots: Selection, values: Tensor, row: int) -> None:
     """Note the row of the slots whose values are not all finite, and that have no note yet."""
     if not math.isfinite(values.sum()):  # some may not be finite, or the sum alone overflowed
         flag = _take(nonfinite, slots)
@@ -141,12 +148,6 @@ def _rescale(cond: Tensor, out: Tensor, phi: float) -> Tensor:
     return phi * ratio.sqrt() + (1 - phi)
 
 
-def _drawn(seeds: Tensor, slots: list[int], key: Tensor, like: Tensor) -> Tensor:
-    """Return the step's noise for these slots."""
-    _, C, H, W = like.shape
-    return philox(_take(seeds, slots), key.expand(len(slots)), (C, H, W), Purpose.REVERSE_STEP)
-
-
 def denoise_step(
     x: Tensor,
     hist: Tensor,
@@ -181,7 +182,8 @@ def denoise_step(
         rows: float32 [R, len(Column)]; keys, next: int64 [R].
         noise: float32 [S, C, H, W] to use for z, or None to draw it.
     """
-    C = x.shape[1]
+    S, C, H, W = x.shape
+    L = out.shape[0]
     prediction = out if out.shape[1] == C else out[:, :C]
     cond, uncond, index = lane_cond.tolist(), lane_uncond.tolist(), idx.tolist()
     for i in sorted(set(index)):
@@ -190,12 +192,12 @@ def denoise_step(
             continue
         row = rows[i].tolist()
         for guided in (False, True):
-            slots = [s for s, j in enumerate(index) if j == i and (uncond[s] >= 0) == guided]
-            if not slots:
+            here = [s for s, j in enumerate(index) if j == i and (uncond[s] >= 0) == guided]
+            if not here:
                 continue
-            lanes = [cond[s] for s in slots]
+            slots, lanes = _select(here, S), _select([cond[s] for s in here], L)
             o = _take(prediction, lanes).float()
-            lanes_u = [uncond[s] for s in slots]
+            lanes_u = [uncond[s] for s in here]
             if guided and not row[Column.UNGUIDED]:
                 o = combine(o, _take(prediction, lanes_u), _take(guidance, slots))
                 if row[Column.RESCALE]:
@@ -206,7 +208,9 @@ def denoise_step(
             x0 = predict_x0(x_t, o, row, _take(bounds, slots))
             z, sigma = o, row[Column.SIGMA]  # z is not read where sigma is 0
             if sigma:
-                z = _drawn(seeds, slots, keys[i], x) if noise is None else _take(noise, slots)
+                z = _take(seeds if noise is None else noise, slots)
+                if noise is None:
+                    z = philox(z, keys[i].expand(len(z)), (C, H, W), Purpose.REVERSE_STEP)
                 if row[Column.LOG_SIGMA] and prediction is not out:
                     v = _take(out, lanes)[:, C:].float()
                     _flag(nonfinite, slots, v, i)
