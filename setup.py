@@ -9,9 +9,11 @@ from pathlib import Path
 from setuptools import setup
 
 DIFFUSERS = "diffusers>=0.35"
+MATPLOTLIB = "matplotlib>=3.8"
 PYTEST_BENCHMARK = "pytest-benchmark>=5"
 TEST = [
     DIFFUSERS,
+    MATPLOTLIB,
     PYTEST_BENCHMARK,
     "scipy>=1.11",
     "hypothesis>=6.100",
@@ -21,7 +23,7 @@ TEST = [
     "pip>=23",
     "setuptools>=77",
 ]
-BENCH = [DIFFUSERS, PYTEST_BENCHMARK, "nvidia-ml-py>=12"]
+BENCH = [DIFFUSERS, MATPLOTLIB, PYTEST_BENCHMARK, "nvidia-ml-py>=12"]
 LINT = ["build>=1.2", "mypy>=1.11", "pre-commit>=3.8", "ruff>=0.6"]
 
 setup(

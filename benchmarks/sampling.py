@@ -18,6 +18,7 @@ from flashddpm.benchmarks.harness import Result, compare
 
 STEPS = 50
 LOOP_STEPS = 1000  # so many that starting a run does not count
+EXACT_STEPS, EXACT_BATCH = 10, 16
 TOLERANCE = 1e-3  # of the final x of a trajectory, float32
 
 
@@ -47,11 +48,11 @@ class Diffusers:
         return x
 
 
-def check(ours: Tensor, theirs: Tensor, what: str) -> None:
+def check(ours: Tensor, theirs: Tensor, what: str, peer: str = "diffusers") -> None:
     """Refuse to time two sides whose pictures differ."""
     error = (ours - theirs).abs().max().item()
     if not error <= TOLERANCE:
-        raise AssertionError(f"{what}: differs from diffusers by {error}, not timed")
+        raise AssertionError(f"{what}: differs from {peer} by {error}, not timed")
 
 
 def whole_runs(device: str, compiled_peer: bool) -> Iterator[Result]:
@@ -80,6 +81,30 @@ def whole_runs(device: str, compiled_peer: bool) -> Iterator[Result]:
                     f"bundled model, float32, {STEPS} steps, {batch} images a call; ours compiled",
                     comparison,
                 )
+
+
+def price_of_exact(device: str) -> Iterator[Result]:
+    """What exact=True costs: a full batch for every step, however few images are asked for."""
+    sampler = fd.Sampler.from_pretrained(fd.bundled(), device, "float32", compile=True)
+    run = partial(sampler.sample, solver="ddim", num_steps=EXACT_STEPS, batch_size=EXACT_BATCH)
+    note = f"bundled model, float32, ddim, {EXACT_STEPS} steps; exact pads to {EXACT_BATCH} images"
+    counts = (1, EXACT_BATCH)
+    try:
+        alone, crowd = (run(range(n), [i % 10 for i in range(n)], exact=True) for n in counts)
+    except ValueError as error:  # this machine's compiled code has other bits in other lanes
+        yield Result("exact", str(error), note, {})
+        return
+    if not torch.equal(alone, crowd[:1]):
+        raise AssertionError("exact=True: one image has other bits than among others, not timed")
+    for count in counts:
+        few = partial(run, range(count), [i % 10 for i in range(count)])
+        check(few(), crowd[:count], f"exact at {count}", "exact=True")
+        yield Result.of(
+            f"exact-{count}-of-{EXACT_BATCH}",
+            "the same with exact=True",
+            f"{note}; the ratio is its price",
+            compare(few, partial(few, exact=True), rounds=5 if count == 1 else 3),
+        )
 
 
 def loops_without_network(device: str) -> Iterator[Result]:

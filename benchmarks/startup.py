@@ -15,6 +15,11 @@ from pathlib import Path
 from flashddpm.benchmarks.harness import Result
 
 RUNS, IMPORTS = 3, 5
+FIRST_IMAGE = """
+import sys, flashddpm as fd
+sampler = fd.Sampler.from_pretrained(fd.bundled(), sys.argv[1], compile=sys.argv[2] == "compiled")
+image = sampler.sample(0, 0, num_steps=2).cpu()
+"""
 
 
 def _run(*command: str, cache: str) -> tuple[float, float]:
@@ -59,4 +64,19 @@ def first_run(device: str) -> Iterator[Result]:
                 "extra_seconds": extra[IMPORTS // 2],
                 "torch_seconds": sorted(torch_alone)[IMPORTS // 2],
             },
+        )
+
+
+def first_image(device: str) -> Iterator[Result]:
+    """One image in a fresh process, compiled and not: with an empty compile cache, then again."""
+    for how in ("compiled", "uncompiled"):
+        command = (sys.executable, "-P", "-c", FIRST_IMAGE, device, how)
+        with tempfile.TemporaryDirectory() as cache:
+            cold, warm = (_run(*command, cache=cache)[0] for _ in range(2))
+        yield Result(
+            f"first-image-{how}",
+            "nothing",
+            "process start to one image of 2 steps: the first process with an empty compile "
+            "cache, and a second one that finds what the first has left",
+            {"cold_seconds": cold, "warm_seconds": warm},
         )

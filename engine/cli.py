@@ -273,7 +273,7 @@ def warm(
         Path | None, typer.Argument(help="A model folder; by default the bundled model.")
     ] = None,
     batch_size: Annotated[
-        str, Option(help="Images at a time, comma-separated: a shape is compiled for each.")
+        str, Option(help="Images at a time, comma-separated: the bucket of each is compiled.")
     ] = "64",
     guided: Annotated[bool, Option("--guided", help="With two evaluations an image.")] = False,
     tune: Annotated[
@@ -301,9 +301,9 @@ def warm(
     label = 0 if sampler.conditioning.num_classes else None
     for size in sizes:
         start = time.perf_counter()
-        sampler.sample(range(size), label, 2.0 if guided else 1.0, num_steps=1, batch_size=size)
-        lanes = 2 * size if guided else size
-        print(f"{lanes} evaluations at a time: {time.perf_counter() - start:.1f} s")
+        w, batch = 2.0 if guided else 1.0, max(size, 64)  # the bucket that sample() takes
+        sampler.sample(range(size), label, w, num_steps=1, batch_size=batch)
+        print(f"{size} images at a time: {time.perf_counter() - start:.1f} s")
     print(f"kept in {caches.folder()}")
 
 

@@ -105,14 +105,24 @@ class Execution:
         self._slots: Slots | None = None
         self._launched = torch.cuda.Event() if device.type == "cuda" else None
 
-    def start(self, seeds: Sequence[int], plan: Plan, image: Tensor | None = None) -> Tensor:
+    def start(
+        self,
+        seeds: Sequence[int],
+        plan: Plan,
+        image: Tensor | None = None,
+        z: Tensor | None = None,
+    ) -> Tensor:
         """Return what trajectories begin at, float32 [B, C, H, W]: initial[0] image + initial[1] z.
 
         Args:
             seeds: of z, one an image.
             plan: whose ``initial`` it is.
             image: float32 [B, C, H, W] on the device, None where the plan needs none.
+            z: float32 [B, C, H, W] on the device, instead of the seeds'.
         """
+        if z is not None:
+            a, b = plan.initial
+            return b * z if image is None else a * image + b * z
         z = self.draw(seeds, 0, Purpose.INITIAL)
         if plan.initial == (0.0, 1.0):
             return z
@@ -239,21 +249,34 @@ class Execution:
         return out
 
     def run(
-        self, slots: Slots, plan: Plan, compiled: bool, previews: bool
+        self,
+        slots: Slots,
+        plan: Plan,
+        compiled: bool,
+        previews: bool,
+        given: Iterator[Tensor | None] | None = None,
     ) -> Iterator[Tensor | None]:
         """Take every step of the plan; yield after each, with its x0 if previews are wanted.
 
         All slots follow the plan together, from its first row.
+
+        Args:
+            slots: the buffers.
+            plan: the rows.
+            compiled: whether the compiled network runs.
+            previews: whether x0 are wanted.
+            given: noise of each step, float32 [S, C, H, W], to use instead of the seeds'; nothing
+                is captured then.
         """
         self.check_plan(plan)
         if compiled:
             self.compiled.prepare(slots, plan.fractional)
-        graph = self._graph(slots, compiled, plan.fractional)
+        graph = None if given else self._graph(slots, compiled, plan.fractional)
         if graph is not None and not previews:
             yield from self._replay(slots, plan, compiled, graph)
             return
         network, stats = self._network(compiled), plan.needs_stats
-        drawn = self._noise(slots, plan, compiled)
+        drawn = given or self._noise(slots, plan, compiled)
         rows = plan.rows.astype(np.float32).tolist() if previews else []
         for i in range(len(plan)):
             x_t = slots.x.clone() if previews else None

@@ -28,7 +28,7 @@ from flashddpm.checkpoint import (
 from flashddpm.defaults import SamplingDefaults
 from flashddpm.errors import CheckpointError, NonFiniteError
 from flashddpm.execution import BACKENDS, Execution
-from flashddpm.kernels.contract import Purpose
+from flashddpm.kernels.contract import Column, Purpose
 from flashddpm.parameterization import PREDICTION_TYPES
 from flashddpm.schedule import NoiseSchedule
 from flashddpm.slots import Slots
@@ -284,6 +284,8 @@ class Sampler:
         bucket: int | None = None,
         progress: bool = False,
         on_step: Callable[[int, Tensor], None] | None = None,
+        initial_noise: Tensor | None = None,
+        step_noise: Callable[[int], Tensor | None] | None = None,
         **options: Unpack[PlanOptions],
     ) -> Tensor:
         """Draw one image a seed.
@@ -307,6 +309,10 @@ class Sampler:
             progress: show a bar.
             on_step: called after each step of each chunk with the step's number and the x0
                 predicted by it, float32 [b, C, H, W].
+            initial_noise: float [N, C, H, W] to begin with instead of the seeds' noise.
+            step_noise: returns the noise of a step, float [N, C, H, W], by its number, to use
+                instead of the seeds' (None where the step takes none); asked for in order, for all
+                images in one batch. Steps are then not captured.
             options: of the plan (PlanOptions): None is the model's own, or none.
 
         Returns:
@@ -325,6 +331,12 @@ class Sampler:
         lanes = [1 if w == 1 else 2 for w in scale]
         L, compiled = self._width(lanes, batch, most, plan, exact, bucket)
 
+        z = self._given_noise("initial_noise", initial_noise, len(seed))
+        if step_noise is not None and len(seed) > batch:
+            raise ValueError(
+                f"step_noise: {len(seed)} seeds must be one batch, of at most batch_size={batch}"
+            )
+
         result = torch.empty(len(seed), *self.shape, device=self.device)
         chunks = range(0, len(seed), batch)
         with self._exclusive(), _bar(progress, len(chunks) * len(plan)) as bar:
@@ -337,14 +349,20 @@ class Sampler:
                 buffers.load_plan(plan)
                 self._admit(
                     Batch(buffers),
-                    self.execution.start(seed[part], plan, None if begin is None else begin[part]),
+                    self.execution.start(
+                        seed[part],
+                        plan,
+                        None if begin is None else begin[part],
+                        None if z is None else z[part],
+                    ),
                     seed[part],
                     None if label is None else label[part],
                     scale[part],
                     len(plan),
                 )
                 slots = buffers.prefix(min(len(buffers.idx), width), width)
-                steps = self.execution.run(slots, plan, compiled, on_step is not None)
+                given = None if step_noise is None else self._spread(step_noise, slots, count, plan)
+                steps = self.execution.run(slots, plan, compiled, on_step is not None, given)
                 for i, x0 in enumerate(steps):
                     bar.update()
                     if on_step is not None and x0 is not None:
@@ -467,6 +485,29 @@ class Sampler:
                 f"{(count, *self.shape)}"
             )
         return image.to(self.device, torch.float32).expand(count, *self.shape)
+
+    def _given_noise(self, name: str, noise: Tensor | None, count: int) -> Tensor | None:
+        """Return noise of the caller's own, float32 [count, C, H, W] on the device."""
+        if noise is None:
+            return None
+        shape = (count, *self.shape)
+        if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.shape != shape:
+            kind = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
+            raise ValueError(f"{name}: must be floats of shape {shape}, not {kind}")
+        return noise.to(self.device, torch.float32)
+
+    def _spread(
+        self, step_noise: Callable[[int], Tensor | None], slots: Slots, count: int, plan: Plan
+    ) -> Iterator[Tensor | None]:
+        """Yield the caller's noise of each step, in the first slots of a batch."""
+        z = torch.zeros_like(slots.x)
+        for i, sigma in enumerate(plan.rows[:, Column.SIGMA]):
+            noise = self._given_noise("step_noise", step_noise(i), count)
+            if noise is not None:
+                z[:count] = noise
+            elif sigma:
+                raise ValueError(f"step_noise: returned None for step {i}, which takes noise")
+            yield z if sigma else None
 
     def _labels(self, labels: Any, count: int) -> list[int] | None:
         """Return the label of every image, the null class where none is asked for."""

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import flashddpm as fd
-from flashddpm import graph as graphs_module
 from flashddpm.graph import CapturedSteps, Graphs
 
 RUN = {"labels": 1, "guidance": [1.0, 2.0, 1.0], "solver": "ddpm"}
@@ -369,6 +368,108 @@ class TestEngine:
             b.result()
 
 
-def test_the_module_touches_no_gpu_unless_asked():
-    assert not torch.cuda.is_initialized()
-    assert graphs_module.Graphs(None).bytes == 0
+@pytest.mark.gpu
+class TestOnAGPU:
+    """The same on a real card."""
+
+    @pytest.fixture
+    def make(self, tiny_unet):
+        def build(**options):
+            return fd.Sampler(
+                tiny_unet(num_class_embeds=4).cuda(),
+                fd.NoiseSchedule.create("squaredcos_cap_v2", 100),
+                shape=(1, 8, 8),
+                prediction_type="v_prediction",
+                conditioning=fd.Conditioning(3, 3),
+                device="cuda",
+                **{"compile": False, **options},
+            )
+
+        return build
+
+    @pytest.mark.parametrize("count", [1, 4, 16])
+    def test_graphs_of_many_steps(self, make, monkeypatch, count):
+        """Whichever pays: 37 steps are some replays of it and some of one step."""
+        monkeypatch.setattr("flashddpm.graph.UNROLLED", (1, count) if count > 1 else (1,))
+        monkeypatch.setattr("flashddpm.graph.WORTH", -1.0)  # the last one is always kept
+        monkeypatch.setattr("flashddpm.graph.GAP_SECONDS", 1.0)
+        sampler, plain = make(), make(backend="reference")
+        ask = {"num_steps": 37, **RUN}
+        for seeds in (range(3), range(3, 6)):
+            got, want = sampler.sample(seeds, **ask), plain.sample(seeds, **ask)
+            assert (got - want).abs().max() <= 1e-3
+        counts = {graph.count for graph in sampler.execution._graphs._kept.values()}
+        assert counts == {1, count}
+        assert sampler.execution.graph_bytes > 0
+
+    def test_ten_buckets_are_compiled_and_captured_once_each(self, make):
+        sampler, plain = make(compile=True), make(backend="reference")
+        for _ in range(2):
+            for lanes in range(1, 11):
+                got = sampler.sample(range(lanes), 1, num_steps=3, bucket=lanes)
+                want = plain.sample(range(lanes), 1, num_steps=3)
+                assert (got - want).abs().max() <= 1e-3
+        assert sampler.execution.compiled.shapes == {(n, False) for n in range(1, 11)}
+        assert {key[2] for key, _ in sampler.execution._graphs._kept} == set(range(1, 11))
+
+    def test_without_memory_for_graphs(self, make):
+        sampler, plain = make(graph_memory=0), make(backend="reference")
+        got, want = (s.sample(range(3), num_steps=5, **RUN) for s in (sampler, plain))
+        assert (got - want).abs().max() <= 1e-3 and sampler.execution.graph_bytes == 0
+
+    def test_a_step_that_may_not_be_captured_leaves_the_card_usable(self, make):
+        def waits(x_t, t, labels):
+            return x_t * float(x_t.sum().isfinite())  # the host reads
+
+        bad = fd.Sampler(
+            waits,
+            fd.NoiseSchedule.create(),
+            shape=(1, 8, 8),
+            conditioning=fd.Conditioning(3, 3),
+            device="cuda",
+            capture=True,
+        )
+        stream = torch.cuda.current_stream()
+        with pytest.raises(RuntimeError):
+            bad.sample(0, 0, num_steps=2)
+        assert torch.cuda.current_stream() == stream
+        assert not torch.cuda.is_current_stream_capturing()
+        assert make().sample(range(2), 0, num_steps=3).isfinite().all()
+
+    def test_requests_in_flight(self, make):
+        sampler, plain = make(compile=True), make(backend="reference")
+        requests = [
+            fd.Request(
+                seed=i,
+                label=i % 3,
+                guidance=1.0 + i % 2,
+                solver=("ddpm", "ddim", "dpmpp_2m")[i % 3],
+                num_steps=3 + i,
+            )
+            for i in range(12)
+        ]
+        with fd.Engine(sampler, 4) as engine:
+            engine.warm()
+            held = len(sampler.execution._graphs)
+            results = [future.result() for future in map(engine.submit, requests)]
+            assert len(sampler.execution._graphs) == held == 4
+            assert engine.metrics()["graph_bytes"] > 0
+        for r, result in zip(requests, results, strict=True):
+            want = plain.sample(r.seed, r.label, r.guidance, r.solver, r.num_steps)
+            assert (result.image - want[0]).abs().max() <= 1e-3
+
+    def test_calls_on_streams_of_their_own_do_not_overlap(self, make):
+        sampler = make()
+        want = [sampler.sample(range(2), 1, num_steps=20) for _ in range(2)]
+        got = []
+        for _ in range(2):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                got.append(sampler.trajectory(range(2), 1, num_steps=20))
+        for trajectory in got:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                x = trajectory.run()
+            assert (x - want[0]).abs().max() <= 1e-5
+
+
+def test_nothing_here_touches_a_gpu_before_it_is_asked_to():
+    assert Graphs(None).bytes == 0

@@ -310,14 +310,8 @@ class TestAdmission:
         sample = inspect.signature(sampler.sample).parameters
         request = inspect.signature(fd.Request).parameters
         of_many = {
-            "seeds",
-            "labels",
-            "batch_size",
-            "bucket",
-            "exact",
-            "progress",
-            "on_step",
-            "options",
+            *("seeds", "labels", "batch_size", "bucket", "exact", "progress", "on_step", "options"),
+            *("initial_noise", "step_noise"),
         }
         single = {"seed", "label", "deadline"}
         assert set(request) - single == {*sample, *PlanOptions.__annotations__} - of_many
