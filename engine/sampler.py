@@ -17,7 +17,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from flashddpm import arguments
+from flashddpm import arguments, inputs
 from flashddpm.batch import Batch, Occupant
 from flashddpm.checkpoint import (
     Conditioning,
@@ -28,7 +28,7 @@ from flashddpm.checkpoint import (
 from flashddpm.defaults import SamplingDefaults
 from flashddpm.errors import CheckpointError, NonFiniteError
 from flashddpm.execution import BACKENDS, Execution
-from flashddpm.kernels.contract import Column, Purpose
+from flashddpm.kernels.contract import Purpose
 from flashddpm.parameterization import PREDICTION_TYPES
 from flashddpm.schedule import NoiseSchedule
 from flashddpm.slots import Slots
@@ -331,13 +331,14 @@ class Sampler:
         lanes = [1 if w == 1 else 2 for w in scale]
         L, compiled = self._width(lanes, batch, most, plan, exact, bucket)
 
-        z = self._given_noise("initial_noise", initial_noise, len(seed))
+        shape = (len(seed), *self.shape)
+        z = inputs.noise_of("initial_noise", initial_noise, shape, self.device)
         if step_noise is not None and len(seed) > batch:
             raise ValueError(
                 f"step_noise: {len(seed)} seeds must be one batch, of at most batch_size={batch}"
             )
 
-        result = torch.empty(len(seed), *self.shape, device=self.device)
+        result = torch.empty(shape, device=self.device)
         chunks = range(0, len(seed), batch)
         with self._exclusive(), _bar(progress, len(chunks) * len(plan)) as bar:
             if exact and L:
@@ -347,21 +348,12 @@ class Sampler:
                 count, width = len(seed[part]), L or sum(lanes[part])
                 buffers = self.execution.slots(count, width, (batch, most))
                 buffers.load_plan(plan)
+                x = self.execution.start(seed[part], plan, _part(begin, part), _part(z, part))
                 self._admit(
-                    Batch(buffers),
-                    self.execution.start(
-                        seed[part],
-                        plan,
-                        None if begin is None else begin[part],
-                        None if z is None else z[part],
-                    ),
-                    seed[part],
-                    None if label is None else label[part],
-                    scale[part],
-                    len(plan),
+                    Batch(buffers), x, seed[part], _part(label, part), scale[part], len(plan)
                 )
                 slots = buffers.prefix(min(len(buffers.idx), width), width)
-                given = None if step_noise is None else self._spread(step_noise, slots, count, plan)
+                given = step_noise and inputs.spread(step_noise, slots, count, plan)
                 steps = self.execution.run(slots, plan, compiled, on_step is not None, given)
                 for i, x0 in enumerate(steps):
                     bar.update()
@@ -407,8 +399,8 @@ class Sampler:
     ) -> tuple[list[int], list[int] | None, list[float]]:
         """Return seed, label and guidance of every image."""
         seed = arguments.seed_list(seeds)
-        label = self._labels(labels, len(seed))
-        return seed, label, self._guidance(guidance, len(seed), labels)
+        label = inputs.labels_of(labels, len(seed), self.conditioning)
+        return seed, label, inputs.guidance_of(guidance, len(seed), labels, self.conditioning)
 
     def _width(
         self,
@@ -451,7 +443,7 @@ class Sampler:
         plan = self.plan(solver, num_steps, **options)
         if strength is not None:
             plan = plan.start(strength)
-        return plan, self._image(image, count, plan)
+        return plan, inputs.begin_of(image, (count, *self.shape), plan, self.device)
 
     def _admit(
         self,
@@ -468,73 +460,6 @@ class Sampler:
             null = self.conditioning.null_label
             batch.admit(Occupant(seed, label, null, guidance[i], row=1, last=length), x[i])
         batch.upload()
-
-    def _image(self, image: Tensor | None, count: int, plan: Plan) -> Tensor | None:
-        """Return the images to begin at, float32 [count, C, H, W] on the device."""
-        if image is None:
-            if plan.needs_image:
-                raise ValueError("image=None: the plan begins at an image; give one")
-            return None
-        if not plan.needs_image:
-            raise ValueError("image: must not be given without strength, or a plan that needs one")
-        if not isinstance(image, Tensor) or not image.is_floating_point():
-            raise ValueError("image: must be a tensor of floats in [-1, 1]")
-        if image.shape not in (self.shape, (count, *self.shape)):
-            raise ValueError(
-                f"image of shape {tuple(image.shape)}: must be {self.shape} or "
-                f"{(count, *self.shape)}"
-            )
-        return image.to(self.device, torch.float32).expand(count, *self.shape)
-
-    def _given_noise(self, name: str, noise: Tensor | None, count: int) -> Tensor | None:
-        """Return noise of the caller's own, float32 [count, C, H, W] on the device."""
-        if noise is None:
-            return None
-        shape = (count, *self.shape)
-        if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.shape != shape:
-            kind = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
-            raise ValueError(f"{name}: must be floats of shape {shape}, not {kind}")
-        return noise.to(self.device, torch.float32)
-
-    def _spread(
-        self, step_noise: Callable[[int], Tensor | None], slots: Slots, count: int, plan: Plan
-    ) -> Iterator[Tensor | None]:
-        """Yield the caller's noise of each step, in the first slots of a batch."""
-        z = torch.zeros_like(slots.x)
-        for i, sigma in enumerate(plan.rows[:, Column.SIGMA]):
-            noise = self._given_noise("step_noise", step_noise(i), count)
-            if noise is not None:
-                z[:count] = noise
-            elif sigma:
-                raise ValueError(f"step_noise: returned None for step {i}, which takes noise")
-            yield z if sigma else None
-
-    def _labels(self, labels: Any, count: int) -> list[int] | None:
-        """Return the label of every image, the null class where none is asked for."""
-        known = arguments.label_list(labels, count, self.conditioning.num_classes)
-        if known is not None or self.conditioning.num_classes is None:
-            return known
-        if self.conditioning.null_label is None:
-            raise ValueError("labels=None: this model has no null class; give a label")
-        return [self.conditioning.null_label] * count
-
-    def _guidance(self, guidance: Any, count: int, labels: Any) -> list[float]:
-        if hasattr(guidance, "tolist"):  # tensors, arrays and NumPy's numbers
-            guidance = guidance.tolist()
-        values = list(guidance) if isinstance(guidance, Sequence) else [guidance] * count
-        if len(values) != count:
-            raise ValueError(
-                f"guidance: {len(values)} values for {count} seeds; give one or one each"
-            )
-        values = [arguments.number("guidance", value) for value in values]
-        if any(value != 1 for value in values):
-            if self.conditioning.null_label is None:
-                raise ValueError(
-                    f"guidance={guidance!r}: must be 1 for a model without a null class"
-                )
-            if labels is None:
-                raise ValueError(f"guidance={guidance!r}: must be 1 where no labels are given")
-        return values
 
     def _check_finite(self, slots: Slots, seeds: Sequence[int], num_steps: int) -> None:
         for seed, row in zip(seeds, slots.nonfinite.tolist(), strict=False):
@@ -569,6 +494,10 @@ class Sampler:
                     yield
             finally:
                 self._owner = None
+
+
+def _part(whole: Any, part: slice) -> Any:
+    return None if whole is None else whole[part]
 
 
 def _bar(progress: bool, total: int) -> Any:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashddpm import arguments
+from flashddpm import arguments, inputs
 from flashddpm.desk import Desk
 from flashddpm.flight import Flight
 from flashddpm.loop import Loop
@@ -229,7 +229,7 @@ class Engine:
         plan = self._plan_of(request)
         if request.strength is not None:
             plan = plan.start(request.strength)
-        image = sampler._image(request.image, 1, plan)
+        image = inputs.begin_of(request.image, (1, *sampler.shape), plan, sampler.device)
         if len(plan) > len(sampler.schedule):
             raise ValueError(f"solver: a plan of {len(plan)} rows; at most {len(sampler.schedule)}")
         sampler.execution.check_plan(plan)
