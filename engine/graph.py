@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -24,6 +25,7 @@ GAP_SECONDS = 20e-6
 """The most that the pause between two replays may cost: where a step is so long that WORTH of it is
 more, longer graphs are not tried."""
 MEASURED_STEPS = 32
+CAPTURING = threading.Lock()  # CUDA takes one capture at a time in a process
 
 
 Step = Callable[[], Tensor]
@@ -94,9 +96,10 @@ class Card:
 
     def capture(self, step: Step, count: int) -> CapturedSteps:
         """Return the captured steps."""
-        self._join()
-        torch.cuda.empty_cache()
-        return CapturedSteps(step, count, self._pool, self._stream)
+        with CAPTURING:
+            self._join()
+            torch.cuda.empty_cache()
+            return CapturedSteps(step, count, self._pool, self._stream)
 
     def seconds(self, graph: CapturedSteps) -> float:
         """Return what one step of the graph takes when replays follow one another."""
@@ -111,7 +114,7 @@ class Card:
         return start.elapsed_time(end) / 1e3 / (replays * graph.count)
 
     def release(self) -> None:
-        """Give back what nothing uses any more, after a capture that failed."""
+        """Give back what nothing uses any more: of graphs let go, or of a capture that failed."""
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
 
@@ -161,17 +164,22 @@ class Graphs:
     def best(self, key: Hashable, resting: Resting) -> CapturedSteps | None:
         """Return the graph of as many steps as pay; the first call times each of `UNROLLED`."""
         if key not in self._best:
-            self._best[key] = self._choose(key, resting)
-            for count in UNROLLED[1:]:
-                if count != self._best[key]:
-                    self._kept.pop((key, count), None)
+            best = self._best[key] = self._choose(key, resting)
+            self._drop(lambda other, count: other == key and count not in (1, best))
         return self.get(key, resting, self._best[key])
 
     def forget(self, unwanted: Callable[[Any], bool]) -> None:
         """Let go of the graphs whose key is unwanted."""
         self._needs = {key: n for key, n in self._needs.items() if not unwanted(key)}
         self._best = {key: n for key, n in self._best.items() if not unwanted(key)}
-        self._kept = {key: graph for key, graph in self._kept.items() if not unwanted(key[0])}
+        self._drop(lambda key, count: unwanted(key))
+
+    def _drop(self, unwanted: Callable[[Any, int], bool]) -> None:
+        gone = [key for key in self._kept if unwanted(*key)]
+        graphs = [self._kept.pop(key) for key in gone]
+        if any(graphs):
+            graphs.clear()
+            self.card.release()
 
     def _choose(self, key: Hashable, resting: Resting) -> int:
         chosen, least = 1, float("inf")

@@ -425,9 +425,10 @@ class Sampler:
         if arguments.boolean("exact", exact):
             self.execution.check_exact(plan)
             return bucket or most, True
-        compiled = self.execution.compiles(len(plan) * sum(lanes), used)
+        L = bucket or self.execution.bucket(used, most, compiled=True)
+        compiled = self.execution.compiles(len(plan) * sum(lanes), L)
         if bucket or compiled or self.execution.capture:
-            return bucket or self.execution.bucket(used, most, compiled), compiled
+            return L, compiled
         return None, compiled
 
     def _begin(

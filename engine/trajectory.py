@@ -62,21 +62,31 @@ class Trajectory:
         self.sampler, self.plan = sampler, plan
         self.seeds, self.labels, self.guidance = seeds, labels, guidance
         self.position = position
+        self._execution = execution = sampler.execution
+        execution.check_plan(plan)
         lanes = len(seeds) + sum(w != 1 for w in guidance)
-        self._execution = sampler.execution
-        sampler.execution.check_plan(plan)
-        self._compiled = self._execution.compiles(len(plan) * lanes, lanes)
-        self._slots = self._execution.service_slots(len(seeds), lanes, len(plan) + 1)
-        self._slots.load_plan(plan)
-        self._slots.x.copy_(x)
-        self._batch = Batch(self._slots)
-        if not self.done:
-            null, row = sampler.conditioning.null_label, position + 1
-            for i, seed in enumerate(seeds):
-                label = None if labels is None else labels[i]
-                self._batch.admit(Occupant(seed, label, null, guidance[i], row, len(plan)), x[i])
-            self._batch.upload()
+        L = execution.bucket(lanes, 1 << (lanes - 1).bit_length(), compiled=True)
+        self._compiled = execution.compiles(len(plan) * lanes, L)
+        if not (self._compiled or execution.capture):
+            L = lanes
+        with sampler._exclusive():
+            self._slots = execution.service_slots(len(seeds), L, len(plan) + 1)
+            self._slots.load_plan(plan)
+            self._slots.x.copy_(x)
+            self._batch = Batch(self._slots)
+            self._enter(x)
         weakref.finalize(self, self._execution.forget, self._slots)
+
+    def _enter(self, x: Tensor) -> None:
+        """Put every image into its slot, at the row where it is."""
+        if self.done:
+            return
+        null, row = self.sampler.conditioning.null_label, self.position + 1
+        for i, seed in enumerate(self.seeds):
+            label = None if self.labels is None else self.labels[i]
+            occupant = Occupant(seed, label, null, self.guidance[i], row, len(self))
+            self._batch.admit(occupant, x[i])
+        self._batch.upload()
 
     def __len__(self) -> int:
         """Return how many steps there are in all."""
@@ -90,7 +100,8 @@ class Trajectory:
     @property
     def x(self) -> Tensor:
         """A copy of x_t, float32 [B, C, H, W]; the images, once it is done."""
-        return self._slots.x.clone(memory_format=torch.contiguous_format)
+        with self.sampler._exclusive():
+            return self._slots.x.clone(memory_format=torch.contiguous_format)
 
     @torch.inference_mode(False)
     @torch.no_grad()
