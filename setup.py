@@ -14,6 +14,9 @@ PYTEST_BENCHMARK = "pytest-benchmark>=5"
 TEST = [
     DIFFUSERS,
     MATPLOTLIB,
+    # Called directly, as what the converted network must equal; it imports torchvision.
+    "denoising-diffusion-pytorch>=2.3",
+    "torchvision>=0.26",
     PYTEST_BENCHMARK,
     "scipy>=1.11",
     "hypothesis>=6.100",
@@ -42,6 +45,7 @@ setup(
     },
     packages=[
         "flashddpm",
+        "flashddpm.convert",
         "flashddpm.testing",
         "flashddpm.kernels",
         "flashddpm.kernels.checks",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashddpm import arguments
-from flashddpm.checkpoint import write_atomic
+from flashddpm.files import write_atomic
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flashddpm.checkpoint import write_atomic
+from flashddpm.files import write_atomic
 
 log = logging.getLogger("flashddpm")
 

@@ -8,6 +8,7 @@ the timestep of a sigma is linear in log sigma, as in diffusers (not quite inver
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +71,63 @@ def timesteps(
             "spacing repeat (this solver takes one more point and drops it)"
         )
     return steps
+
+
+def respaced(respacing: str, num_train_timesteps: int = 1000) -> Ints:
+    """Return the timesteps of a respacing string of OpenAI's, int64 [S], decreasing.
+
+        "ddim50"    every k-th from 0 on, with the smallest k that makes 50 of them
+        "10,20,30"  as many in each of three equal sections (the first ones a timestep longer if
+                    need be), evenly from a section's first to its last; one alone is the first
+        "250"       the same with one section
+        ""          all
+
+    Raises:
+        ValueError: no such string, or more timesteps than there are, or a k that does not exist.
+    """
+    T = arguments.integer("num_train_timesteps", num_train_timesteps, 1)
+    allowed = "must be a number of steps, several with commas between, or ddim and a number"
+    text = respacing if isinstance(respacing, str) else "?"
+    match = re.fullmatch(r"(ddim)?(\d{1,9}(?:,\d{1,9})*)?", text, re.ASCII)
+    counts = [int(part) for part in match[2].split(",")] if match and match[2] else []
+    if respacing == "":
+        counts = [T]
+    elif not match or not counts or (match[1] and len(counts) > 1) or sum(counts) == 0:
+        raise ValueError(f"timestep_respacing={respacing!r}: {allowed}")
+    if match and match[1]:
+        return _strided(respacing, counts[0], T)
+    size, longer = divmod(T, len(counts))
+    steps: list[int] = []
+    start = 0
+    for i, count in enumerate(counts):
+        length = size + (i < longer)
+        if count > length:
+            raise ValueError(
+                f"timestep_respacing={respacing!r}: {count} timesteps do not fit in section "
+                f"{i + 1}, which has {length}"
+            )
+        # Summed one by one, as there: where it should end in .5, the error decides the rounding.
+        offset = 0.0
+        for _ in range(count):
+            steps.append(start + round(offset))
+            offset += (length - 1) / max(count - 1, 1)
+        start += length
+    return np.array(steps[::-1], np.int64)
+
+
+def _strided(respacing: str, n: int, T: int) -> Ints:
+    """Return n of T timesteps, every k-th from 0 on; k = T, which would take one, is refused."""
+    for k in range(1, T):
+        if -(-T // k) <= n:
+            break
+    else:
+        k = 1
+    if -(-T // k) != n:
+        raise ValueError(
+            f"timestep_respacing={respacing!r}: no stride takes {n} of {T} timesteps; must be "
+            f"ddim{-(-T // k)}, say"
+        )
+    return np.arange(0, T, k)[::-1]
 
 
 def sigma_grid(spacing: str, high: float, low: float, num_steps: int) -> Table:

@@ -32,9 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from flashddpm import arguments, kernels
-from flashddpm.checkpoint import Conditioning, read_tensors, save_model, write_atomic, write_json
+from flashddpm.checkpoint import Conditioning, save_model
 from flashddpm.data import ImageData, to_float
 from flashddpm.errors import CheckpointError, DivergedError
+from flashddpm.files import read_tensors, write_atomic, write_json
 from flashddpm.images import save_grid
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Purpose

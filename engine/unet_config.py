@@ -9,32 +9,40 @@ from typing import Any
 
 from flashddpm import arguments
 
-DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
-UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 
 # Keys of UNet2DModel that this network has in one form only.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "time_embedding_type": ("positional",),
     "mid_block_type": ("UNetMidBlock2D",),
-    "downsample_type": ("conv",),
-    "upsample_type": ("conv",),
     "act_fn": ("silu", "swish"),
-    "attn_norm_num_groups": (None,),
-    "resnet_time_scale_shift": ("default",),
     "class_embed_type": (None,),
-    "num_train_timesteps": (None,),
 }
+
+
+NETWORK_T = 1000
+"""A "rescaled" network is told t * NETWORK_T / num_train_timesteps."""
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The keys of diffusers' UNet2DModel that may vary, with its defaults."""
+    """The keys of diffusers' UNet2DModel that may vary, with its defaults.
+
+    Three settings are ours, for networks of other projects. diffusers stops at each with an error:
+
+        time_embedding_type="rescaled"  timesteps times 1000 / num_train_timesteps, not whole
+        attention_head_dim=[..]         one for each of block_out_channels
+        time_embedding_channels         of the sinusoids, where not block_out_channels[0]
+    """
 
     sample_size: int | tuple[int, int] | None = None
     in_channels: int = 3
     out_channels: int = 3
     center_input_sample: bool = False
+    time_embedding_type: str = "positional"
     time_embedding_dim: int | None = None
+    time_embedding_channels: int | None = None
+    num_train_timesteps: int | None = None
     freq_shift: int = 0
     flip_sin_to_cos: bool = True
     down_block_types: tuple[str, ...] = ("DownBlock2D", *["AttnDownBlock2D"] * 3)
@@ -43,10 +51,14 @@ class UNetConfig:
     layers_per_block: int = 2
     mid_block_scale_factor: float = 1.0
     downsample_padding: int = 1
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
     dropout: float = 0.0
-    attention_head_dim: int | None = 8
+    attention_head_dim: int | tuple[int, ...] | None = 8
     norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None
     norm_eps: float = 1e-5
+    resnet_time_scale_shift: str = "default"
     add_attention: bool = True
     num_class_embeds: int | None = None
 
@@ -56,6 +68,21 @@ class UNetConfig:
             if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 10:
                 raise ValueError(f"{name}={value!r}: must be a list of 1..10 entries")
             object.__setattr__(self, name, tuple(value))
+        self._check_size()
+        self._check_blocks()
+        self._check_time()
+        for name in ("in_channels", "out_channels"):
+            arguments.integer(name, getattr(self, name), 1, 1024)
+        for name in ("center_input_sample", "flip_sin_to_cos", "add_attention"):
+            arguments.boolean(name, getattr(self, name))
+        if self.num_class_embeds is not None:
+            arguments.integer("num_class_embeds", self.num_class_embeds, 1, 1_000_000)
+        arguments.number("dropout", self.dropout, 0, 1)
+        arguments.number("norm_eps", self.norm_eps, 0, 1)
+        if arguments.number("mid_block_scale_factor", self.mid_block_scale_factor) == 0:
+            raise ValueError("mid_block_scale_factor=0: must not be 0")
+
+    def _check_size(self) -> None:
         size = self.sample_size
         if size is not None:
             for side in size if isinstance(size, (list, tuple)) else [size]:
@@ -64,6 +91,8 @@ class UNetConfig:
             if len(size) != 2:
                 raise ValueError(f"sample_size={size!r}: must be one int or two")
             object.__setattr__(self, "sample_size", tuple(size))
+
+    def _check_blocks(self) -> None:
         levels = len(self.block_out_channels)
         if not len(self.down_block_types) == len(self.up_block_types) == levels:
             raise ValueError(
@@ -75,33 +104,81 @@ class UNetConfig:
             arguments.one_of("down_block_types", kind, DOWN_BLOCKS)
         for kind in self.up_block_types:
             arguments.one_of("up_block_types", kind, UP_BLOCKS)
-        for name in ("in_channels", "out_channels"):
-            arguments.integer(name, getattr(self, name), 1, 1024)
-        for name in ("center_input_sample", "flip_sin_to_cos", "add_attention"):
-            arguments.boolean(name, getattr(self, name))
-        arguments.integer("freq_shift", self.freq_shift, 0, 65536)
+        for name in ("downsample_type", "upsample_type"):
+            arguments.one_of(name, getattr(self, name), ("conv", "resnet"))
         arguments.integer("layers_per_block", self.layers_per_block, 1, 16)
         arguments.integer("downsample_padding", self.downsample_padding, 0, 1)
         arguments.integer("norm_num_groups", self.norm_num_groups, 1, 65536)
-        for name in ("time_embedding_dim", "attention_head_dim", "num_class_embeds"):
-            if getattr(self, name) is not None:
-                arguments.integer(name, getattr(self, name), 1, 1_000_000)
-        arguments.number("dropout", self.dropout, 0, 1)
-        arguments.number("norm_eps", self.norm_eps, 0, 1)
-        if arguments.number("mid_block_scale_factor", self.mid_block_scale_factor) == 0:
-            raise ValueError("mid_block_scale_factor=0: must not be 0")
         for channels in self.block_out_channels:
             arguments.integer("block_out_channels", channels, 1, 65536)
-            if channels % self.norm_num_groups:
-                raise ValueError(
-                    f"block_out_channels={channels}: must be a multiple of "
-                    f"norm_num_groups={self.norm_num_groups}"
-                )
-        if self.block_out_channels[0] // 2 - self.freq_shift <= 0:
+            self._check_groups("block_out_channels", channels, "norm_num_groups")
+        if self.attn_norm_num_groups is not None:
+            arguments.integer("attn_norm_num_groups", self.attn_norm_num_groups, 1, 65536)
+            self._check_groups("block_out_channels[-1]", channels, "attn_norm_num_groups")
+        dims = self.attention_head_dim
+        if isinstance(dims, (list, tuple)):
+            if len(dims) != levels:
+                raise ValueError(f"attention_head_dim={dims!r}: must have {levels} entries")
+            object.__setattr__(self, "attention_head_dim", tuple(dims))
+        for dim in dims if isinstance(dims, (list, tuple)) else [dims]:
+            if dims is not None:
+                arguments.integer("attention_head_dim", dim, 1, 1_000_000)
+
+    def _check_groups(self, name: str, channels: int, groups: str) -> None:
+        if channels % getattr(self, groups):
             raise ValueError(
-                f"freq_shift={self.freq_shift}: must be below half of "
-                f"block_out_channels[0]={self.block_out_channels[0]}"
+                f"{name}={channels}: must be a multiple of {groups}={getattr(self, groups)}"
             )
+
+    def _check_time(self) -> None:
+        modes = ("default", "scale_shift")
+        arguments.one_of("resnet_time_scale_shift", self.resnet_time_scale_shift, modes)
+        kinds = ("positional", "rescaled")
+        arguments.one_of("time_embedding_type", self.time_embedding_type, kinds)
+        if self.num_train_timesteps is not None or self.time_embedding_type == "rescaled":
+            arguments.integer("num_train_timesteps", self.num_train_timesteps, 1, 100_000)
+        for name in ("time_embedding_dim", "time_embedding_channels"):
+            if getattr(self, name) is not None:
+                arguments.integer(name, getattr(self, name), 1, 65536)
+        arguments.integer("freq_shift", self.freq_shift, 0, 65536)
+        if self.time_channels // 2 - self.freq_shift <= 0:
+            name = (
+                "block_out_channels[0]"
+                if self.time_embedding_channels is None
+                else ("time_embedding_channels")
+            )
+            raise ValueError(
+                f"freq_shift={self.freq_shift}: must be below half of {name}={self.time_channels}"
+            )
+
+    @property
+    def multiple(self) -> int:
+        """Of which the sides of images must be multiples."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def time_channels(self) -> int:
+        """Channels of the sinusoids."""
+        return self.time_embedding_channels or self.block_out_channels[0]
+
+    @property
+    def mid_groups(self) -> int | None:
+        """Groups of the norm before the middle attention; diffusers has none with scale_shift."""
+        plain = self.resnet_time_scale_shift == "default"
+        return self.attn_norm_num_groups or (self.norm_num_groups if plain else None)
+
+    def head_dim(self, level: int) -> int | None:
+        """Channels of an attention head at a level; None for one head."""
+        dims = self.attention_head_dim
+        return dims[level] if isinstance(dims, tuple) else dims
+
+    def resizes_in_resnet(self, kind: str) -> bool:
+        """Whether a block of this type changes the size in a residual block.
+
+        As in diffusers, downsample_type and upsample_type speak of blocks with attention only.
+        """
+        own = {"AttnDownBlock2D": self.downsample_type, "AttnUpBlock2D": self.upsample_type}
+        return kind.startswith("Resnet") or own.get(kind) == "resnet"
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
@@ -126,4 +203,7 @@ class UNetConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the config as diffusers writes it."""
         fixed = {key: values[0] for key, values in FIXED.items()}
-        return {"_class_name": "UNet2DModel", **fixed, **dataclasses.asdict(self)}
+        settings = dataclasses.asdict(self)
+        if self.time_embedding_channels is None:  # ours, so only where it says something
+            del settings["time_embedding_channels"]
+        return {"_class_name": "UNet2DModel", **fixed, **settings}

@@ -14,23 +14,20 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from flashddpm import checkpoint
 from flashddpm.checkpoint import (
-    MAX_HEADER,
     WEIGHTS,
     Conditioning,
     load_conditioning,
     load_scheduler_config,
     load_unet,
-    read_json,
     save_model,
     write_atomic,
 )
 from flashddpm.errors import CheckpointError
+from flashddpm.files import MAX_HEADER
 from flashddpm.unet import UNet
 from flashddpm.unet_config import UNetConfig
 
@@ -341,8 +338,8 @@ def test_broken_json_is_refused(folder: Path, message: str) -> None:
         ("down_block_types", [["DownBlock2D"], "DownBlock2D"]),
         ("attention_head_dim", 3),
         ("norm_eps", "small"),
-        ("norm_eps", float("nan")),
-        ("sample_size", float("inf")),
+        ("norm_eps", -1e-5),
+        ("_class_name", "UNet2DConditionModel"),
         ("act_fn", []),
     ],
 )
@@ -351,6 +348,45 @@ def test_configs_that_cannot_be_built_are_refused(folder: Path, key: str, value:
     edit_json(path, **{key: value})
     with pytest.raises(CheckpointError, match=f"^{path}: {key}="):
         load(folder)
+
+
+@pytest.mark.parametrize("channels", [[65536, 65536], [32768, 65536], [4096, 8192]])
+def test_configs_of_more_parameters_than_the_budget_are_refused(
+    folder: Path, channels: list[int]
+) -> None:
+    path = folder / "unet" / "config.json"
+    edit_json(path, block_out_channels=channels)
+    with pytest.raises(CheckpointError, match=rf"^{path}: it asks for \d+ parameters; at most 4"):
+        load(folder)
+
+
+def test_a_pipeline_of_other_classes_is_refused(folder: Path) -> None:
+    path = folder / "model_index.json"
+    for key, value in (
+        ("_class_name", "StableDiffusionPipeline"),
+        ("unet", ["diffusers", "UNet2DConditionModel"]),
+        ("unet", ["my_module", "UNet2DModel"]),
+        ("unet", "UNet2DModelOfMine"),
+        ("scheduler", ["diffusers", "PNDMScheduler"]),
+        ("scheduler", {"os": "system"}),
+    ):
+        before = path.read_text()
+        edit_json(path, **{key: value})
+        with pytest.raises(CheckpointError, match=f"^{path}: {key}="):
+            load_scheduler_config(folder)
+        path.write_text(before)
+    path.write_text("{}")
+    assert load_scheduler_config(folder) == SCHEDULER
+
+
+def test_the_pipeline_says_which_scheduler_it_is(folder: Path) -> None:
+    path = folder / "model_index.json"
+    edit_json(path, scheduler=["diffusers", "EulerDiscreteScheduler"])
+    assert load_scheduler_config(folder) == {**SCHEDULER, "_class_name": "EulerDiscreteScheduler"}
+    edit_json(path, _class_name="DDIMPipeline")
+    assert load_scheduler_config(folder)["_class_name"] == "DDIMScheduler"
+    edit_json(path, _class_name="DDPMPipeline", scheduler=[None, None])
+    assert load_scheduler_config(folder) == SCHEDULER
 
 
 def test_unknown_schedulers_are_refused(folder: Path) -> None:
@@ -484,71 +520,9 @@ def test_a_save_killed_at_any_write_leaves_a_folder_that_loads(
             patch.setattr(os, "replace", die)
             with pytest.raises(KeyboardInterrupt):
                 save_model(root, CONFIG, new.state_dict(), SCHEDULER, Conditioning())
-        assert_same(load(root).state_dict(), random_unet().state_dict())
+        # The fourth file holds the weights; the fifth is the config, the same as before.
+        expected = new if kill == 4 else random_unet()
+        assert_same(load(root).state_dict(), expected.state_dict())
         assert files(root).keys() == files(saved).keys()
     save_model(root, CONFIG, new.state_dict(), SCHEDULER, Conditioning())
     assert_same(load(root).state_dict(), new.state_dict())
-
-
-# Any bytes give a valid object or CheckpointError
-
-
-@pytest.fixture(scope="module")
-def scratch(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(shutil.copytree(saved, tmp_path_factory.mktemp("scratch") / "model"))
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda children: (
-        st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=5), children, max_size=3)
-    ),
-    max_leaves=5,
-)
-
-
-@settings(max_examples=60)
-@given(content=st.binary(max_size=64) | JSON.map(lambda v: json.dumps(v).encode()))
-def test_any_bytes_as_json(scratch: Path, content: bytes) -> None:
-    path = scratch / "any.json"
-    path.write_bytes(content)
-    try:
-        assert isinstance(read_json(path), dict)
-    except CheckpointError as error:
-        assert str(path) in str(error)
-
-
-@settings(max_examples=100)
-@given(key=st.sampled_from([f.name for f in dataclasses.fields(UNetConfig)]), value=JSON)
-def test_any_value_in_a_config(saved: Path, scratch: Path, key: str, value: Any) -> None:
-    path = scratch / "unet" / "config.json"
-    path.write_bytes((saved / "unet" / "config.json").read_bytes())
-    edit_json(path, **{key: value})
-    try:
-        load(scratch)
-    except CheckpointError as error:
-        assert str(scratch / "unet") in str(error)
-    finally:
-        path.write_bytes((saved / "unet" / "config.json").read_bytes())
-
-
-@settings(max_examples=100)
-@given(st.data())
-def test_any_change_of_the_weights_file(saved: Path, scratch: Path, data: st.DataObject) -> None:
-    content = bytearray((saved / "unet" / WEIGHTS).read_bytes())
-    end = 8 + int.from_bytes(content[:8], "little")
-    for _ in range(data.draw(st.integers(1, 3))):
-        # Mostly in the header, where structure is.
-        limit = data.draw(st.sampled_from((8, end, end, end, len(content)))) - 1
-        start = data.draw(st.integers(0, limit))
-        length = data.draw(st.integers(0, 4))
-        content[start : start + length] = data.draw(st.binary(max_size=4) | st.just(b"9"))
-    path = scratch / "unet" / WEIGHTS
-    path.write_bytes(content)
-    try:
-        unet = load(scratch)
-        assert all(bool(p.isfinite().all()) for p in unet.parameters())
-    except CheckpointError as error:
-        assert str(path) in str(error)
-    finally:
-        path.write_bytes((saved / "unet" / WEIGHTS).read_bytes())

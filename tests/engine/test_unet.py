@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashddpm.unet import UNet, sinusoids
-from flashddpm.unet_config import FIXED, UNetConfig
+from flashddpm.unet import UNet
+from flashddpm.unet_blocks import sinusoids
+from flashddpm.unet_config import DOWN_BLOCKS, FIXED, UP_BLOCKS, UNetConfig
 
 CIFAR10 = {
     "act_fn": "silu",
@@ -45,6 +46,7 @@ BUNDLED = {
     "attention_head_dim": 32,
     "num_class_embeds": 11,
 }
+OURS = {"time_embedding_type", "time_embedding_channels"}  # diffusers has one value or no such key
 TINY = {
     "sample_size": (8, 4),
     "in_channels": 2,
@@ -76,8 +78,8 @@ def random_config(seed: int) -> dict[str, Any]:
         "time_embedding_dim": draw.choice((None, 9, 16)),
         "freq_shift": draw.choice((0, 1)),
         "flip_sin_to_cos": draw.choice((True, False)),
-        "down_block_types": draw.choices(("DownBlock2D", "AttnDownBlock2D"), k=levels),
-        "up_block_types": draw.choices(("UpBlock2D", "AttnUpBlock2D"), k=levels),
+        "down_block_types": draw.choices(DOWN_BLOCKS, k=levels),
+        "up_block_types": draw.choices(UP_BLOCKS, k=levels),
         "block_out_channels": channels,
         "layers_per_block": draw.choice((1, 2)),
         "mid_block_scale_factor": draw.choice((1, math.sqrt(2), 0.5)),
@@ -89,6 +91,11 @@ def random_config(seed: int) -> dict[str, Any]:
         "norm_eps": draw.choice((1e-5, 1e-3)),
         "add_attention": draw.choice((True, False)),
         "num_class_embeds": draw.choice((None, 1, 4)),
+        "resnet_time_scale_shift": draw.choice(("default", "scale_shift")),
+        "downsample_type": draw.choice(("conv", "resnet")),
+        "upsample_type": draw.choice(("conv", "resnet")),
+        "attn_norm_num_groups": draw.choice((None, groups, 1)),
+        "num_train_timesteps": draw.choice((None, 1000)),
     }
 
 
@@ -160,11 +167,87 @@ def test_equals_diffusers_on_random_configurations(seed: int) -> None:
     check_parity(random_config(seed))
 
 
+RESIZING = {
+    "sample_size": 16,
+    "in_channels": 3,
+    "out_channels": 6,
+    "block_out_channels": (8, 12, 16),
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attn_norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "resnet_time_scale_shift": "scale_shift",
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+}
+
+
+def test_equals_diffusers_where_residual_blocks_resize() -> None:
+    ours, _ = check_parity(RESIZING)
+    assert "up_blocks.0.upsamplers.0.time_emb_proj.weight" in ours.state_dict()
+    shapes = {block.time_emb_proj.out_features // block.c_out for block in ours.resnets()}
+    assert shapes == {2}
+
+
+def test_a_rescaled_network_is_told_timesteps_of_1000() -> None:
+    plain, scaled = (
+        make(TINY),
+        make({**TINY, "time_embedding_type": "rescaled", "num_train_timesteps": 4000}),
+    )
+    x, _, labels = inputs(TINY, 3)
+    t = torch.tensor([3996, 0, 1806])
+    assert torch.equal(scaled(x, t, labels), plain(x, t / 4, labels))
+    table = scaled.time_table(4000)[::4]
+    torch.testing.assert_close(table, plain.time_table(1000), rtol=0, atol=2e-6)
+
+
+def test_sinusoids_may_have_more_channels_than_the_first_block() -> None:
+    unet = make({**TINY, "time_embedding_channels": 16, "time_embedding_dim": 32})
+    assert unet.time_embedding.linear_1.in_features == 16
+    waves = sinusoids(torch.arange(5), 16, 0, True)
+    assert torch.equal(unet.time_table(5), unet.time_embedding(waves))
+
+
+def test_heads_may_differ_by_level() -> None:
+    unet = make({**TINY, "attention_head_dim": (2, 6)})
+    assert unet.down_blocks[0].attentions[0].heads == 8 // 2
+    assert unet.mid_block.attentions[0].heads == 12 // 6
+    assert unet.up_blocks[1].attentions[0].heads == 8 // 2
+    x, t, labels = inputs(TINY, 2)
+    for dim in (2, 4):
+        same = make({**TINY, "attention_head_dim": dim})
+        assert not torch.allclose(same(x, t, labels), unet(x, t, labels), atol=1e-5)
+    alike = make({**TINY, "attention_head_dim": (4, 4)})
+    assert torch.equal(alike(x, t, labels), make(TINY)(x, t, labels))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"time_embedding_type": "rescaled", "num_train_timesteps": 4000},
+        {"attention_head_dim": [2, 6]},
+        {"time_embedding_channels": 16},
+    ],
+)
+def test_diffusers_stops_at_what_only_we_have(change: dict[str, Any]) -> None:
+    import diffusers
+
+    config = UNetConfig.from_dict({**TINY, **change})
+    settings = {key: value for key, value in config.to_dict().items() if key[0] != "_"}
+    with pytest.raises((TypeError, UnboundLocalError, RuntimeError)):
+        theirs, _ = diffusers.UNet2DModel.from_config(settings, return_unused_kwargs=True)
+        theirs.load_state_dict(UNet(config).state_dict())
+
+
 def test_random_configurations_cover_every_key() -> None:
     drawn = [random_config(seed) for seed in range(20)]
     assert {len(config["block_out_channels"]) for config in drawn} == {1, 2, 3, 4}
     assert any(c % 2 for config in drawn for c in config["block_out_channels"])
-    names = {field.name for field in dataclasses.fields(UNetConfig)}
+    for key in ("down_block_types", "up_block_types"):
+        assert len({kind for config in drawn for kind in config[key]}) == 3
+    names = {field.name for field in dataclasses.fields(UNetConfig)} - OURS
     assert names <= set(drawn[0])
     for name in names:
         assert len({repr(config[name]) for config in drawn}) > 1, name
@@ -284,12 +367,28 @@ def test_a_config_goes_through_its_dict() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"cross_attention_dim": 8}, "cross_attention_dim=8: unknown key"),
-    ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier': must be 'positional'"),
+    (
+        {"time_embedding_type": "fourier"},
+        "time_embedding_type='fourier': must be one of positional",
+    ),
+    (
+        {"time_embedding_type": "rescaled"},
+        "num_train_timesteps=None: must be an integer in 1..1000",
+    ),
+    ({"num_train_timesteps": 0}, "num_train_timesteps=0"),
+    ({"time_embedding_channels": 0}, "time_embedding_channels=0"),
+    (
+        {"time_embedding_channels": 2, "freq_shift": 1},
+        "freq_shift=1: .* of time_embedding_channels=2",
+    ),
     ({"act_fn": "gelu"}, "act_fn='gelu': must be 'silu' or 'swish'"),
     ({"mid_block_type": None}, "mid_block_type=None"),
     ({"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
-    ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift='scale_shift'"),
-    ({"attn_norm_num_groups": 4}, "attn_norm_num_groups=4"),
+    ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift='spatial'"),
+    ({"attn_norm_num_groups": 5}, r"block_out_channels\[-1\]=12: .* of attn_norm_num_groups=5"),
+    ({"attn_norm_num_groups": 0}, "attn_norm_num_groups=0"),
+    ({"downsample_type": "fir"}, "downsample_type='fir': must be one of conv, resnet"),
+    ({"upsample_type": None}, "upsample_type=None"),
     ({"down_block_types": ["DownBlock2D", "SkipDownBlock2D"]}, "down_block_types='SkipDownBlock2D"),
     ({"up_block_types": ["UpBlock2D", 3]}, "up_block_types=3"),
     ({"up_block_types": ["UpBlock2D"]}, r"block_out_channels=\(8, 12\)"),
@@ -302,6 +401,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"norm_num_groups": None}, "norm_num_groups=None"),
     ({"attention_head_dim": 8}, "attention_head_dim=8: must divide 12"),
     ({"attention_head_dim": 0}, "attention_head_dim=0"),
+    ({"attention_head_dim": [4]}, r"attention_head_dim=\[4\]: must have 2 entries"),
+    ({"attention_head_dim": [4, None]}, "attention_head_dim=None"),
+    ({"attention_head_dim": [4, 5]}, "attention_head_dim=5: must divide 12"),
     ({"layers_per_block": 0}, "layers_per_block=0"),
     ({"layers_per_block": 1.5}, "layers_per_block=1.5"),
     # A config of a few bytes must not ask for minutes and gigabytes, not even of meta tensors.

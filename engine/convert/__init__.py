@@ -1,0 +1,96 @@
+"""Checkpoints of other projects, written as folders of ours.
+
+improved, guided    improved-diffusion's and guided-diffusion's, as a UNet2DModel
+ddpt                denoising-diffusion-pytorch's, as an RMSUNet
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flashddpm import arguments
+from flashddpm.checkpoint import Conditioning, save_model
+from flashddpm.convert import lucidrains, openai_flags
+from flashddpm.errors import CheckpointError
+from flashddpm.files import read_tensors
+from flashddpm.networks import NetworkConfig
+from flashddpm.pickles import read_pickled
+
+SOURCES = (*openai_flags.PROJECTS, "ddpt")
+
+
+def convert(
+    checkpoint: str | PathLike[str],
+    out: str | PathLike[str],
+    source: str,
+    allow_pickle: bool = False,
+    **flags: Any,
+) -> str:
+    """Write a checkpoint of another project as a model folder; return what it is, in words.
+
+    Args:
+        checkpoint: a .safetensors file, or what torch.save wrote.
+        out: the folder; made if it does not exist.
+        source: improved, guided or ddpt.
+        allow_pickle: read a file that is not .safetensors.
+        flags: of that project: the fields of openai_flags.Flags or lucidrains.Flags.
+
+    Raises:
+        CheckpointError: a file missing, broken, of another network, or a pickle not asked for.
+        ValueError: a flag that this project does not have, that is not allowed, or that the
+            weights contradict.
+    """
+    arguments.one_of("source", source, SOURCES)
+    path = Path(checkpoint)
+    ours = lucidrains.Flags if source == "ddpt" else openai_flags.Flags
+    names = [field.name for field in dataclasses.fields(ours)]
+    for name, value in flags.items():
+        if name not in names or name == "project":
+            raise ValueError(f"{name}={value!r}: must not be given, {source} has no such flag")
+    if "image_size" not in flags:
+        raise ValueError("image_size: must be given, as no checkpoint says it")
+    settings: openai_flags.Flags | lucidrains.Flags
+    if source == "ddpt":
+        settings = lucidrains.Flags(**flags)
+    else:
+        settings = openai_flags.Flags(project=source, **flags)
+    state = read_checkpoint(path, allow_pickle)
+    config: NetworkConfig
+    try:
+        if isinstance(settings, lucidrains.Flags):
+            config, weights, scheduler = lucidrains.convert(state, settings)
+            given = f"theta={settings.sinusoidal_pos_emb_theta:g}"
+        else:
+            config, weights, scheduler = openai_flags.convert(state, settings)
+            given = openai_flags.describe(settings)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    save_model(out, config, weights, scheduler, Conditioning(config.num_class_embeds))
+    count = sum(value.numel() for value in weights.values())
+    schedule = scheduler.get("beta_schedule", "trained_betas")
+    return (
+        f"{count:,} parameters, {scheduler['num_train_timesteps']} timesteps ({schedule}), "
+        f"{scheduler['prediction_type']}, {scheduler['variance_type']} -> {out}\n"
+        f"the weights do not say, so taken as given or by default: {given}"
+    )
+
+
+def read_checkpoint(path: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors file or, if asked to, of what torch.save wrote.
+
+    Raises:
+        CheckpointError: missing or broken, or a pickle that was not asked for.
+    """
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{path}: is taken for a pickle, as its name does not end in .safetensors; pass "
+            "--allow-pickle (allow_pickle=True) to read it"
+        )
+    return read_pickled(path, nested=True)
