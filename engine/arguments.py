@@ -102,13 +102,15 @@ def label_list(
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Return the device; "auto" is CUDA where there is one, else the CPU.
+    """Return the device, by its number; "auto" is CUDA where there is one, else the CPU.
+
+    A CUDA device without a number is the current one: other threads may have another.
 
     Raises:
         ValueError: an unknown device, or CUDA where there is none.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         result = torch.device(device)
     except (RuntimeError, TypeError):
@@ -123,6 +125,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
             )
         if (result.index or 0) >= available:
             raise ValueError(f"device={str(device)!r}: only {available} CUDA device(s) available")
+        if result.index is None:
+            result = torch.device("cuda", torch.cuda.current_device())
     return result
 
 

@@ -40,11 +40,6 @@ class Occupant:
         """How many network evaluations it takes a step."""
         return 1 if self.guidance == 1 else 2
 
-    @property
-    def remaining(self) -> int:
-        """How many steps are left."""
-        return 0 if self.row == REST else self.last - self.row + 1
-
 
 class Batch:
     """The occupants of slots, and their lanes.
@@ -69,10 +64,6 @@ class Batch:
         """Lanes in use."""
         return sum(occupant.lanes for occupant in self.occupants if occupant)
 
-    def fits(self, lanes: int) -> bool:
-        """Return whether an image of one or two lanes finds a slot."""
-        return None in self.occupants and self.lanes + lanes <= len(self.slots.lane_slot)
-
     def admit(self, occupant: Occupant, x: Tensor) -> int:
         """Put an image into the first idle slot, started from x [C, H, W]; return the slot."""
         slot = self.occupants.index(None)
@@ -84,10 +75,6 @@ class Batch:
     def retire(self, slot: int) -> None:
         """Empty a slot, finished or not."""
         self.occupants[slot] = None
-
-    def clear(self) -> None:
-        """Empty every slot."""
-        self.occupants = [None] * len(self.occupants)
 
     def upload(self) -> None:
         """Tell the device who is where, in one copy, and give every lane its image."""

@@ -1,4 +1,4 @@
-"""The command line: ``flashddpm sample``, ``train``, ``kernels`` and ``info``."""
+"""The command line: ``flashddpm sample``, ``train``, ``convert`` and what describes them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+
+from flashddpm.cli_convert import convert
 
 app = typer.Typer(
     help="Sample and train denoising diffusion models.",
@@ -40,7 +42,10 @@ def _fail(message: str, code: int) -> NoReturn:
 @app.command()
 def sample(
     model_dir: Annotated[
-        Path | None, typer.Argument(help="A model folder; by default the bundled model.")
+        Path | None,
+        typer.Argument(
+            help="A model folder, or OWNER/NAME on the hub; by default the bundled one."
+        ),
     ] = None,
     out: Annotated[
         Path, Option(help="A picture (grid.png), or a folder for one file an image.")
@@ -60,6 +65,10 @@ def sample(
     num_steps: Annotated[int, Option(help="Network evaluations an image.")] = 50,
     spacing: Annotated[
         str | None, Option(help="leading, linspace or trailing.  [default: the model's]")
+    ] = None,
+    respacing: Annotated[
+        str | None,
+        Option(help="Timesteps as OpenAI's scripts take them: 250, ddim50 or 10,20,30."),
     ] = None,
     sigmas: Annotated[
         str | None, Option(help="karras, exponential or beta noise levels.  [default: spacing's]")
@@ -99,6 +108,9 @@ def sample(
     trajectory: Annotated[
         Path | None, Option(help="Also write the x0 previews as an animation (.gif).")
     ] = None,
+    allow_pickle: Annotated[
+        bool, Option("--allow-pickle", help="Read .bin weights where there are no safetensors.")
+    ] = False,
 ) -> None:
     """Draw images and write them as a labelled grid, or one by one.
 
@@ -113,6 +125,7 @@ def sample(
         "solver": solver,
         "num_steps": num_steps,
         "spacing": spacing,
+        "timesteps": respacing,
         "sigmas": sigmas,
         "eta": eta,
         "variance_type": variance_type,
@@ -134,6 +147,7 @@ def sample(
         batch_size,
         trajectory,
         options,
+        allow_pickle,
     )
     try:
         line = cli_sample.run(request)
@@ -224,6 +238,9 @@ def train(
     except KeyboardInterrupt:
         _fail(f"interrupted at step {trainer.step}, saved; go on with --resume", INTERRUPTED)
     print(f"{trainer.step} steps of {batch_size} images, {trainer.device} -> {out}")
+
+
+app.command()(convert)
 
 
 @app.command()

@@ -102,6 +102,7 @@ class Request:
     batch_size: int
     trajectory: Path | None
     options: dict[str, Any]
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,7 @@ def _prepare(request: Request, world: World) -> Job:
     """
     import flashddpm as fd
     from flashddpm import arguments
+    from flashddpm.hub import locate
 
     out, trajectory = request.out, request.trajectory
     if out.suffix:
@@ -192,13 +194,16 @@ def _prepare(request: Request, world: World) -> Job:
         raise ValueError(
             f"seeds={request.seeds!r}: some stand twice, and a folder has one file a seed"
         )
-    folder = fd.bundled() if request.model_dir is None else request.model_dir
+    pickle = request.allow_pickle
+    model = request.model_dir
+    folder = fd.bundled() if model is None else locate(str(model), pickle)
     sampler = fd.Sampler.from_pretrained(
         folder,
         world.device(request.device),
         request.dtype,
-        request.backend,
-        request.compile if request.compile == "auto" else request.compile == "on",
+        allow_pickle=pickle,
+        backend=request.backend,
+        compile=request.compile if request.compile == "auto" else request.compile == "on",
     )
     labels = parse_labels(request.labels, sampler, len(seeds))
     if sampler.shape[0] not in (1, 3):

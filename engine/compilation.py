@@ -40,12 +40,13 @@ class CompiledNetwork:
 
     Attributes:
         shapes: the numbers of lanes it is compiled for, and whether timesteps were floats.
+        exact: the numbers of lanes of which bits were seen not to depend on the lane.
     """
 
     def __init__(self, predict: Network, tune: bool) -> None:
         self._predict, self.tune = predict, tune
         self.shapes: set[tuple[int, bool]] = set()
-        self._exact_lanes: set[int] = set()
+        self.exact: set[int] = set()
 
     @cached_property
     def network(self) -> Network:
@@ -53,18 +54,24 @@ class CompiledNetwork:
         keep_compiled_code()
         mode = "max-autotune-no-cudagraphs" if self.tune else None
         log.info("compiling the network (%s)", mode or "default")
-        return torch.compile(self._predict, fullgraph=True, dynamic=False, mode=mode)
+        compiled = torch.compile(self._predict, fullgraph=True, dynamic=False, mode=mode)
+
+        def call(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+            # At every call: Dynamo guards more than shapes, the number of threads, say.
+            with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
+                return compiled(x_t, t, labels)
+
+        return call
 
     def prepare(self, slots: Slots, fractional: bool) -> None:
         """Compile for the lanes of these buffers, if that is new."""
         shape = (len(slots.lane_slot), fractional)
         if shape not in self.shapes:
-            with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
-                evaluate(slots, self.network, fractional)
+            evaluate(slots, self.network, fractional)
             self.shapes.add(shape)
 
     def prove_exact(self, image: Tensor, L: int, labelled: bool) -> None:
-        """Refuse exact mode where the network's bits depend on the lane: try, once.
+        """Refuse exact mode where the network's bits depend on the lane: try.
 
         They do on the CPU for some odd sizes, where loops over the whole batch end in tails that
         round differently.
@@ -74,15 +81,12 @@ class CompiledNetwork:
             L: lanes.
             labelled: whether the network takes labels.
         """
-        if L in self._exact_lanes:
-            return
         t = torch.zeros(L, dtype=torch.int64, device=image.device)
-        with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
-            x = image.expand(L, -1, -1, -1).contiguous(memory_format=torch.channels_last)
-            out = self.network(x, t, torch.zeros_like(t) if labelled else None)
+        x = image.expand(L, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        out = self.network(x, t, torch.zeros_like(t) if labelled else None)
         if not torch.equal(out, out[:1].expand_as(out)):
             raise ValueError(
                 f"exact=True: on this machine the compiled network gives other bits in other lanes "
                 f"of {L}, for images of {tuple(image.shape[1:])}; must be False"
             )
-        self._exact_lanes.add(L)
+        self.exact.add(L)

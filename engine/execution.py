@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from itertools import repeat
 from typing import Any
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flashddpm import arguments, kernels, noise
-from flashddpm.checkpoint import Conditioning, mismatches
+from flashddpm import arguments, kernels, networks, noise
+from flashddpm.checkpoint import Conditioning
 from flashddpm.compilation import CompiledNetwork, repays
-from flashddpm.graph import CapturedSteps, Card, Graphs, Resting, Step
+from flashddpm.graph import CapturedSteps, Card, Graphs, Key, Resting, Step
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Purpose
 from flashddpm.network import HoistedUNet, flops_per_image
@@ -25,6 +25,7 @@ from flashddpm.slots import Network, Slots, evaluate, measure, predicted_x0, ste
 from flashddpm.solvers import Plan
 from flashddpm.unet import UNet
 from flashddpm.upload import send
+from flashddpm.weights import mismatches
 
 log = logging.getLogger("flashddpm")
 
@@ -75,7 +76,7 @@ class Execution:
             log.info("Triton is not installed: reference backend on %s", device)
             self.backend, fused = "reference", False
 
-        own = network if isinstance(network, UNet) and call is None else None
+        own = network if isinstance(network, networks.Network) and call is None else None
         if own is not None:
             _check_unet(own, shape, conditioning)
             own.eval()
@@ -84,7 +85,6 @@ class Execution:
         self.ops = kernels if fused and cuda else reference
         if graph_memory is not None:
             arguments.integer("graph_memory", graph_memory, 0)
-        self._graph_memory = graph_memory
         self.device, self.shape = device, shape
         self.num_timesteps = num_timesteps
         self.labelled = conditioning.num_classes is not None
@@ -96,14 +96,21 @@ class Execution:
         self._hoisted: HoistedUNet | None = None
         if fused and own is not None:
             own.to(memory_format=torch.channels_last)
-            with torch.inference_mode(False), torch.no_grad():
-                self._hoisted = HoistedUNet(own, num_timesteps)
+            if isinstance(own, UNet):
+                with torch.inference_mode(False), torch.no_grad():
+                    self._hoisted = HoistedUNet(own, num_timesteps)
         self._predict: Network = self._hoisted or call or _positional(network)
         log.info("runs on %s in %s, %s backend", device, self.dtype, self.backend)
         self.compiled = CompiledNetwork(self._predict, arguments.boolean("tune", tune))
         self._compiled_noise = CompiledNoise()
+        self.graphs = Graphs(Card(device), graph_memory)
+        self._addresses: tuple[int, ...] | None = None
         self._slots: Slots | None = None
-        self._launched = torch.cuda.Event() if device.type == "cuda" else None
+        self._launched: torch.cuda.Event | None = None
+        if cuda:
+            self._launched = torch.cuda.Event()
+            with self.on_device():
+                self._launched.record()
 
     def start(
         self,
@@ -145,7 +152,7 @@ class Execution:
 
     def auto_compile(self, evaluations: int) -> tuple[bool, str]:
         """Return what compile="auto" chooses for so many evaluations of one image, and why."""
-        if not isinstance(self.network, UNet):
+        if not isinstance(self.network, networks.Network):
             return False, "a foreign network is compiled only when asked"
         if self.device.type == "cuda":
             return True, "our U-Net on CUDA is always compiled"
@@ -153,17 +160,12 @@ class Execution:
 
     @cached_property
     def _flops(self) -> int:
-        assert isinstance(self.network, UNet)
-        return flops_per_image(self.network, self.shape)
+        assert isinstance(self.network, networks.Network)
+        return flops_per_image(self.network.config, self.shape)
 
-    @cached_property
-    def _graphs(self) -> Graphs:
-        return Graphs(Card(self.device), self._graph_memory)
-
-    @property
-    def graph_bytes(self) -> int:
-        """How much memory captured steps hold."""
-        return self._graphs.bytes if self.capture else 0
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Make the device the current one."""
+        return nullcontext() if self._launched is None else torch.cuda.device(self.device)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -219,7 +221,7 @@ class Execution:
             if compiled:
                 self.compiled.prepare(slots, fractional=False)
             if self.capture:
-                self._graphs.warm(*self._step(slots, compiled, False))
+                self.graphs.warm(*self._step(slots, compiled, False))
         for slots in prefixes:
             self._graph(slots, compiled, False)
 
@@ -269,6 +271,7 @@ class Execution:
                 is captured then.
         """
         self.check_plan(plan)
+        self.check_weights()
         if compiled:
             self.compiled.prepare(slots, plan.fractional)
         graph = None if given else self._graph(slots, compiled, plan.fractional)
@@ -295,7 +298,7 @@ class Execution:
         self, slots: Slots, plan: Plan, compiled: bool, one: CapturedSteps
     ) -> Iterator[None]:
         """Take every step of the plan, as many in a graph as pay."""
-        many = self._graphs.best(*self._step(slots, compiled, plan.fractional)) or one
+        many = self.graphs.best(*self._step(slots, compiled, plan.fractional)) or one
         left = len(plan)
         while left:
             graph = many if left >= many.count else one
@@ -307,7 +310,7 @@ class Execution:
 
     def check_plan(self, plan: Plan) -> None:
         """Refuse a plan that our U-Net has not the channels for; others show when they are run."""
-        if isinstance(self.network, UNet):
+        if isinstance(self.network, networks.Network):
             self.check_variance(plan, self.network.config.out_channels)
 
     def check_exact(self, plan: Plan) -> None:
@@ -325,8 +328,9 @@ class Execution:
 
     def prove_exact(self, L: int) -> None:
         """Refuse exact mode where the compiled network's bits depend on the lane: try, once."""
-        image = self.draw([0], 0, Purpose.INITIAL).to(self.dtype)
-        self.compiled.prove_exact(image, L, self.labelled)
+        if L not in self.compiled.exact:
+            image = self.draw([0], 0, Purpose.INITIAL).to(self.dtype)
+            self.compiled.prove_exact(image, L, self.labelled)
 
     def check_variance(self, plan: Plan, channels: int) -> None:
         """Refuse a plan that learns its variance for a network without channels for it."""
@@ -339,27 +343,36 @@ class Execution:
     def _network(self, compiled: bool) -> Network:
         return self.compiled.network if compiled else self._predict
 
-    def _step(
-        self, slots: Slots, compiled: bool, fractional: bool
-    ) -> tuple[tuple[Any, ...], Resting]:
-        """Return the key of these buffers' step among the graphs, and what makes it harmless.
-
-        A graph holds on to its buffers, so theirs is no other's identity while it lives.
-        """
-        key = (id(slots.control), len(slots.idx), len(slots.lane_slot), compiled, fractional)
+    def _step(self, slots: Slots, compiled: bool, fractional: bool) -> tuple[Key, Resting]:
+        """Return the key of these buffers' step among the graphs, and what makes it harmless."""
+        key = (slots.token, len(slots.idx), len(slots.lane_slot), compiled, fractional)
         take = partial(step, slots, self._network(compiled), self.ops, fractional)
         return key, partial(_at_rest, slots, take)
 
     def _graph(self, slots: Slots, compiled: bool, fractional: bool) -> CapturedSteps | None:
         """Return the captured step of these buffers; None where steps run one by one."""
-        if not self.capture:
-            return None
-        return self._graphs.get(*self._step(slots, compiled, fractional))
+        return self.graphs.get(*self._step(slots, compiled, fractional)) if self.capture else None
 
     def forget(self, slots: Slots) -> None:
         """Let go of the graphs of these buffers."""
-        if self.capture:
-            self._graphs.forget(lambda key: key[0] == id(slots.control))
+        self.graphs.forget(slots.token)
+        self.graphs.sweep()
+
+    def check_weights(self) -> None:
+        """Refuse to go on with graphs of weights that are not there any more.
+
+        Raises:
+            RuntimeError: the network's parameters were moved or replaced.
+        """
+        if not (self.capture and isinstance(self.network, nn.Module)):
+            return
+        now = tuple(parameter.data_ptr() for parameter in self.network.parameters())
+        self._addresses = self._addresses or now
+        if now != self._addresses:
+            raise RuntimeError(
+                "the network's parameters were moved or replaced under its graphs: use "
+                "update_weights, or make a new Sampler"
+            )
 
     @property
     def _draws_ahead(self) -> bool:
@@ -374,8 +387,8 @@ class Execution:
 
     def update_weights(self, state: dict[str, Tensor]) -> None:
         """Copy weights into our U-Net and derive again what depends on them, all in place."""
-        if not isinstance(self.network, UNet):
-            raise ValueError("update_weights: the network is not a flashddpm UNet")
+        if not isinstance(self.network, networks.Network):
+            raise ValueError("update_weights: the network is not flashddpm's own")
         wrong = mismatches(self.network, state)
         if wrong:
             raise ValueError("state: does not match the network: " + "; ".join(wrong))
@@ -395,10 +408,12 @@ def _at_rest(slots: Slots, take: Step) -> Iterator[Step]:
         slots.idx.copy_(idx)
 
 
-def _check_unet(unet: UNet, shape: tuple[int, int, int], conditioning: Conditioning) -> None:
+def _check_unet(
+    unet: networks.Network, shape: tuple[int, int, int], conditioning: Conditioning
+) -> None:
     """Refuse a U-Net that does not take these images or labels."""
     config, (C, H, W) = unet.config, shape
-    multiple = 2 ** (len(config.block_out_channels) - 1)
+    multiple = config.multiple
     channels = config.in_channels == C and config.out_channels in (C, 2 * C)
     if not channels or H % multiple or W % multiple:
         raise ValueError(

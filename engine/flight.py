@@ -5,6 +5,7 @@ Used by one thread at a time. What fails, fails by raising; who is told is up to
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class Flight:
         self._changed = False
         self._channels: int | None = None  # that the network returns
         self._pace = Pace(execution.device)
+        # Only noted, for this may be while something is captured; nobody waits for it at exit.
+        weakref.finalize(self, execution.graphs.forget, self.slots.token).atexit = False
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -139,6 +142,7 @@ class Flight:
             [C, H, W].
         """
         if self._changed:
+            self.execution.check_weights()
             self.batch.upload()
             self._changed = False
         jobs = self.jobs.values()
@@ -178,8 +182,8 @@ class Flight:
         return Landing(job, image, flag.to("cpu", non_blocking=True), self._pace.event())
 
     def close(self) -> None:
-        """Let go of the graphs."""
-        self.execution.forget(self.slots)
+        """Let go of the graphs; they are dropped when next somebody may."""
+        self.execution.graphs.forget(self.slots.token)
 
     def _row(self, slot: int) -> int:
         occupant = self.batch.occupants[slot]
@@ -220,15 +224,15 @@ class Pace:
     """Keeps the host at most `STEPS_AHEAD` steps ahead of a GPU; on the CPU there is no ahead."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._marks: deque[torch.cuda.Event] = deque()
 
     def event(self) -> torch.cuda.Event | None:
         """Return an event after all that was launched so far."""
-        if not self._cuda:
+        if self._device.type != "cuda":
             return None
         event = torch.cuda.Event(blocking=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def mark(self) -> None:

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,10 +27,12 @@ WORTH = 0.01
 GAP_SECONDS = 20e-6
 """The most that the pause between two replays may cost: where a step is so long that WORTH of it is
 more, longer graphs are not tried."""
-MEASURED_STEPS = 32
-CAPTURING = threading.Lock()  # CUDA takes one capture at a time in a process
+MEASURED_STEPS = 64
+CAPTURING = threading.RLock()
+"""CUDA takes one capture at a time in a process, and none beside a wait for the whole device."""
 
 
+Key = tuple[Any, ...]
 Step = Callable[[], Tensor]
 Resting = Callable[[], AbstractContextManager[Step]]
 
@@ -57,8 +62,11 @@ class CapturedSteps:
             try:
                 for _ in range(count):
                     self.out = step()
-            finally:
-                self._graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # of a broken capture: what broke it says more
+                    self._graph.capture_end()
+                raise
+            self._graph.capture_end()
 
     def __call__(self) -> Tensor:
         """Replay on the current stream; return ``out``."""
@@ -67,12 +75,24 @@ class CapturedSteps:
 
 
 class Card:
-    """A GPU, as far as `Graphs` needs it."""
+    """A GPU, as far as `Graphs` needs it.
+
+    Steps are captured on a stream that nothing else ever runs on. A library's scratch memory
+    belongs to a stream, and torch frees cuBLAS's when a graph that was captured on the stream is
+    destroyed: got while capturing, it lies in the graphs' own pool, which lives as long as any.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pools: list[Any] = []  # captures go into the last
+
+    @cached_property
+    def _aside(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device, priority=-1)  # a set of streams that few programs use
 
     def free_bytes(self) -> int:
         """Return how much memory the card has left, torch's unused reserve included."""
@@ -81,25 +101,37 @@ class Card:
 
     def pool_bytes(self) -> int:
         """Return how much memory the graphs hold."""
-        return sum(part["total_size"] for part in torch.cuda.memory_snapshot(self._pool))
+        parts = [part for pool in self._pools for part in torch.cuda.memory_snapshot(pool)]
+        return sum(part["total_size"] for part in parts)
 
     def warm(self, step: Step) -> int:
-        """Run the step aside from other work; return the most bytes it allocated at a time."""
-        self._join()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UPS):
-                step()
-        torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device) - before
+        """Run the step aside from other work; return the most bytes it allocated at a time.
+
+        torch's statistics of the peak begin anew with it.
+        """
+        with CAPTURING:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            self._run(step, WARM_UPS)
+            return torch.cuda.max_memory_allocated(self.device) - before
 
     def capture(self, step: Step, count: int) -> CapturedSteps:
-        """Return the captured steps."""
-        with CAPTURING:
-            self._join()
+        """Return the captured steps; if it raises, the next ones get a pool of their own."""
+        with CAPTURING, _uncollected():
+            self._run(step, 1)  # libraries have a handle for each thread
             torch.cuda.empty_cache()
-            return CapturedSteps(step, count, self._pool, self._stream)
+            if not self._pools:
+                self._pools.append(torch.cuda.graph_pool_handle())
+            pool = self._pools[-1]
+            try:
+                return CapturedSteps(step, count, pool, self._stream)
+            except BaseException:
+                self._pools.append(torch.cuda.graph_pool_handle())
+                # torch 2.11 leaves a broken capture's pool as if it were still being filled.
+                with suppress(AttributeError, RuntimeError):
+                    torch._C._cuda_endAllocateToPool(self.device.index, pool)
+                raise
 
     def seconds(self, graph: CapturedSteps) -> float:
         """Return what one step of the graph takes when replays follow one another."""
@@ -115,19 +147,36 @@ class Card:
 
     def release(self) -> None:
         """Give back what nothing uses any more: of graphs let go, or of a capture that failed."""
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
+        with CAPTURING:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
 
-    def _join(self) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+    def _run(self, step: Step, times: int) -> None:
         torch.cuda.synchronize(self.device)
+        with torch.cuda.stream(self._aside):
+            for _ in range(times):
+                step()
+        torch.cuda.synchronize(self.device)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector from destroying some other graph meanwhile."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Graphs:
-    """The captured steps of one engine, by key.
+    """The captured steps of one engine, by key; a key is a tuple that begins with a token.
 
     A step is given as a context manager: within it the step may run and change nothing, for all
-    slots rest. Callers see to it that no two calls overlap.
+    slots rest. Callers see to it that no two calls overlap; `forget`, `bytes` and ``len`` may be
+    called at any time by anyone.
 
     Args:
         card: the GPU.
@@ -137,51 +186,65 @@ class Graphs:
 
     def __init__(self, card: Card, limit: int | None = None) -> None:
         self.card, self._limit = card, limit
-        self._needs: dict[Hashable, int] = {}
-        self._kept: dict[tuple[Hashable, int], CapturedSteps | None] = {}  # None: declined
-        self._best: dict[Hashable, int] = {}
+        self._needs: dict[Key, int] = {}
+        self._kept: dict[tuple[Key, int], CapturedSteps | None] = {}  # None: declined
+        self._best: dict[Key, int] = {}
+        self._unwanted: deque[object] = deque()
 
     def __len__(self) -> int:
-        return sum(graph is not None for graph in self._kept.values())
+        return sum(graph is not None for graph in list(self._kept.values()))
 
     @property
     def bytes(self) -> int:
         """How much memory the graphs hold."""
         return self.card.pool_bytes() if len(self) else 0
 
-    def warm(self, key: Hashable, resting: Resting) -> None:
+    def warm(self, key: Key, resting: Resting) -> None:
         """Run the step before anything is captured, once, and note the bytes it takes."""
         if key not in self._needs:
             with resting() as step:
                 self._needs[key] = self.card.warm(step)
 
-    def get(self, key: Hashable, resting: Resting, count: int = 1) -> CapturedSteps | None:
-        """Return ``count`` steps as a graph, captured at the first call; None if without room."""
+    def get(self, key: Key, resting: Resting, count: int = 1) -> CapturedSteps | None:
+        """Return ``count`` steps as a graph, captured at the first call; None if declined."""
+        if self._unwanted:
+            self.sweep()
         if (key, count) not in self._kept:
             self._kept[key, count] = self._capture(key, resting, count)
         return self._kept[key, count]
 
-    def best(self, key: Hashable, resting: Resting) -> CapturedSteps | None:
+    def best(self, key: Key, resting: Resting) -> CapturedSteps | None:
         """Return the graph of as many steps as pay; the first call times each of `UNROLLED`."""
         if key not in self._best:
             best = self._best[key] = self._choose(key, resting)
             self._drop(lambda other, count: other == key and count not in (1, best))
         return self.get(key, resting, self._best[key])
 
-    def forget(self, unwanted: Callable[[Any], bool]) -> None:
-        """Let go of the graphs whose key is unwanted."""
-        self._needs = {key: n for key, n in self._needs.items() if not unwanted(key)}
-        self._best = {key: n for key, n in self._best.items() if not unwanted(key)}
-        self._drop(lambda key, count: unwanted(key))
+    def forget(self, token: object) -> None:
+        """Have the graphs of this token dropped, by whoever comes next or calls `sweep`.
 
-    def _drop(self, unwanted: Callable[[Any, int], bool]) -> None:
+        A graph must not be destroyed while another is captured, and this may be called then: a
+        finalizer runs where it likes.
+        """
+        self._unwanted.append(token)
+
+    def sweep(self) -> None:
+        """Drop what is to be forgotten."""
+        tokens = {self._unwanted.popleft() for _ in range(len(self._unwanted))}
+        self._needs = {key: n for key, n in self._needs.items() if key[0] not in tokens}
+        self._best = {key: n for key, n in self._best.items() if key[0] not in tokens}
+        self._drop(lambda key, count: key[0] in tokens)
+
+    def _drop(self, unwanted: Callable[[Key, int], bool]) -> None:
         gone = [key for key in self._kept if unwanted(*key)]
-        graphs = [self._kept.pop(key) for key in gone]
-        if any(graphs):
-            graphs.clear()
-            self.card.release()
+        if not gone:
+            return
+        self.card.release()  # waits for the last replay
+        for key in gone:
+            del self._kept[key]
+        self.card.release()
 
-    def _choose(self, key: Hashable, resting: Resting) -> int:
+    def _choose(self, key: Key, resting: Resting) -> int:
         chosen, least = 1, float("inf")
         for count in UNROLLED:
             graph = self.get(key, resting, count)
@@ -191,25 +254,24 @@ class Graphs:
                 seconds = self.card.seconds(graph)
             if seconds < (1 - WORTH) * least:
                 chosen, least = count, seconds
+                log.info("%d steps a graph: %.3f ms each", count, seconds * 1e3)
             if seconds * WORTH > GAP_SECONDS:
                 break
-        log.info("%d steps a graph, %.3f ms each", chosen, least * 1e3)
         return chosen
 
-    def _capture(self, key: Hashable, resting: Resting, count: int) -> CapturedSteps | None:
+    def _capture(self, key: Key, resting: Resting, count: int) -> CapturedSteps | None:
         if self._limit is None:
             self._limit = self.card.free_bytes() // 2
-        try:
-            self.warm(key, resting)
-            needs = max(self._needs[key], self.bytes)
-            if needs <= self._limit:
+        self.warm(key, resting)
+        needs = max(self._needs[key], self.bytes)
+        problem = f"{needs} bytes, of {self._limit} that graphs may hold"
+        if needs <= self._limit:
+            try:
                 with resting() as step:
-                    graph = self.card.capture(step, count)
-                log.info("captured %d steps; graphs hold %d bytes", count, self.bytes)
-                return graph
-            problem = f"{needs} bytes, of {self._limit} that graphs may hold"
-        except torch.cuda.OutOfMemoryError as error:
-            problem = str(error)  # not the error itself: its traceback holds the step's tensors
+                    return self.card.capture(step, count)
+            except Exception as error:
+                # Not the error itself: its traceback holds the step's tensors.
+                problem = f"{type(error).__name__}: {error}"
         self.card.release()
         log.warning("not captured, so steps run one by one: %s", problem)
         return None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
+from contextlib import suppress
 
 import torch
 
@@ -37,26 +39,24 @@ class Loop:
         self.desk, self.flight, self.sampler = desk, flight, sampler
         self.max_batch, self.max_failures = max_batch, max_failures
         self._failures = 0
-        self._landing: list[Landing] = []
+        self._landing: deque[Landing] = deque()
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def turn(self) -> bool:
         """Admit, step and harvest, once; return whether work is left."""
-        self._drop_unwanted()
-        self._admit()
-        if self.flight:
-            self._step()
-        self._harvest()
+        with self.sampler.execution.on_device():
+            self._drop_unwanted()
+            self._admit()
+            if self.flight:
+                self._step()
+            self._harvest()
         return self.desk.busy
 
     def run(self) -> None:
         """Turn until the desk accepts no more and nothing is open; no future stays unresolved."""
         cause: BaseException | None = None
         try:
-            device = self.sampler.device
-            if device.type == "cuda" and device.index is not None:
-                torch.cuda.set_device(device)  # a new thread begins at the first
             while self.desk.wait_for_work():
                 self.turn()
         except BaseException as error:  # whatever it is, nobody may wait for ever
@@ -67,11 +67,13 @@ class Loop:
 
     def close(self, cause: BaseException | None) -> None:
         """Hand out what is finished, fail what is open and let go of the graphs."""
-        landed, self._landing = self._landing, []
-        for landing in landed:
-            self._hand_out(landing)
+        while self._landing:
+            with suppress(BaseException):  # a callback's SystemExit keeps nobody else waiting
+                self._hand_out(self._landing.popleft())
         self.desk.close(cause)
         self.flight.close()
+        with suppress(RuntimeError), self.sampler._exclusive():  # not from a callback of its own
+            self.sampler.execution.graphs.sweep()
 
     def _drop_unwanted(self) -> None:
         """Let go of what is too late, waiting or in a slot, and of what was cancelled in one."""
@@ -157,7 +159,7 @@ class Loop:
         On a GPU the images of a step are handed out while the next one runs, so that the device
         never waits for the host.
         """
-        before, self._landing = self._landing, []
+        there = len(self._landing)
         for job in self.flight.finished:
             try:
                 landing = self.flight.take(job)
@@ -165,11 +167,11 @@ class Loop:
             except Exception as error:
                 self._end(job, failure("harvest", error))
                 continue
-            (before if landing.event is None else self._landing).append(landing)
-        if not self.flight:
-            before, self._landing = before + self._landing, []
-        for landing in before:
-            self._hand_out(landing)
+            self._landing.append(landing)
+        if self._landing and (not self.flight or self._landing[-1].event is None):
+            there = len(self._landing)
+        for _ in range(there):
+            self._hand_out(self._landing.popleft())
 
     def _hand_out(self, landing: Landing) -> None:
         """Resolve the future of a finished image."""

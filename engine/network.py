@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashddpm.networks import NetworkConfig, on_meta
 from flashddpm.unet import UNet
 
 
@@ -45,12 +46,11 @@ class HoistedUNet(nn.Module):
         return self.unet.body(x_t, F.linear(F.silu(emb), self.weight, self.bias))
 
 
-def flops_per_image(unet: UNet, shape: tuple[int, int, int]) -> int:
+def flops_per_image(config: NetworkConfig, shape: tuple[int, int, int]) -> int:
     """Return the floating-point operations of one evaluation of one image, counted by PyTorch."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        twin = UNet(unet.config)
-        labels = None if unet.config.num_class_embeds is None else torch.zeros(1).long()
-        twin(torch.zeros(1, *shape), torch.zeros(1), labels)
+        labels = None if config.num_class_embeds is None else torch.zeros(1).long()
+        on_meta(config)(torch.zeros(1, *shape), torch.zeros(1), labels)
     return counter.get_total_flops()

@@ -62,7 +62,7 @@ class Request:
     spacing: str | None = None
     steps_offset: int | None = None
     sigmas: str | None = None
-    timesteps: Sequence[float] | None = None
+    timesteps: Sequence[float] | str | None = None
     eta: float | None = None
     variance_type: str | None = None
     clip: float | None = None

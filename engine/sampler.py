@@ -9,7 +9,7 @@ steps drawn in one call; on both, the time half of our U-Net hoisted and the res
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, TypedDict, Unpack
@@ -19,20 +19,23 @@ from torch import Tensor, nn
 
 from flashddpm import arguments, inputs
 from flashddpm.batch import Batch, Occupant
-from flashddpm.checkpoint import (
-    Conditioning,
-    load_conditioning,
-    load_scheduler_config,
-    load_unet,
-)
+from flashddpm.checkpoint import Conditioning
 from flashddpm.defaults import SamplingDefaults
-from flashddpm.errors import CheckpointError, NonFiniteError
+from flashddpm.errors import NonFiniteError
 from flashddpm.execution import BACKENDS, Execution
 from flashddpm.kernels.contract import Purpose
 from flashddpm.parameterization import PREDICTION_TYPES
+from flashddpm.pretrained import (
+    Pretrained,
+    load_diffusers,
+    load_pretrained,
+    save_pretrained,
+    scheduler_config,
+)
 from flashddpm.schedule import NoiseSchedule
 from flashddpm.slots import Slots
 from flashddpm.solvers import Plan, make_plan
+from flashddpm.timesteps import respaced
 from flashddpm.trajectory import Trajectory, load_trajectory
 
 
@@ -43,7 +46,8 @@ class PlanOptions(TypedDict, total=False):
         spacing: "leading", "linspace" or "trailing".
         steps_offset: added to leading timesteps.
         sigmas: "karras", "exponential" or "beta" noise levels.
-        timesteps: a list of one's own.
+        timesteps: a list of one's own, or a respacing string of OpenAI's: "250", "ddim50",
+            "10,20,30".
         eta: of ddim: 0 is deterministic, 1 as noisy as ddpm.
         variance_type: of ddpm: "fixed_small", "fixed_large", or "learned" and "learned_range" for a
             network of 2C channels.
@@ -58,13 +62,23 @@ class PlanOptions(TypedDict, total=False):
     spacing: str | None
     steps_offset: int | None
     sigmas: str | None
-    timesteps: Sequence[float] | None
+    timesteps: Sequence[float] | str | None
     eta: float | None
     variance_type: str | None
     clip: float | None
     threshold: float | None
     guidance_rescale: float | None
     guidance_interval: tuple[float, float] | None
+
+
+class RunOptions(TypedDict, total=False):
+    """How a sampler runs, as `Sampler` says."""
+
+    backend: str
+    compile: bool | str
+    capture: bool | str
+    tune: bool
+    graph_memory: int | None
 
 
 class Sampler:
@@ -89,6 +103,8 @@ class Sampler:
             once for each shape: what is found is kept in the user's cache.
         graph_memory: bytes of the GPU that captured steps may hold, past which they run one by one;
             by default half of what is free when the first is captured.
+        scheduler: the config with diffusers' keys that schedule, prediction_type and defaults were
+            read from, if any; ``save_pretrained`` writes it.
 
     Raises:
         ValueError: an argument that is not allowed.
@@ -111,6 +127,7 @@ class Sampler:
         capture: bool | str = "auto",
         tune: bool = False,
         graph_memory: int | None = None,
+        scheduler: Mapping[str, Any] | None = None,
     ) -> None:
         if not callable(network):
             raise ValueError(f"network={network!r}: must be a module or a function")
@@ -138,6 +155,7 @@ class Sampler:
             tune=tune,
             graph_memory=graph_memory,
         )
+        self._scheduler = scheduler
         self._lock = threading.Lock()
         self._owner: int | None = None
 
@@ -164,60 +182,86 @@ class Sampler:
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | PathLike[str],
+        source: str | PathLike[str],
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = None,
-        backend: str = "auto",
-        compile: bool | str = "auto",
-        tune: bool = False,
+        *,
+        allow_pickle: bool = False,
+        revision: str | None = None,
+        **options: Unpack[RunOptions],
     ) -> Sampler:
-        """Load a folder in diffusers' layout.
+        """Load a model in diffusers' layout.
 
         Args:
-            folder: with unet/, scheduler/ and, for labels, flashddpm.json.
-            device, backend, compile, tune: as for the class.
+            source: a folder, of a pipeline or flat; or OWNER/NAME on the Hugging Face Hub.
+            device: as for the class.
             dtype: of the network; by default bfloat16 on CUDA and float32 on the CPU.
+            allow_pickle: read .bin weights, checked, where there are no safetensors.
+            revision: on the hub, a branch, tag or commit.
+            options: backend, compile, capture, tune and graph_memory, as for the class.
 
         Raises:
-            CheckpointError: files or keys missing, broken or not supported.
+            CheckpointError: no such model, or files or keys missing, broken or not supported.
             ValueError: an argument that is not allowed.
         """
         target = arguments.resolve_device(device)
         cuda = target.type == "cuda"
         kind = arguments.resolve_dtype(dtype, torch.bfloat16 if cuda else torch.float32)
-        arguments.one_of("backend", backend, BACKENDS)
-        unet = load_unet(folder, target, kind)
-        config = load_scheduler_config(folder)
-        size = unet.config.sample_size
-        C = unet.config.in_channels
-        if size is None or unet.config.out_channels not in (C, 2 * C):
-            raise CheckpointError(
-                f"{folder}: sample_size={size}, in_channels={unet.config.in_channels}, "
-                f"out_channels={unet.config.out_channels}: must name a size, and as many "
-                "channels out as in, or twice as many"
-            )
-        H, W = (size, size) if isinstance(size, int) else size
-        try:
-            schedule = NoiseSchedule.from_config(config)
-            defaults = SamplingDefaults.from_config(config)
-            prediction_type = arguments.one_of(
-                "prediction_type", config.get("prediction_type", "epsilon"), PREDICTION_TYPES
-            )
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder}: scheduler_config.json: {error}") from error
+        arguments.one_of("backend", options.get("backend", "auto"), BACKENDS)
+        return cls._of(load_pretrained(source, target, kind, allow_pickle, revision), options)
+
+    @classmethod
+    def from_diffusers(
+        cls,
+        model: Any,
+        scheduler: Any = None,
+        *,
+        conditioning: Conditioning | None = None,
+        **options: Unpack[RunOptions],
+    ) -> Sampler:
+        """Take over live objects of diffusers; their weights are copied, where and as they are.
+
+        Args:
+            model: a DDPMPipeline or DDIMPipeline, or a UNet2DModel.
+            scheduler: needed beside a UNet2DModel; beside a pipeline, in place of its own.
+            conditioning: what labels the network takes; by default every embedding is a class.
+            options: backend, compile, capture, tune and graph_memory, as for the class.
+
+        Raises:
+            ValueError: other classes, subclasses among them, or settings that we have no rows or
+                layers for.
+        """
+        return cls._of(load_diffusers(model, scheduler, conditioning), options)
+
+    @classmethod
+    def _of(cls, model: Pretrained, options: RunOptions) -> Sampler:
+        parameter = next(model.unet.parameters())
         return cls(
-            unet,
-            schedule,
-            shape=(unet.config.in_channels, H, W),
-            prediction_type=prediction_type,
-            conditioning=load_conditioning(folder, unet.config),
-            defaults=defaults,
-            device=target,
-            dtype=kind,
-            backend=backend,
-            compile=compile,
-            tune=tune,
+            model.unet,
+            model.schedule,
+            shape=model.shape,
+            prediction_type=model.prediction_type,
+            conditioning=model.conditioning,
+            defaults=model.defaults,
+            device=parameter.device,
+            dtype=parameter.dtype,
+            scheduler=model.scheduler,
+            **options,
         )
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write a folder that diffusers loads, and ``from_pretrained`` too.
+
+        Args:
+            folder: made if it does not exist; the one that was loaded may be saved over.
+
+        Raises:
+            ValueError: the network is not ours, or its defaults have no settings in diffusers.
+        """
+        scheduler = self._scheduler or scheduler_config(
+            self.schedule, self.prediction_type, self.defaults
+        )
+        save_pretrained(folder, self.network, scheduler, self.conditioning)
 
     def initial_noise(self, seeds: int | Iterable[int] | Tensor) -> Tensor:
         """Return the x_T of these seeds, float32 [B, C, H, W]."""
@@ -246,6 +290,8 @@ class Sampler:
             return solver
         given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
         defaults = self.defaults
+        if isinstance(given.get("timesteps"), str):
+            given["timesteps"] = respaced(given["timesteps"], len(self.schedule))
         if given.get("threshold"):
             arguments.number("threshold", given["threshold"], 0, 1)
             if "clip" not in given and defaults.clip <= 1:
@@ -386,6 +432,8 @@ class Sampler:
         x = self.execution.start(seed, plan, begin)
         return Trajectory(self, plan, x, seed, label, scale)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def resume(self, path: str | PathLike[str]) -> Trajectory:
         """Return the trajectory that ``Trajectory.save`` wrote, to go on from.
 
@@ -487,7 +535,7 @@ class Sampler:
         """Let one call at a time have the buffers; others wait, but a call from within cannot."""
         me = threading.get_ident()
         if self._owner == me:
-            raise RuntimeError("on_step called the sampler that it is called by")
+            raise RuntimeError("a callback called the sampler that it is called by")
         with self._lock:
             self._owner = me
             try:

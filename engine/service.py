@@ -52,6 +52,7 @@ class Engine:
         ValueError: an argument that is not allowed; exact for a sampler that does not compile.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         sampler: Sampler,
@@ -71,14 +72,15 @@ class Engine:
                 f"exact=True: needs a compiled network; this sampler, with backend="
                 f"{execution.backend!r} and compile=False, has none"
             )
-        flight = Flight(
-            execution,
-            self.max_batch,
-            guided=sampler.conditioning.null_label is not None,
-            num_timesteps=len(sampler.schedule),
-            compiled=exact or execution.compiles(0, 0),
-            one_bucket=exact,
-        )
+        with sampler._exclusive():
+            flight = Flight(
+                execution,
+                self.max_batch,
+                guided=sampler.conditioning.null_label is not None,
+                num_timesteps=len(sampler.schedule),
+                compiled=exact or execution.compiles(0, 0),
+                one_bucket=exact,
+            )
         self._desk = Desk(arguments.integer("queue_size", queue_size, 1))
         failures = arguments.integer("max_failures", max_failures, 1)
         self._loop = Loop(self._desk, flight, sampler, self.max_batch, failures)
@@ -161,7 +163,7 @@ class Engine:
         image; steps_per_second is of the time spent stepping; graph_bytes is the memory that the
         sampler's captured steps hold.
         """
-        return {**self._desk.metrics(), "graph_bytes": self.sampler.execution.graph_bytes}
+        return {**self._desk.metrics(), "graph_bytes": self.sampler.execution.graphs.bytes}
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until every request submitted so far has ended; return whether that came to be."""
@@ -235,6 +237,10 @@ class Engine:
         sampler.execution.check_plan(plan)
         if self.exact:
             sampler.execution.check_exact(plan)
+        if image is not None:
+            image = image.clone()
+            if image.is_cuda:  # the engine's thread has a stream of its own
+                torch.cuda.current_stream(image.device).synchronize()
         now = time.monotonic()
         return Job(
             request=request,
@@ -245,7 +251,7 @@ class Engine:
             label=None if labels is None else labels[0],
             null_label=sampler.conditioning.null_label,
             guidance=guidance[0],
-            image=None if image is None else image.clone(),
+            image=image,
             on_step=on_step,
             submitted=now,
             deadline=math.inf if after is None else now + after,

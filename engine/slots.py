@@ -47,6 +47,7 @@ class Slots:
         lane_row, t: int64 [L], t_float: float32 [L]: of each lane in the step under way.
         rows: float32 [R, len(Column)]. keys, next: int64 [R].
         timesteps: float32 [R], whole: int64 [R]: what the network is told.
+        token: what stands for these buffers, and for every prefix of them, in a dictionary.
     """
 
     idx: Tensor
@@ -93,6 +94,7 @@ class Slots:
         self.rows = zeros(R, len(Column), dtype=torch.float32)
         self.timesteps, self.whole = zeros(R, dtype=torch.float32), zeros(R)
         self.keys, self.next = zeros(R), zeros(R)
+        self.token = object()
         self._prefixes: dict[tuple[int, int], Slots] = {}
 
     def parts(self, control: Tensor) -> dict[str, Tensor]:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from flashddpm import arguments
 from flashddpm.batch import Batch, Occupant
-from flashddpm.checkpoint import read_tensors, write_atomic
 from flashddpm.errors import CheckpointError, NonFiniteError
+from flashddpm.files import read_tensors, write_atomic
 from flashddpm.plan import Plan
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ class Trajectory:
             self._slots.x.copy_(x)
             self._batch = Batch(self._slots)
             self._enter(x)
-        weakref.finalize(self, self._execution.forget, self._slots)
+        # Only noted, for this may be while something is captured; nobody waits for it at exit.
+        weakref.finalize(self, execution.graphs.forget, self._slots.token).atexit = False
 
     def _enter(self, x: Tensor) -> None:
         """Put every image into its slot, at the row where it is."""
@@ -205,5 +206,6 @@ def load_trajectory(sampler: Sampler, path: str | PathLike[str]) -> Trajectory:
         log.info("goes on elsewhere, images agree to rounding only: %s", ", ".join(differ))
     x = tensors["x"].to(sampler.device)
     trajectory = Trajectory(sampler, plan, x, seeds, labels, guidance, position)
-    trajectory._slots.hist.copy_(tensors["hist"])
+    with sampler._exclusive():
+        trajectory._slots.hist.copy_(tensors["hist"])
     return trajectory

@@ -170,7 +170,8 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
             resolve(device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert resolve("auto") == resolve("cuda") == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert resolve("auto") == resolve("cuda") == torch.device("cuda", 1)  # in any thread
     assert resolve("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(ValueError, match=r"^device='cuda:2': only 2 CUDA device\(s\)"):
         resolve("cuda:2")

@@ -85,24 +85,11 @@ class TestBatch:
         batch.upload()
         finished = []
         for turn in range(1, 5):
-            left = [o.remaining for o in batch.occupants if o]
             finished += [(turn, s) for s in batch.advance()]
             reference.advance(slots.idx, slots.next)
             rows = [o.row if o else REST for o in batch.occupants]
             assert rows == slots.idx.tolist()
-            now = [o.remaining for o in batch.occupants if o]
-            assert now == [max(n - 1, 0) for n in left]
         assert finished == [(1, 0), (2, 2), (4, 1)]
-
-    def test_fits_counts_slots_and_lanes(self):
-        batch = Batch(make_slots(S=2, L=3))
-        assert batch.fits(2) and not batch.fits(4)
-        batch.admit(occupant(guidance=2.0), image(0))
-        assert batch.fits(1) and not batch.fits(2)
-        batch.admit(occupant(), image(0))
-        assert not batch.fits(1) and not batch.fits(0)
-        batch.clear()
-        assert batch.fits(2) and batch.lanes == len(batch) == 0
 
     def test_admit_clears_the_flag_and_takes_nothing_if_it_fails(self):
         slots = make_slots()

@@ -3,6 +3,7 @@
 The pretended graph calls its step, as a captured one repeats its launches.
 """
 
+import gc
 import logging
 from contextlib import contextmanager
 
@@ -47,7 +48,7 @@ class Card:
 
     def capture(self, step, count):
         if self.full:
-            raise torch.cuda.OutOfMemoryError("no room")
+            raise self.full if self.full is not True else torch.cuda.OutOfMemoryError("no room")
         self.log.append(("capture", len(step()), count))
         self.held = max(self.held, self.needs)
         return Graph(self, step, count)
@@ -75,7 +76,7 @@ def captured(tiny_sampler):
     def make(limit=None, **options):
         sampler, card = tiny_sampler(), Card(**options)
         sampler.execution.capture = True
-        sampler.execution._graphs = Graphs(card, limit)
+        sampler.execution.graphs = Graphs(card, limit)
         return sampler, card
 
     return make
@@ -124,8 +125,31 @@ class TestGraphs:
         assert card.log[-1] == "release"
         card.full = False
         assert graphs.get("b", resting()) is None  # not tried again at every step
-        graphs.forget(lambda key: key == "b")
+        graphs.forget("b")
         assert graphs.get("b", resting()) is not None
+
+    def test_any_failure_of_a_capture_declines_it_and_says_why(self, caplog):
+        card = Card()
+        graphs = Graphs(card)
+        card.full = RuntimeError("operation not permitted when stream is capturing")
+        with caplog.at_level(logging.WARNING, "flashddpm"):
+            assert graphs.get("a", resting()) is None
+        assert "RuntimeError: operation not permitted" in caplog.text
+
+    def test_what_is_forgotten_is_dropped_by_whoever_comes_next(self):
+        """A finalizer may run while something is captured: it only leaves a note."""
+        card = Card()
+        graphs = Graphs(card)
+        kept = graphs.get("ab", resting())
+        graphs.get("xy", resting())
+        graphs.get("xz", resting(), 4)
+        before = list(card.log)
+        graphs.forget("x")
+        assert card.log == before and len(graphs) == 3
+        assert graphs.get("ab", resting()) is kept
+        assert len(graphs) == 1 and card.log == [*before, "release", "release"]
+        assert graphs.get("xy", resting()) is not None
+        assert card.log[-2:] == [("warm", 3), ("capture", 3, 1)]  # warmed anew
 
     @pytest.mark.parametrize(
         ("seconds", "best"),
@@ -211,7 +235,7 @@ class TestSampler:
             assert (got - want).abs().max() <= 1e-5, options
         captures = [entry[1:] for entry in card.log if entry[0] == "capture"]
         assert captures == [(n, count) for n in (8, 4) for count in (1, 4, 16)]
-        assert len(sampler.execution._graphs) == 4
+        assert len(sampler.execution.graphs) == 4
 
     def test_buckets_share_buffers_that_only_grow(self, captured):
         sampler, card = captured()
@@ -221,8 +245,8 @@ class TestSampler:
             buffers.append(sampler.execution._slots)
         assert len({id(b) for b in buffers[:4]}) == 1 and buffers[4] is buffers[5] is not buffers[0]
         assert len(buffers[0].idx) == 4 and len(buffers[4].idx) == 8
-        keys = {key[0] for key, _ in sampler.execution._graphs._kept}
-        assert keys == {id(buffers[4].control)}  # the graphs of the old ones are gone
+        keys = {key[0] for key, _ in sampler.execution.graphs._kept}
+        assert keys == {buffers[4].token}  # the graphs of the old ones are gone
 
     def test_without_room_steps_run_one_by_one(self, tiny_sampler, captured):
         want = tiny_sampler().sample(range(3), num_steps=5, **RUN)
@@ -264,6 +288,28 @@ class TestSampler:
         other.update_weights(sampler.network.state_dict())
         assert (got - other.sample(range(2), 0, num_steps=3)).abs().max() <= 1e-5
         assert len(card.log) == before  # the same graphs
+
+    def test_moved_weights_are_refused(self, captured):
+        sampler, _ = captured()
+        sampler.sample(range(2), 0, num_steps=3)
+        for parameter in sampler.network.parameters():
+            parameter.data = parameter.data.clone()
+            break
+        with pytest.raises(RuntimeError, match="moved or replaced under its graphs"):
+            sampler.sample(range(2), 0, num_steps=3)
+
+    def test_trajectories_take_their_graphs_with_them(self, captured):
+        sampler, card = captured()
+        for _ in range(3):
+            trajectory = sampler.trajectory(range(3), 0, num_steps=3)
+            want = trajectory.run()
+            assert len(sampler.execution.graphs) == 1
+            log = list(card.log)
+            del trajectory
+            gc.collect()
+            assert card.log == log  # it only left a note
+        assert want.isfinite().all()
+        assert [entry for entry in card.log if entry[0] == "capture"] == [("capture", 4, 1)] * 3
 
     @pytest.mark.parametrize("bad", [-1, 1.5, "1", True])
     def test_bad_memory(self, tiny_unet, bad):
@@ -349,6 +395,32 @@ class TestEngine:
         assert [x for x in log if x == "step"] == ["step"] * 4
         assert torch.isfinite(a.result().image).all() and not engine.turn()
 
+    def test_an_engine_that_is_dropped_leaves_no_graphs(self, captured):
+        sampler, _ = captured()
+        for _ in range(3):
+            engine = fd.Engine(sampler, 2, threaded=False)
+            engine.submit(self.ask(0)).add_done_callback(lambda future: None)
+            engine.drain()
+            del engine
+            gc.collect()
+        sampler.execution.graphs.sweep()
+        assert len(sampler.execution.graphs) == 0
+
+    def test_a_callback_that_exits_loses_no_image_of_others(self, captured):
+        sampler, _ = captured()
+        engine = fd.Engine(sampler, 3, threaded=False)
+        futures = [engine.submit(self.ask(seed, num_steps=2)) for seed in range(3)]
+
+        def leave(future):
+            raise SystemExit
+
+        futures[0].add_done_callback(leave)
+        engine.turn()
+        with pytest.raises(SystemExit):
+            engine.turn()
+        assert engine.turn() is False
+        assert all(future.result().image.isfinite().all() for future in futures)
+
     def test_a_finished_image_is_handed_out_when_the_engine_closes(self, captured):
         sampler, _ = captured()
         engine = fd.Engine(sampler, 2, threaded=False, max_failures=1)
@@ -398,9 +470,9 @@ class TestOnAGPU:
         for seeds in (range(3), range(3, 6)):
             got, want = sampler.sample(seeds, **ask), plain.sample(seeds, **ask)
             assert (got - want).abs().max() <= 1e-3
-        counts = {graph.count for graph in sampler.execution._graphs._kept.values()}
+        counts = {graph.count for graph in sampler.execution.graphs._kept.values()}
         assert counts == {1, count}
-        assert sampler.execution.graph_bytes > 0
+        assert sampler.execution.graphs.bytes > 0
 
     def test_ten_buckets_are_compiled_and_captured_once_each(self, make):
         sampler, plain = make(compile=True), make(backend="reference")
@@ -410,19 +482,22 @@ class TestOnAGPU:
                 want = plain.sample(range(lanes), 1, num_steps=3)
                 assert (got - want).abs().max() <= 1e-3
         assert sampler.execution.compiled.shapes == {(n, False) for n in range(1, 11)}
-        assert {key[2] for key, _ in sampler.execution._graphs._kept} == set(range(1, 11))
+        assert {key[2] for key, _ in sampler.execution.graphs._kept} == set(range(1, 11))
 
     def test_without_memory_for_graphs(self, make):
         sampler, plain = make(graph_memory=0), make(backend="reference")
         got, want = (s.sample(range(3), num_steps=5, **RUN) for s in (sampler, plain))
-        assert (got - want).abs().max() <= 1e-3 and sampler.execution.graph_bytes == 0
+        assert (got - want).abs().max() <= 1e-3 and sampler.execution.graphs.bytes == 0
 
-    def test_a_step_that_may_not_be_captured_leaves_the_card_usable(self, make):
-        def waits(x_t, t, labels):
-            return x_t * float(x_t.sum().isfinite())  # the host reads
+    def test_a_step_that_may_not_be_captured_runs_as_it_is(self, make):
+        """And leaves the card, and the sampler itself, able to capture others."""
+        reads = [True]
 
-        bad = fd.Sampler(
-            waits,
+        def network(x_t, t, labels):
+            return x_t * float(x_t.sum().isfinite()) if reads[0] else x_t * 1.0
+
+        sampler = fd.Sampler(
+            network,
             fd.NoiseSchedule.create(),
             shape=(1, 8, 8),
             conditioning=fd.Conditioning(3, 3),
@@ -430,11 +505,43 @@ class TestOnAGPU:
             capture=True,
         )
         stream = torch.cuda.current_stream()
-        with pytest.raises(RuntimeError):
-            bad.sample(0, 0, num_steps=2)
+        want = sampler.sample(0, 0, num_steps=2)
+        assert len(sampler.execution.graphs) == 0
         assert torch.cuda.current_stream() == stream
         assert not torch.cuda.is_current_stream_capturing()
+        reads[0] = False
+        got = sampler.sample(0, 0, num_steps=2, bucket=3)  # another key, the same pools
+        assert len(sampler.execution.graphs) >= 1
+        assert (got - want).abs().max() <= 1e-5
         assert make().sample(range(2), 0, num_steps=3).isfinite().all()
+
+    def test_dropping_one_graph_leaves_the_scratch_memory_of_others(self):
+        """cuBLAS works in memory that torch frees when a graph of the same stream is destroyed."""
+        torch.manual_seed(0)
+        wide = torch.nn.Linear(4096, 64, dtype=torch.bfloat16).cuda()
+        back = torch.nn.Linear(64, 64, dtype=torch.bfloat16).cuda()
+
+        def network(x_t, t):  # few rows and a long inner size: split over the card
+            h = wide(x_t.flatten(1).repeat(1, 64))
+            return back(h).reshape(x_t.shape)
+
+        sampler = fd.Sampler(
+            network,
+            fd.NoiseSchedule.create(),
+            shape=(1, 8, 8),
+            device="cuda",
+            dtype="bfloat16",
+            capture=True,
+        )
+        want = [sampler.sample(range(n), num_steps=33) for n in (2, 8)]
+        graphs = sampler.execution.graphs
+        for key in [key for key, _ in graphs._kept if key[2] == 8]:
+            graphs._drop(lambda other, count, key=key: other == key)
+        torch.cuda.empty_cache()
+        filler = [torch.full((1 << 22,), torch.nan, device="cuda") for _ in range(64)]
+        assert torch.equal(sampler.sample(range(2), num_steps=33), want[0])
+        del filler
+        assert torch.equal(sampler.sample(range(8), num_steps=33), want[1])
 
     def test_requests_in_flight(self, make):
         sampler, plain = make(compile=True), make(backend="reference")
@@ -450,9 +557,9 @@ class TestOnAGPU:
         ]
         with fd.Engine(sampler, 4) as engine:
             engine.warm()
-            held = len(sampler.execution._graphs)
+            held = len(sampler.execution.graphs)
             results = [future.result() for future in map(engine.submit, requests)]
-            assert len(sampler.execution._graphs) == held == 4
+            assert len(sampler.execution.graphs) == held == 4
             assert engine.metrics()["graph_bytes"] > 0
         for r, result in zip(requests, results, strict=True):
             want = plain.sample(r.seed, r.label, r.guidance, r.solver, r.num_steps)

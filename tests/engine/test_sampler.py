@@ -618,7 +618,7 @@ def test_compiled_captured_bfloat16_is_near_the_reference_on_a_gpu():
         a, b = (fd.to_uint8(s.sample(range(64), labels, **run)).double() for s in (fast, plain))
         psnr = 10 * torch.log10(255**2 / (a - b).square().mean())
         assert psnr >= 35, run
-    assert len(fast.execution._graphs) <= 2  # of one step, and of as many as pay
+    assert len(fast.execution.graphs) <= 2  # of one step, and of as many as pay
 
 
 @pytest.mark.gpu

@@ -257,6 +257,18 @@ class TestExact:
         with pytest.raises(fd.RequestFailed, match="other bits in other lanes of 6"):
             future.result(0)
 
+    def test_lanes_are_tried_once(self, compiled, monkeypatch):
+        engine = fd.Engine(compiled, 3, exact=True, threaded=False)
+        engine.submit(ask(0, num_steps=2))
+        engine.drain()
+        monkeypatch.setattr(compiled.execution.compiled, "prove_exact", None)
+        drawn = []
+        real = compiled.execution.draw
+        monkeypatch.setattr(compiled.execution, "draw", lambda *a: (drawn.append(a), real(*a))[1])
+        engine.submit(ask(1, num_steps=4))
+        engine.drain()
+        assert len(drawn) == 1  # where it begins
+
     def test_refused_where_nothing_is_compiled(self, tiny_sampler):
         for of in (make_sampler(), tiny_sampler(backend="reference"), tiny_sampler()):
             with pytest.raises(ValueError, match=r"exact=True.*compile=False"):
@@ -463,11 +475,12 @@ class TestEnds:
         assert not any(thread.name == "flashddpm" for thread in threading.enumerate())
 
     def test_graphs_are_let_go(self, sampler, start, monkeypatch):
-        forgotten = []
-        monkeypatch.setattr(sampler.execution, "forget", forgotten.append)
+        forgotten, graphs = [], sampler.execution.graphs
+        monkeypatch.setattr(graphs, "forget", forgotten.append)
+        monkeypatch.setattr(graphs, "sweep", lambda: forgotten.append("swept"))
         engine = start()
         engine.shutdown()
-        assert forgotten == [engine._loop.flight.slots]
+        assert forgotten == [engine._loop.flight.slots.token, "swept"]
 
     def test_callbacks_may_call_the_engine(self, sampler):
         more, ready, returned = [], threading.Event(), threading.Event()
@@ -821,3 +834,18 @@ class TestAsyncio:
 
         with fd.Engine(sampler, 2) as engine:
             asyncio.run(main(engine))
+
+
+def test_made_within_inference_mode(tiny_sampler, tmp_path):
+    """What is made there could not be written to elsewhere."""
+    with torch.inference_mode():
+        sampler = tiny_sampler()
+        engine = fd.Engine(sampler, 2)
+        trajectory = sampler.trajectory([1], 0, num_steps=3)
+        trajectory.step()
+        trajectory.save(tmp_path / "state")
+        resumed = sampler.resume(tmp_path / "state")
+    with engine:
+        image = engine.submit(fd.Request(seed=1, label=0, num_steps=3)).result().image
+    assert (image - trajectory.run()[0]).abs().max() <= 1e-5
+    assert torch.equal(resumed.run(), trajectory.x)

@@ -193,7 +193,7 @@ def test_one_graph_serves_every_plan_on_a_gpu(tiny_unet):
         arguments = {"seeds": range(5), "labels": 1, "guidance": GUIDANCE, "num_steps": 6}
         got = captured.sample(**arguments, **options)
         assert (got - plain.sample(**arguments, **options)).abs().max() <= 1e-3
-    assert len(captured.execution._graphs) <= 2  # of one step, and of as many as pay
+    assert len(captured.execution.graphs) <= 2  # of one step, and of as many as pay
 
 
 def test_previews_show_the_thresholded_x0(tiny_sampler):
