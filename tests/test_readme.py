@@ -12,7 +12,7 @@ README = Path(__file__).parent.parent / "README.md"
 def test_python_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     namespace: dict = {}
     shapes = []
     for block in blocks:
@@ -22,6 +22,7 @@ def test_python_examples_run(tmp_path, monkeypatch):
     assert shapes[4] == (4, 3, 16, 16) and namespace["image"].shape == (1, 28, 28)
     assert namespace["y"].shape == (2, 1, 28, 28) and namespace["trajectory"].position == 3
     assert (tmp_path / "garments.png").exists()
+    assert shapes[5] == (4, 3, 16, 16) and (tmp_path / "other" / "model_index.json").exists()
     assert namespace["z"].shape == namespace["x_T"].shape == (2, 1, 28, 28)
     assert namespace["network"].weight.grad.abs().sum() > 0
 
