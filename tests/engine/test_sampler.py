@@ -544,7 +544,7 @@ def test_only_guided_images_cost_two_evaluations(tiny_sampler):
 
 def test_a_preview_that_calls_its_own_sampler_is_an_error(tiny_sampler):
     sampler = tiny_sampler()
-    with pytest.raises(RuntimeError, match="on_step called the sampler"):
+    with pytest.raises(RuntimeError, match="a callback called the sampler"):
         sampler.sample(0, 0, num_steps=2, on_step=lambda i, x0: sampler.sample(1, 0, num_steps=2))
     assert sampler.sample(0, 0, num_steps=2).isfinite().all()
 
