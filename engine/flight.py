@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashddpm import arguments
 from flashddpm.batch import Batch, Occupant, PlanTable
 from flashddpm.execution import Execution
 from flashddpm.kernels.contract import REST, Purpose
@@ -36,9 +37,11 @@ class Flight:
         guided: whether an image may need two lanes.
         num_timesteps: rows of the longest plan.
         compiled: whether the compiled network runs.
-        one_bucket: whether the network always runs on all lanes.
+        exact: whether the network always runs on all lanes.
+        buckets: numbers of lanes that it runs on besides all; None for the execution's.
 
     Attributes:
+        buckets: numbers of lanes that the network may run on; None for any.
         jobs: by slot.
     """
 
@@ -49,7 +52,8 @@ class Flight:
         guided: bool,
         num_timesteps: int,
         compiled: bool,
-        one_bucket: bool,
+        exact: bool,
+        buckets: Sequence[int] | None = None,
     ) -> None:
         self.execution, self.compiled = execution, compiled
         self.max_batch = max_batch
@@ -60,7 +64,8 @@ class Flight:
         self.table = PlanTable(self.slots)
         self.jobs: dict[int, Job] = {}
         self._slot_of: dict[Job, int] = {}
-        self._one_bucket = one_bucket
+        self._exact = exact
+        self.buckets = self._choose(buckets)
         self._changed = False
         self._channels: int | None = None  # that the network returns
         self._pace = Pace(execution.device)
@@ -81,15 +86,23 @@ class Flight:
     @property
     def lanes(self) -> int:
         """How many the network runs on in the next step, spare ones included."""
-        if self._one_bucket:
-            return self.max_lanes
-        return self.execution.bucket(self.batch.lanes, self.max_lanes, self.compiled)
+        used = self.batch.lanes
+        if self.buckets is None:
+            return used
+        return next(lanes for lanes in self.buckets if lanes >= used)
+
+    def _choose(self, buckets: Sequence[int] | None) -> list[int] | None:
+        most = self.max_lanes
+        if self._exact:
+            return [most]
+        if buckets is not None:
+            return sorted({*(arguments.integer("buckets", n, 1, most) for n in buckets), most})
+        fixed = self.compiled or self.execution.capture
+        return self.execution.buckets(most) if fixed else None
 
     def warm(self) -> None:
         """Make ready for every number of lanes that the network may run on."""
-        most = self.max_lanes
-        buckets = [most] if self._one_bucket else self.execution.buckets(most)
-        prefixes = [self.slots.prefix(self.max_batch, L) for L in buckets]
+        prefixes = [self.slots.prefix(self.max_batch, L) for L in self.buckets or []]
         self.execution.warm(prefixes, self.compiled)
 
     def reserve(self, job: Job) -> bool:
@@ -151,7 +164,7 @@ class Flight:
             for slot, job in self.jobs.items()
             if job.on_step is not None and self._row(slot) != REST
         ]
-        if self._one_bucket:
+        if self._exact:
             self.execution.prove_exact(self.max_lanes)
         self._pace.wait()
         out = self.execution.take_step(

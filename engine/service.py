@@ -14,7 +14,7 @@ import atexit
 import math
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import lru_cache
@@ -43,6 +43,9 @@ class Engine:
         max_batch: images at a time.
         exact: run the compiled network on one bucket always, so that an image's bits do not
             depend on load, slot or neighbours.
+        buckets: how many evaluations the network may run at a time, besides all that ``max_batch``
+            images may need; each is compiled. By default, where it is compiled or captured, the
+            powers of two: more of them waste less and take longer to compile.
         queue_size: requests that may wait for a slot.
         max_failures: steps that may fail in a row before the engine closes itself.
         threaded: whether a thread of the engine's own turns; if not, call `turn`, from one thread
@@ -59,6 +62,7 @@ class Engine:
         max_batch: int = 64,
         *,
         exact: bool = False,
+        buckets: Sequence[int] | None = None,
         queue_size: int = 1024,
         max_failures: int = 3,
         threaded: bool = True,
@@ -67,6 +71,8 @@ class Engine:
         self.max_batch = arguments.integer("max_batch", max_batch, 1)
         self.exact = arguments.boolean("exact", exact)
         execution = sampler.execution
+        if exact and buckets is not None:
+            raise ValueError(f"buckets={buckets!r}: must not be given beside exact, which has one")
         if exact and execution.compile is False:
             raise ValueError(
                 f"exact=True: needs a compiled network; this sampler, with backend="
@@ -79,7 +85,8 @@ class Engine:
                 guided=sampler.conditioning.null_label is not None,
                 num_timesteps=len(sampler.schedule),
                 compiled=exact or execution.compiles(0, 0),
-                one_bucket=exact,
+                exact=exact,
+                buckets=buckets,
             )
         self._desk = Desk(arguments.integer("queue_size", queue_size, 1))
         failures = arguments.integer("max_failures", max_failures, 1)

@@ -357,6 +357,21 @@ class TestEngine:
         assert all(future.done() for future in futures) and card.log == ready
         engine.shutdown()
 
+    def test_buckets_of_ones_own(self, captured):
+        sampler, card = captured()
+        engine = fd.Engine(sampler, 4, threaded=False, buckets=[3, 5, 3])
+        engine.warm()
+        assert [entry[1] for entry in card.log if entry[0] == "capture"] == [8, 5, 3]
+        futures = [engine.submit(self.ask(seed)) for seed in range(5)]
+        engine.drain()
+        assert all(future.result().image.isfinite().all() for future in futures)
+        assert {entry[1] for entry in card.log if entry[0] == "capture"} == {3, 5, 8}
+        for bad in ([0], [9], [1.5], ["1"]):
+            with pytest.raises(ValueError, match="buckets="):
+                fd.Engine(sampler, 4, threaded=False, buckets=bad)
+        with pytest.raises(ValueError, match="must not be given beside exact"):
+            fd.Engine(sampler, 4, exact=True, buckets=[1])
+
     def test_previews_in_flight(self, tiny_sampler, captured):
         runs = []
         for sampler in (tiny_sampler(), captured()[0]):
