@@ -13,6 +13,7 @@ from flashddpm.checkpoint import Conditioning
 from flashddpm.defaults import SamplingDefaults
 from flashddpm.errors import CheckpointError, DataError, NonFiniteError
 from flashddpm.images import make_grid, save_grid, to_pil, to_uint8
+from flashddpm.pipeline import DDIMPipeline, DDPMPipeline
 from flashddpm.request import (
     DeadlineExceeded,
     EngineClosed,
@@ -34,6 +35,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "Conditioning",
+    "DDIMPipeline",
+    "DDPMPipeline",
     "DataError",
     "DeadlineExceeded",
     "Engine",

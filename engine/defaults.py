@@ -74,15 +74,23 @@ class SamplingDefaults:
             arguments.one_of("timestep_spacing", spacing, SPACINGS),
             arguments.integer("steps_offset", config.get("steps_offset", 0), 0),
             clip,
-            arguments.one_of(
-                "variance_type",
-                config.get("variance_type") or "fixed_small",
-                VARIANCE_TYPES,
-            ),
+            _variance_type(config.get("variance_type")),
             threshold,
             algorithm if name == "DPMSolverMultistepScheduler" else solver,
             _sigmas(config),
         )
+
+
+def _variance_type(value: Any) -> str:
+    """Return diffusers' variance_type under our name; None is fixed_small."""
+    if value == "fixed_large_log":
+        raise ValueError(
+            "variance_type='fixed_large_log': has no samples, for diffusers takes the root of a "
+            "logarithm that is negative and returns NaN; must be fixed_large, say"
+        )
+    # fixed_small_log is the same variance by way of its logarithm.
+    value = "fixed_small" if value in (None, "fixed_small_log") else value
+    return arguments.one_of("variance_type", value, VARIANCE_TYPES)
 
 
 def _sigmas(config: Mapping[str, Any]) -> str | None:

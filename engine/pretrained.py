@@ -29,7 +29,7 @@ from flashddpm.errors import CheckpointError
 from flashddpm.hub import locate
 from flashddpm.networks import Network, NetworkConfig
 from flashddpm.parameterization import PREDICTION_TYPES
-from flashddpm.schedule import NoiseSchedule
+from flashddpm.schedule import TABLES, NoiseSchedule
 from flashddpm.unet import UNet
 from flashddpm.unet_config import UNetConfig
 from flashddpm.weights import mismatches
@@ -62,6 +62,7 @@ def load_pretrained(
     dtype: torch.dtype,
     allow_pickle: bool = False,
     revision: str | None = None,
+    tables: str = "float64",
 ) -> Pretrained:
     """Load a model in diffusers' layout.
 
@@ -70,12 +71,14 @@ def load_pretrained(
         device, dtype: of the network.
         allow_pickle: read .bin weights where there are no safetensors.
         revision: on the hub, a branch, tag or commit.
+        tables: of the schedule, as NoiseSchedule.from_config takes it.
 
     Raises:
         CheckpointError: no such model, files missing or broken, or one that we cannot sample.
         ValueError: an argument that is not allowed.
     """
     arguments.boolean("allow_pickle", allow_pickle)
+    arguments.one_of("tables", tables, TABLES)
     folder = locate(source, allow_pickle, revision)
     unet = load_unet(folder, device, dtype, allow_pickle)
     config = load_scheduler_config(folder)
@@ -84,14 +87,17 @@ def load_pretrained(
     try:
         shape = _shape(unet.config)
         path = find(folder, "scheduler", "scheduler_config.json")
-        schedule, prediction_type, defaults = _read_scheduler(config)
+        schedule, prediction_type, defaults = _read_scheduler(config, tables)
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     return Pretrained(unet, config, schedule, prediction_type, defaults, shape, conditioning)
 
 
 def load_diffusers(
-    model: Any, scheduler: Any = None, conditioning: Conditioning | None = None
+    model: Any,
+    scheduler: Any = None,
+    conditioning: Conditioning | None = None,
+    tables: str = "float64",
 ) -> Pretrained:
     """Take over a live DDPMPipeline or DDIMPipeline of diffusers, or a UNet2DModel.
 
@@ -99,11 +105,13 @@ def load_diffusers(
         model: the pipeline or the U-Net; its weights are copied, on their device, in their dtype.
         scheduler: diffusers', needed beside a U-Net; beside a pipeline, in place of its own.
         conditioning: what labels the network takes; by default every embedding is a class.
+        tables: of the schedule, as NoiseSchedule.from_config takes it.
 
     Raises:
         ValueError: objects of other classes, subclasses with code of their own among them, or
             settings that we have no rows or layers for.
     """
+    arguments.one_of("tables", tables, TABLES)
     unet = getattr(model, "unet", model)
     unet = getattr(unet, "_orig_mod", unet)  # torch.compile wraps it
     if scheduler is None:
@@ -114,7 +122,7 @@ def load_diffusers(
     name = arguments.one_of("scheduler", type(scheduler).__name__, SCHEDULERS)
     config = {**_plain(scheduler.config), "_class_name": name}
     try:
-        schedule, prediction_type, defaults = _read_scheduler(config)
+        schedule, prediction_type, defaults = _read_scheduler(config, tables)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"scheduler: {error}") from error
     try:
@@ -187,10 +195,12 @@ def scheduler_config(
     return config
 
 
-def _read_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, SamplingDefaults]:
+def _read_scheduler(
+    config: Mapping[str, Any], tables: str
+) -> tuple[NoiseSchedule, str, SamplingDefaults]:
     kind = config.get("prediction_type", "epsilon")
     return (
-        NoiseSchedule.from_config(config),
+        NoiseSchedule.from_config(config, tables=tables),
         arguments.one_of("prediction_type", kind, PREDICTION_TYPES),
         SamplingDefaults.from_config(config),
     )

@@ -47,8 +47,8 @@ class Request:
         strength: in (0, 1], beside an image: the share of the steps that is taken.
         deadline: seconds from ``submit`` after which the image is not wanted any more.
         spacing, steps_offset, sigmas, timesteps, eta, variance_type, clip, threshold,
-            guidance_rescale, guidance_interval: of the plan, as `sampler.PlanOptions` says; None
-            is the model's own, or none.
+            guidance_rescale, guidance_interval, use_clipped_model_output, faults: of the plan, as
+            `sampler.PlanOptions` says; None is the model's own, or none.
     """
 
     seed: int
@@ -69,6 +69,8 @@ class Request:
     threshold: float | None = None
     guidance_rescale: float | None = None
     guidance_interval: tuple[float, float] | None = None
+    use_clipped_model_output: bool | None = None
+    faults: str | None = None
 
 
 @dataclass(frozen=True)

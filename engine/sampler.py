@@ -57,6 +57,8 @@ class PlanOptions(TypedDict, total=False):
         guidance_rescale: how far guided outputs are brought back to the deviation of their
             conditional half, in [0, 1].
         guidance_interval: (low, high): guide where low < sigma <= high only.
+        use_clipped_model_output: of ddim: derive eps again from the clipped x0.
+        faults: "mended", or "diffusers" to do as it does where we differ (engine/faults.py).
     """
 
     spacing: str | None
@@ -69,6 +71,8 @@ class PlanOptions(TypedDict, total=False):
     threshold: float | None
     guidance_rescale: float | None
     guidance_interval: tuple[float, float] | None
+    use_clipped_model_output: bool | None
+    faults: str | None
 
 
 class RunOptions(TypedDict, total=False):
@@ -188,6 +192,7 @@ class Sampler:
         *,
         allow_pickle: bool = False,
         revision: str | None = None,
+        tables: str = "float64",
         **options: Unpack[RunOptions],
     ) -> Sampler:
         """Load a model in diffusers' layout.
@@ -198,6 +203,7 @@ class Sampler:
             dtype: of the network; by default bfloat16 on CUDA and float32 on the CPU.
             allow_pickle: read .bin weights, checked, where there are no safetensors.
             revision: on the hub, a branch, tag or commit.
+            tables: "float64", or "diffusers" for the bits of its float32 schedule.
             options: backend, compile, capture, tune and graph_memory, as for the class.
 
         Raises:
@@ -208,7 +214,8 @@ class Sampler:
         cuda = target.type == "cuda"
         kind = arguments.resolve_dtype(dtype, torch.bfloat16 if cuda else torch.float32)
         arguments.one_of("backend", options.get("backend", "auto"), BACKENDS)
-        return cls._of(load_pretrained(source, target, kind, allow_pickle, revision), options)
+        model = load_pretrained(source, target, kind, allow_pickle, revision, tables)
+        return cls._of(model, options)
 
     @classmethod
     def from_diffusers(
@@ -217,6 +224,7 @@ class Sampler:
         scheduler: Any = None,
         *,
         conditioning: Conditioning | None = None,
+        tables: str = "float64",
         **options: Unpack[RunOptions],
     ) -> Sampler:
         """Take over live objects of diffusers; their weights are copied, where and as they are.
@@ -225,13 +233,14 @@ class Sampler:
             model: a DDPMPipeline or DDIMPipeline, or a UNet2DModel.
             scheduler: needed beside a UNet2DModel; beside a pipeline, in place of its own.
             conditioning: what labels the network takes; by default every embedding is a class.
+            tables: "float64", or "diffusers" for the bits of its float32 schedule.
             options: backend, compile, capture, tune and graph_memory, as for the class.
 
         Raises:
             ValueError: other classes, subclasses among them, or settings that we have no rows or
                 layers for.
         """
-        return cls._of(load_diffusers(model, scheduler, conditioning), options)
+        return cls._of(load_diffusers(model, scheduler, conditioning, tables), options)
 
     @classmethod
     def _of(cls, model: Pretrained, options: RunOptions) -> Sampler:

@@ -5,7 +5,9 @@ The posterior q(x_{t-1} | x_t, x_0) (S5; eq. 6-7 there) has the mean
 sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0 + sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t
 and the variance (1 - abar_{t-1}) / (1 - abar_t) beta_t, with abar_{-1} = 1.
 
-All tables are float64 NumPy arrays of shape [T].
+All tables are float64 NumPy arrays of shape [T]. ``tables="diffusers"`` asks for the values that
+diffusers has, which computes betas and abar in float32: 1 - abar_0 of the linear schedule, say, is
+off by 1.7e-4 of itself there.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from flashddpm import arguments
 
@@ -25,6 +29,7 @@ Table = NDArray[np.float64]
 
 MAX_TIMESTEPS = 100_000
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+TABLES = ("float64", "diffusers")
 
 
 def linear(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
@@ -57,6 +62,31 @@ def rescale_zero_terminal_snr(betas: ArrayLike) -> Table:
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     abar = root**2
     return 1 - np.concatenate([abar[:1], abar[1:] / abar[:-1]])
+
+
+def _float32_betas(beta_schedule: str, T: int, start: float, end: float) -> Tensor:
+    """Return a named schedule as diffusers has it, float32 [T]."""
+
+    def even(low: float, high: float) -> Tensor:
+        return torch.linspace(low, high, T, dtype=torch.float32, device="cpu")
+
+    if beta_schedule == "linear":
+        return even(start, end)
+    if beta_schedule == "scaled_linear":
+        return even(start**0.5, end**0.5) ** 2
+    if beta_schedule == "sigmoid":
+        return torch.sigmoid(even(-6, 6)) * (end - start) + start
+    return torch.from_numpy(squaredcos_cap_v2(T)).float()
+
+
+def _float32_abar(betas: Tensor, rescale: bool) -> Tensor:
+    """Return abar of betas as diffusers computes it, float32 [T]."""
+    if rescale:  # rescale_zero_terminal_snr, rounded as often
+        root = (1 - betas).cumprod(0).sqrt()
+        first, last = root[0].clone(), root[-1].clone()
+        abar = ((root - last) * (first / (first - last))) ** 2
+        betas = 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])
+    return (1 - betas).cumprod(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +131,13 @@ class NoiseSchedule:
         beta_end: float = 0.02,
         *,
         rescale_betas_zero_snr: bool = False,
+        tables: str = "float64",
     ) -> NoiseSchedule:
-        """Return one of the named schedules, under diffusers' names and defaults."""
+        """Return one of the named schedules, under diffusers' names and defaults.
+
+        With ``tables="diffusers"``, ``alphas_cumprod`` rounded to float32 is diffusers' table, bit
+        for bit, and betas are 1 - abar_t / abar_{t-1}, as its DDPMScheduler takes them.
+        """
         arguments.one_of("beta_schedule", beta_schedule, BETA_SCHEDULES)
         T = arguments.integer("num_train_timesteps", num_train_timesteps, 1, MAX_TIMESTEPS)
         start = arguments.number("beta_start", beta_start, 0, 1)
@@ -113,25 +148,34 @@ class NoiseSchedule:
             "squaredcos_cap_v2": squaredcos_cap_v2,
             "sigmoid": sigmoid,
         }[beta_schedule]
-        return cls._finish(make(T, start, end), rescale_betas_zero_snr)
+        schedule = cls._finish(make(T, start, end), rescale_betas_zero_snr)
+        if arguments.one_of("tables", tables, TABLES) == "float64":
+            return schedule
+        betas = _float32_betas(beta_schedule, T, start, end)
+        return cls._rounded(_float32_abar(betas, rescale_betas_zero_snr))
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+    def from_config(cls, config: Mapping[str, Any], tables: str = "float64") -> NoiseSchedule:
         """Return the schedule that a diffusers scheduler_config.json describes.
 
         Keys read: num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas,
-        rescale_betas_zero_snr.
+        rescale_betas_zero_snr. ``tables`` is as for `create`.
         """
         rescale = bool(config.get("rescale_betas_zero_snr", False))
         trained = config.get("trained_betas")
         if trained is not None:
-            return cls._finish(trained, rescale)
+            schedule = cls._finish(trained, rescale)
+            if arguments.one_of("tables", tables, TABLES) == "float64":
+                return schedule
+            betas = torch.tensor(np.asarray(trained), dtype=torch.float32, device="cpu")
+            return cls._rounded(_float32_abar(betas, rescale))
         return cls.create(
             config.get("beta_schedule", "linear"),
             config.get("num_train_timesteps", 1000),
             config.get("beta_start", 1e-4),
             config.get("beta_end", 0.02),
             rescale_betas_zero_snr=rescale,
+            tables=tables,
         )
 
     @classmethod
@@ -142,6 +186,14 @@ class NoiseSchedule:
         if len(schedule) == 1:
             raise ValueError("rescale_betas_zero_snr=True: needs at least 2 timesteps")
         return cls(rescale_zero_terminal_snr(schedule.betas))
+
+    @classmethod
+    def _rounded(cls, abar: Tensor) -> NoiseSchedule:
+        """Return the schedule of these alphas_cumprod, float32 [T]."""
+        table = np.append(1.0, abar.double().numpy())
+        if not (np.diff(table) < 0).all():
+            raise ValueError("tables='diffusers': alphas_cumprod must strictly decrease in float32")
+        return cls(1 - table[1:] / table[:-1])
 
     def __len__(self) -> int:
         return self.betas.size

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flashddpm import arguments
+from flashddpm.faults import FAULTS, restore
 from flashddpm.kernels.contract import Column
 from flashddpm.parameterization import LEARNED_VARIANCES, eps_rows, x0_rows
 from flashddpm.plan import Plan, adjust
@@ -90,6 +91,7 @@ def ddpm(
     prediction_type: str = "epsilon",
     clip: float = 1.0,
     variance_type: str = "fixed_small",
+    noise_at_end: bool = False,
 ) -> Plan:
     r"""Ancestral sampling: x_s ~ N(mu~(x_t, x_0), variance) (S5, S6; Ho et al. 2020, eq. 6-7).
 
@@ -108,7 +110,8 @@ def ddpm(
 
     so for learned_range sigma = (beta beta~)^(1/4) e^(log(beta / beta~) v / 4). (Of learned, v is
     the logarithm as in Nichol & Dhariwal; diffusers takes v for the variance itself.) The last step
-    adds no noise, at whatever timestep it is; it is the only one where beta~ = 0.
+    adds no noise, at whatever timestep it is; it is the only one where beta~ = 0. With
+    ``noise_at_end`` it does, above timestep 0, as in diffusers: then beta~ = 1e-20 stands for 0.
     """
     arguments.one_of("variance_type", variance_type, VARIANCE_TYPES)
     rows, abar, abar_s = _begin(schedule, steps, prediction_type, clip)
@@ -116,14 +119,16 @@ def ddpm(
     small = beta * (1 - abar_s) / (1 - abar)
     rows[:, Column.C_X0] = np.sqrt(abar_s) * beta / (1 - abar)
     rows[:, Column.C_XT] = np.sqrt(abar / abar_s) * (1 - abar_s) / (1 - abar)
-    beta, small = beta[:-1], small[:-1]  # the last step adds no noise
+    small[-1] = 1e-20
     columns: dict[str, tuple[Table | float, Table | float]] = {
         "fixed_small": (np.sqrt(small), 0),
         "fixed_large": (np.sqrt(beta), 0),
         "learned_range": ((beta * small) ** 0.25, (np.log(beta) - np.log(small)) / 4),
         "learned": (1, 0.5),
     }
-    rows[:-1, Column.SIGMA], rows[:-1, Column.LOG_SIGMA] = columns[variance_type]
+    rows[:, Column.SIGMA], rows[:, Column.LOG_SIGMA] = columns[variance_type]
+    if not noise_at_end or rows[-1, Column.TIMESTEP] == 0:
+        rows[-1, [Column.SIGMA, Column.LOG_SIGMA]] = 0
     return _finish(rows, abar)
 
 
@@ -134,23 +139,34 @@ def ddim(
     prediction_type: str = "epsilon",
     clip: float = 1.0,
     eta: float = 0.0,
+    use_clipped_model_output: bool = False,
+    ends: Table | None = None,
 ) -> Plan:
     r"""x_s = a_s x_0 + sqrt(1 - abar_s - sigma^2) eps + sigma z (Song et al. 2021, eq. 12 and 16).
 
     sigma^2 = eta^2 (1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s): eta = 0 is deterministic and
     eta = 1 is ddpm, fixed_small. eps comes from the raw output, clipped or not, as in diffusers; it
-    is affine in (x_t, out), whence c_xt and c_out. The root is taken of a sum without cancellation:
+    is affine in (x_t, out), whence c_xt and c_out; with ``use_clipped_model_output`` it is
+    (x_t - a_t x_0) / b_t of the x_0 that was clipped. The root is taken of a sum without
+    cancellation:
 
         1 - abar_s - sigma^2 = (1 - abar_s) (1 - eta^2 + eta^2 q),
         q = abar_t (1 - abar_s) / (abar_s (1 - abar_t)).
+
+    ``ends`` are the abar_s, where they are not those of the next timesteps.
     """
     eta = arguments.number("eta", eta, 0, 1)
+    arguments.boolean("use_clipped_model_output", use_clipped_model_output)
     rows, abar, abar_s = _begin(schedule, steps, prediction_type, clip)
+    abar_s = abar_s if ends is None else ends
     q = abar * (1 - abar_s) / (abar_s * (1 - abar))
     direction = np.sqrt((1 - abar_s) * (1 - eta**2 + eta**2 * q))
     rows[:, Column.C_X0] = np.sqrt(abar_s)
-    eps = eps_rows(abar, prediction_type)
+    eps = eps_rows(abar, "sample" if use_clipped_model_output else prediction_type)
     rows[:, [Column.C_XT, Column.C_OUT]] = direction[:, None] * eps
+    if use_clipped_model_output:  # out stands for x_0 in these
+        rows[:, Column.C_X0] += rows[:, Column.C_OUT]
+        rows[:, Column.C_OUT] = 0
     rows[:, Column.SIGMA] = eta * np.sqrt((1 - abar_s) / (1 - abar) * (abar_s - abar) / abar_s)
     return _finish(rows, abar)
 
@@ -290,10 +306,12 @@ def make_plan(
     timesteps: ArrayLike | None = None,
     clip: float = 1.0,
     eta: float = 0.0,
+    use_clipped_model_output: bool = False,
     variance_type: str = "fixed_small",
     threshold: float = 0.0,
     guidance_rescale: float = 0.0,
     guidance_interval: tuple[float, float] | None = None,
+    faults: str = "mended",
 ) -> Plan:
     """Return the plan of a named solver over ``num_steps`` timesteps of the given spacing.
 
@@ -315,18 +333,23 @@ def make_plan(
         guidance_interval: (low, high): guide where low < sigma <= high, sigma being
             sqrt((1 - abar) / abar), and take the conditional output elsewhere (Kynkaanniemi et al.
             2024); high may be infinite. None guides every step.
+        faults: "diffusers" does as diffusers does where we hold that for a fault: the table is in
+            flashddpm/faults.py. "mended" does not.
 
     Raises:
         ValueError: an argument out of its range, or one that the solver has no use for.
     """
     solve: Any = SOLVERS[arguments.one_of("solver", solver, SOLVERS)]
     arguments.one_of("spacing", spacing, SPACINGS)
-    options: dict[str, float | str] = {
+    arguments.one_of("faults", faults, FAULTS)
+    options: dict[str, Any] = {
         "clip": clip,
         "eta": arguments.number("eta", eta, 0, 1),
+        "use_clipped_model_output": use_clipped_model_output,
         "variance_type": arguments.one_of("variance_type", variance_type, VARIANCE_TYPES),
     }
-    for name, off in (("eta", 0.0), ("variance_type", "fixed_small")):
+    unused = {"eta": 0.0, "variance_type": "fixed_small", "use_clipped_model_output": False}
+    for name, off in unused.items():
         if name not in solve.__kwdefaults__:
             value = options.pop(name)
             if value != off:
@@ -347,5 +370,8 @@ def make_plan(
         steps = Steps.at(schedule, timesteps)
     else:
         raise ValueError(f"sigmas={sigmas!r}: must be None beside timesteps")
+    if faults == "diffusers":
+        of = spacing if timesteps is None else None
+        steps, options = restore(solver, options, schedule, steps, of, sigmas)
     plan = solve(schedule, steps, prediction_type=prediction_type, **options)
     return adjust(plan, clip, threshold, guidance_rescale, guidance_interval)

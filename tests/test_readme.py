@@ -1,6 +1,5 @@
 """The README's Python runs, block after block in one namespace, as a reader would type it."""
 
-import json
 import re
 from pathlib import Path
 
@@ -12,7 +11,7 @@ README = Path(__file__).parent.parent / "README.md"
 def test_python_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     namespace: dict = {}
     shapes = []
     for block in blocks:
@@ -23,17 +22,26 @@ def test_python_examples_run(tmp_path, monkeypatch):
     assert namespace["y"].shape == (2, 1, 28, 28) and namespace["trajectory"].position == 3
     assert (tmp_path / "garments.png").exists()
     assert shapes[5] == (4, 3, 16, 16) and (tmp_path / "other" / "model_index.json").exists()
+    assert [picture.size for picture in namespace["pictures"]] == [(16, 16)] * 4
     assert namespace["z"].shape == namespace["x_T"].shape == (2, 1, 28, 28)
     assert namespace["network"].weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["docs/math.md", "CONTRIBUTING.md", "LICENSE", "docs/samples.png"])
+@pytest.mark.parametrize(
+    "name", ["docs/math.md", "docs/parity.md", "CONTRIBUTING.md", "LICENSE", "docs/samples.png"]
+)
 def test_what_the_readme_links_to_is_there(name):
     assert (README.parent / name).is_file()
 
 
 def test_the_table_is_that_of_the_committed_results():
-    from flashddpm.benchmarks.table import table
+    from flashddpm.benchmarks.runs import Run
+    from flashddpm.benchmarks.table import filled, table
 
-    results = README.parent / "benchmarks" / "results" / "cpu.json"
-    assert table(json.loads(results.read_text(encoding="utf-8"))) in README.read_text("utf-8")
+    pages = [README, *sorted((README.parent / "docs").glob("*.md"))]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert filled(page) == text, "python -m flashddpm.benchmarks.table writes it again"
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    for results in (README.parent / "benchmarks" / "results").glob("*.json"):
+        assert table(Run.read(results)) in text, f"{results.name} is in no page"

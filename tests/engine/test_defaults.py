@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -88,3 +89,16 @@ def test_what_we_have_no_rows_for_is_refused_by_name(config):
 @pytest.mark.parametrize("kind", ["fixed_small", "fixed_large", "learned", "learned_range"])
 def test_every_variance_type_is_read(kind):
     assert fd.SamplingDefaults.from_config({"variance_type": kind}).variance_type == kind
+
+
+def test_variance_types_by_logarithm():
+    """One is another name; of the other diffusers' samples are NaN."""
+    assert read(variance_type="fixed_small_log").variance_type == "fixed_small"
+    with pytest.raises(ValueError, match="variance_type='fixed_large_log'.*NaN.*fixed_large"):
+        read(variance_type="fixed_large_log")
+    scheduler = DDPMScheduler(variance_type="fixed_large_log")
+    scheduler.set_timesteps(10)
+    x = torch.zeros(1, 1, 2, 2)
+    assert scheduler.step(x, scheduler.timesteps[0], x).prev_sample.isnan().all()
+    with pytest.raises(ValueError, match="variance_type='small'.*fixed_small, fixed_large"):
+        read(variance_type="small")

@@ -81,3 +81,17 @@ def test_refusals(unet, tmp_path):
         fd.Sampler.from_pretrained(tmp_path / "none")
     with pytest.raises(ValueError, match="allow_pickle="):
         fd.Sampler.from_pretrained(fd.bundled(), allow_pickle="yes")
+
+
+def test_tables_of_diffusers(unet, tmp_path):
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    own = fd.Sampler.from_diffusers(unet, scheduler)
+    theirs = fd.Sampler.from_diffusers(unet, scheduler, tables="diffusers")
+    want = scheduler.alphas_cumprod.numpy()
+    assert (theirs.schedule.alphas_cumprod.astype("float32") == want).all()
+    assert (own.schedule.alphas_cumprod.astype("float32") != want).any()
+    own.save_pretrained(tmp_path / "m")
+    loaded = fd.Sampler.from_pretrained(tmp_path / "m", "cpu", tables="diffusers")
+    assert (loaded.schedule.betas == theirs.schedule.betas).all()
+    with pytest.raises(ValueError, match="tables='float32'"):
+        fd.Sampler.from_pretrained(tmp_path / "m", tables="float32")

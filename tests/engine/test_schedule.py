@@ -15,6 +15,7 @@ from flashddpm.parameterization import forward_step_rows, noising_rows
 from flashddpm.schedule import (
     BETA_SCHEDULES,
     MAX_TIMESTEPS,
+    TABLES,
     NoiseSchedule,
     rescale_zero_terminal_snr,
 )
@@ -144,6 +145,53 @@ def test_diffusers_betas(name, T):
     ours = NoiseSchedule.create(name, T, beta_end=0.03)
     close(theirs.betas.double().numpy(), ours.betas, rtol=5e-7)
     close(theirs.alphas_cumprod.double().numpy(), ours.alphas_cumprod, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("T", [2, 50, 999, 1000])
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+def test_diffusers_tables_bit_for_bit(name, T, zero_snr):
+    config = {"num_train_timesteps": T, "beta_schedule": name, "rescale_betas_zero_snr": zero_snr}
+    for ends in ({}, {"beta_start": 0.00085, "beta_end": 0.012}):
+        theirs = DDPMScheduler(**config | ends).alphas_cumprod.numpy()
+        for ours in (
+            NoiseSchedule.from_config(config | ends, tables="diffusers"),
+            NoiseSchedule.create(name, T, *ends.values(), rescale_betas_zero_snr=zero_snr,
+                                 tables="diffusers"),
+        ):  # fmt: skip
+            np.testing.assert_array_equal(ours.alphas_cumprod.astype(np.float32), theirs)
+            close(ours.alphas_cumprod, theirs.astype(np.float64), rtol=1e-12)
+
+
+def test_diffusers_tables_of_trained_betas():
+    betas = np.random.default_rng(0).uniform(1e-4, 0.05, 200).tolist()
+    config = {"trained_betas": betas, "num_train_timesteps": 200}
+    for zero_snr in (False, True):
+        config["rescale_betas_zero_snr"] = zero_snr
+        theirs = DDPMScheduler(**config).alphas_cumprod.numpy()
+        ours = NoiseSchedule.from_config(config, "diffusers").alphas_cumprod
+        np.testing.assert_array_equal(ours.astype(np.float32), theirs)
+
+
+def test_what_tables_are_about():
+    """1 - abar_0 in float32 is off by 1.7e-4 of itself; float64 is the default."""
+    exact, theirs = (1 - NoiseSchedule.create(tables=t).alphas_cumprod[0] for t in TABLES)
+    assert theirs / exact - 1 == pytest.approx(1.7e-4, rel=0.05)
+    np.testing.assert_array_equal(
+        NoiseSchedule.create().betas, NoiseSchedule.create(tables="float64").betas
+    )
+
+
+def test_bad_tables():
+    for call in (NoiseSchedule.create, lambda **k: NoiseSchedule.from_config({}, **k)):
+        with pytest.raises(ValueError, match="tables='float32'.*float64, diffusers"):
+            call(tables="float32")
+    with pytest.raises(ValueError, match="tables=None"):
+        NoiseSchedule.from_config({"trained_betas": [0.1]}, tables=None)
+    small = {"trained_betas": [0.1, 1e-9, 0.1]}
+    assert len(NoiseSchedule.from_config(small)) == 3
+    with pytest.raises(ValueError, match="tables='diffusers': alphas_cumprod must strictly"):
+        NoiseSchedule.from_config(small, "diffusers")
 
 
 @pytest.mark.parametrize("name", BETA_SCHEDULES)
