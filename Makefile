@@ -45,7 +45,7 @@ lint: $(VENV)/installed-dev ## ruff and mypy
 bench: $(VENV)/installed-bench ## benchmarks on the CPU, against diffusers
 	$(BIN)/python -m flashddpm.benchmarks --device cpu $(ARGS)
 
-bench-gpu: $(VENV)/installed-bench ## the same on an NVIDIA GPU
+bench-gpu: $(VENV)/installed-bench ## the same on an NVIDIA GPU; ARGS="--budget 480" for the headline
 	@$(NEEDS_GPU)
 	$(BIN)/python -m flashddpm.benchmarks --device cuda $(ARGS)
 

@@ -9,14 +9,16 @@ from pathlib import Path
 from setuptools import setup
 
 DIFFUSERS = "diffusers>=0.35"
+LUCIDRAINS = "denoising-diffusion-pytorch>=2.3"
 MATPLOTLIB = "matplotlib>=3.8"
 PYTEST_BENCHMARK = "pytest-benchmark>=5"
+TORCHVISION = "torchvision>=0.26"
 TEST = [
     DIFFUSERS,
     MATPLOTLIB,
     # Called directly, as what the converted network must equal; it imports torchvision.
-    "denoising-diffusion-pytorch>=2.3",
-    "torchvision>=0.26",
+    LUCIDRAINS,
+    TORCHVISION,
     PYTEST_BENCHMARK,
     "scipy>=1.11",
     "hypothesis>=6.100",
@@ -26,7 +28,7 @@ TEST = [
     "pip>=23",
     "setuptools>=77",
 ]
-BENCH = [DIFFUSERS, MATPLOTLIB, PYTEST_BENCHMARK, "nvidia-ml-py>=12"]
+BENCH = [DIFFUSERS, LUCIDRAINS, MATPLOTLIB, PYTEST_BENCHMARK, TORCHVISION, "nvidia-ml-py>=12"]
 LINT = ["build>=1.2", "mypy>=1.11", "pre-commit>=3.8", "ruff>=0.6"]
 
 setup(

@@ -1,4 +1,4 @@
-"""Timing that can be trusted, and the one JSON schema of every result.
+"""Timing that can be trusted: interleaved pairs, their spread, and what figures depend on.
 
 Two functions are timed in turn, A B B A, in one process: the machine's drift falls on both. Quoted
 are the medians, the median of the paired ratios B / A with its quartiles, and the spread of A
@@ -7,7 +7,6 @@ against itself (the ratios within the A pairs), which is the noise floor of the 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -19,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 
 from flashddpm.arguments import resolve_device
 
-SCHEMA = 1
+PACKAGES = ("triton", "diffusers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ def environment(device: str) -> dict[str, Any]:
     import flashddpm
 
     versions = {"flashddpm": flashddpm.__version__, "torch": torch.__version__}
-    for name in ("triton", "diffusers", "numpy"):
+    for name in PACKAGES:
         try:
-            versions[name] = __import__(name).__version__
-        except ImportError:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
@@ -120,7 +120,7 @@ def environment(device: str) -> dict[str, Any]:
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": _gpu() if resolve_device(device).type == "cuda" else None,
+        "gpu": card_state() if resolve_device(device).type == "cuda" else None,
     }
 
 
@@ -176,7 +176,13 @@ def sm_clock() -> float | None:
         return None
 
 
-def _gpu() -> dict[str, Any]:
+def joules() -> float:
+    """Return what the card has taken since its driver was loaded, in joules."""
+    with _nvml() as (nvml, card):
+        return nvml.nvmlDeviceGetTotalEnergyConsumption(card) / 1000
+
+
+def card_state() -> dict[str, Any]:
     """Return the card, its driver, clocks, temperature and throttle reasons now."""
     with _nvml() as (pynvml, card):
         return {
@@ -223,14 +229,3 @@ class Result:
             f"{v['ours_seconds'] * 1e3:.3f} ms against {v['peer_seconds'] * 1e3:.3f} ms, "
             f"A/A spread {v['spread']:.3f}"
         )
-
-
-def write(path: Path, where: dict[str, Any], results: list[Result]) -> None:
-    """Write results and their environment in the JSON schema, after each: a stop loses nothing."""
-    content = {
-        "schema": SCHEMA,
-        "environment": where,
-        "results": [asdict(result) for result in results],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

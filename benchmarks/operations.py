@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ from flashddpm.benchmarks.peers import (
     elements_of,
     upstream_of,
 )
+from flashddpm.benchmarks.runner import Case
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import REST, Column, LossColumn, Purpose
 from flashddpm.noise import CompiledNoise
@@ -55,8 +56,6 @@ whether a cache holds them for the others is the kernel's affair, and no part of
 
 def noise_on_the_cpu(device: str) -> Iterator[Result]:
     """Compiled noise against the eager reference, the bits compared first."""
-    if device != "cpu":
-        return
     draw = CompiledNoise()
     for batch in (16, 800):
         seeds, keys = torch.arange(batch), torch.zeros(batch, dtype=torch.int64)
@@ -127,6 +126,7 @@ class Card:
     instructions: dict[tuple[str, torch.dtype], float]
 
 
+@cache
 def this_card() -> Card:
     """Measure a copy and an empty kernel; count instructions, where they are those of the card."""
     from flashddpm.benchmarks import kernel_time
@@ -326,13 +326,8 @@ def measure(
         )
 
 
-def operations_on_a_gpu(device: str) -> Iterator[Result]:
-    """Every kernel, from one CIFAR image to 256 images of 256x256, in float32 and bfloat16."""
-    if device != "cuda":
-        return
-    from flashddpm.benchmarks import kernel_time
-    from flashddpm.kernels.registry import OPS
-
+def speed_of_card(device: str) -> Iterator[Result]:
+    """What the kernels are held against."""
     card = this_card()
     yield Result(
         "card",
@@ -340,7 +335,27 @@ def operations_on_a_gpu(device: str) -> Iterator[Result]:
         "a copy of 1 GiB, read and written; an empty kernel in a graph; the L2 cache",
         {"copy_gb_per_s": card.copy / 1e9, "empty_us": card.empty * 1e6, "l2_mb": card.cache / 1e6},
     )
+
+
+def on_a_gpu(name: str, dtype: torch.dtype, size: Any, device: str) -> Iterator[Result]:
+    """One operation of the registry at one size."""
+    from flashddpm.benchmarks import kernel_time
+    from flashddpm.kernels.registry import OPS
+
+    yield from measure(OPS[name], dtype, size, this_card(), kernel_time)
+
+
+def operations(device: str) -> list[Case]:
+    """Return every kernel, from one CIFAR image to 256 of 256x256, in float32 and bfloat16."""
+    if device != "cuda":
+        return [Case("noise", "kernels", noise_on_the_cpu)]
+    from flashddpm.kernels.registry import OPS
+
+    cases = [Case("card", "kernels", speed_of_card)]
     for size in SIZES:
         for op in OPS.values():
             for dtype in [x for x in DTYPES if x in op.dtypes] or op.dtypes[:1]:
-                yield from measure(op, dtype, size, card, kernel_time)
+                name = f"{op.name}-{size[0]}x{'x'.join(map(str, size[1]))}-{str(dtype)[6:]}"
+                measured = partial(on_a_gpu, op.name, dtype, size)
+                cases.append(Case(f"kernel-{name}", "kernels", measured))
+    return cases

@@ -1,151 +1,199 @@
-"""Whole sampling runs, and the loop alone, against diffusers on the same weights.
+"""Whole sampling runs against every peer on the same weights.
 
-Before anything is timed, both sides must give the same pictures with ddim, which after x_T draws
-no noise. (ddpm differs in its noise only; tests compare it on equal noise.)
+Before anything is timed, both sides must draw the same images from the same noise (`agreement`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-import flashddpm as fd
+from flashddpm.benchmarks import agreement, pipelines
 from flashddpm.benchmarks.harness import Result, compare
+from flashddpm.benchmarks.models import model
+from flashddpm.benchmarks.pipelines import Diffusers, Ours, Side
+from flashddpm.benchmarks.runner import Case
 
-STEPS = 50
-LOOP_STEPS = 1000  # so many that starting a run does not count
-EXACT_STEPS, EXACT_BATCH = 10, 16
-TOLERANCE = 1e-3  # of the final x of a trajectory, float32
+SEED = 1234  # of the noise that is given to both sides
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PEERS = {
+    "best": "diffusers, compiled, channels_last",
+    "eager": "diffusers eager",
+    "unet": "diffusers' U-Net in our loop",
+    "reference": "our eager reference path",
+    "tuned": "ours with tune=True",
+}
+"""The peers, and what they are called."""
+DIFFUSERS_LOOP = ("best", "eager")
+BEST_ON_CUDA = "diffusers, max-autotune, channels_last, fused projections, cudnn.benchmark"
 
 
-class Diffusers:
-    """diffusers' U-Net and scheduler on the bundled weights, in the loop of its pipelines."""
+@dataclass(frozen=True)
+class Setting:
+    """What is drawn.
 
-    def __init__(self, sampler: fd.Sampler, solver: str, compiled: bool = False) -> None:
-        from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+    Attributes:
+        model: one of models.MODELS.
+        dtype: "float32" or "bfloat16".
+        solver: "ddim" or "ddpm".
+        batch: images a call.
+        steps: of a call: so many that a pair of calls takes some seconds on a CPU, no more.
+        rounds: of the comparison.
+    """
 
-        kind: Any = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[solver]
-        self.scheduler = kind.from_pretrained(fd.bundled(), subfolder="scheduler")
-        self.scheduler.set_timesteps(STEPS)
-        unet = UNet2DModel.from_pretrained(
-            fd.bundled(), subfolder="unet", torch_dtype=torch.float32
+    model: str
+    dtype: str
+    solver: str
+    batch: int
+    steps: int
+    rounds: int
+
+    @property
+    def name(self) -> str:
+        """The case's name, without the peer."""
+        return f"{self.model}-{self.dtype}-{self.solver}-batch-{self.batch}"
+
+    @property
+    def note(self) -> str:
+        """What a call does."""
+        return (
+            f"{self.model} configuration, {self.dtype}, {self.steps} steps of {self.solver}, "
+            f"{self.batch} images a call; ours compiled"
         )
-        self.unet = unet.to(sampler.device).eval()
-        if compiled:
-            self.unet.to(memory_format=torch.channels_last)
-            self.unet = torch.compile(self.unet, fullgraph=True, dynamic=False)
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Run the trajectory from x_T."""
-        for t in self.scheduler.timesteps:
-            out = self.unet(x, t, labels, return_dict=False)[0]
-            x = self.scheduler.step(out, t, x, return_dict=False)[0]
-        return x
 
 
-def check(ours: Tensor, theirs: Tensor, what: str, peer: str = "diffusers") -> None:
-    """Refuse to time two sides whose pictures differ."""
-    error = (ours - theirs).abs().max().item()
-    if not error <= TOLERANCE:
-        raise AssertionError(f"{what}: differs from {peer} by {error}, not timed")
+def ours(setting: Setting, device: str, how: str = "best") -> Ours:
+    """Return our side."""
+    dtype = DTYPES[setting.dtype]
+    sampler = pipelines.sampler(setting.model, dtype, device, how)
+    return Ours(sampler, setting.batch, setting.solver, setting.steps, dtype)
 
 
-def whole_runs(device: str, compiled_peer: bool) -> Iterator[Result]:
-    """Ddpm and ddim over 50 steps of the bundled model, float32, both warm."""
-    sampler = fd.Sampler.from_pretrained(fd.bundled(), device, "float32", compile=True)
-    for batch in (1, 16):
-        seeds, labels = range(batch), [i % 10 for i in range(batch)]
-        wanted = torch.tensor(labels, device=sampler.device)
-        x_T = sampler.initial_noise(seeds).contiguous()
-        for compiled in (False, True) if compiled_peer else (False,):
-            ddim = Diffusers(sampler, "ddim", compiled)
-            run = partial(sampler.sample, seeds, labels, num_steps=STEPS)
-            check(run(solver="ddim"), ddim(x_T, wanted), f"ddim at batch {batch}")
-            for solver in ("ddpm", "ddim"):
-                peer = ddim if solver == "ddim" else Diffusers(sampler, solver, compiled)
-                if solver == "ddpm" and compiled:
-                    peer.unet = ddim.unet
-                comparison = compare(
-                    partial(run, solver=solver),
-                    partial(peer, x_T, wanted),
-                    rounds=5 if batch == 1 else 3,
-                )
-                yield Result.of(
-                    f"{solver}-{STEPS}-batch-{batch}",
-                    f"diffusers {'compiled, channels_last' if compiled else 'eager'}",
-                    f"bundled model, float32, {STEPS} steps, {batch} images a call; ours compiled",
-                    comparison,
-                )
+def theirs(setting: Setting, peer: str, device: str) -> Side:
+    """Return the side of a peer of PEERS."""
+    if peer in ("reference", "tuned"):
+        return ours(setting, device, peer)
+    if peer == "unet":
+        return ours(setting, device, "diffusers")
+    dtype = DTYPES[setting.dtype]
+    unet = pipelines.diffusers_unet(setting.model, dtype, device, peer)
+    of = model(setting.model)
+    return Diffusers(of, unet, setting.batch, setting.solver, setting.steps, device)
 
 
-def price_of_exact(device: str) -> Iterator[Result]:
-    """What exact=True costs: a full batch for every step, however few images are asked for."""
-    sampler = fd.Sampler.from_pretrained(fd.bundled(), device, "float32", compile=True)
-    run = partial(sampler.sample, solver="ddim", num_steps=EXACT_STEPS, batch_size=EXACT_BATCH)
-    note = f"bundled model, float32, ddim, {EXACT_STEPS} steps; exact pads to {EXACT_BATCH} images"
-    counts = (1, EXACT_BATCH)
-    try:
-        alone, crowd = (run(range(n), [i % 10 for i in range(n)], exact=True) for n in counts)
-    except ValueError as error:  # this machine's compiled code has other bits in other lanes
-        yield Result("exact", str(error), note, {})
+def agree(setting: Setting, peer: str, device: str) -> None:
+    """Refuse to time sides that draw different images from the same noise.
+
+    In bfloat16 over at most agreement.CHAIN steps, the length that its rule is for.
+
+    Raises:
+        AssertionError: they do.
+    """
+    if setting.dtype == "bfloat16":
+        setting = replace(setting, steps=min(setting.steps, agreement.CHAIN))
+    of = model(setting.model)
+    x_T = torch.randn((setting.batch, *of.shape), generator=torch.Generator().manual_seed(SEED))
+    x_T = x_T.to(DTYPES[setting.dtype]).float().to(device)
+
+    def drawn(side: Side) -> torch.Tensor:
+        return side.given(x_T, SEED)
+
+    fast, other = drawn(ours(setting, device)), drawn(theirs(setting, peer, device))
+    if setting.dtype == "float32":
+        agreement.check(fast, other, setting.name, PEERS[peer])
         return
-    if not torch.equal(alone, crowd[:1]):
-        raise AssertionError("exact=True: one image has other bits than among others, not timed")
-    for count in counts:
-        few = partial(run, range(count), [i % 10 for i in range(count)])
-        check(few(), crowd[:count], f"exact at {count}", "exact=True")
-        yield Result.of(
-            f"exact-{count}-of-{EXACT_BATCH}",
-            "the same with exact=True",
-            f"{note}; the ratio is its price",
-            compare(few, partial(few, exact=True), rounds=5 if count == 1 else 3),
-        )
+    ref32, exact32 = (drawn(side) for side in exact(setting, device, peer))
+    agreement.check(ref32, exact32, f"{setting.name}, in float32", PEERS[peer])
+    plain = drawn(ours(setting, device, "reference"))
+    agreement.check_low(fast, plain, ref32, setting.name)
+    if peer in DIFFUSERS_LOOP:  # whose x is bfloat16 between the steps
+        plain = drawn(theirs(setting, "eager", device))
+    agreement.check_low(other, plain, ref32, f"{setting.name}, {PEERS[peer]}")
 
 
-def loops_without_network(device: str) -> Iterator[Result]:
-    """A whole run whose network returns its input, against the scheduler's steps alone."""
-    from diffusers import DDIMScheduler, DDPMScheduler
+def exact(setting: Setting, device: str, peer: str) -> tuple[Side, Side]:
+    """Return plain PyTorch in float32 on the weights as the setting's dtype has them.
 
-    sampler = fd.Sampler(
-        lambda x, t: x,
-        fd.NoiseSchedule.create(),
-        shape=(1, 28, 28),
-        device=device,
-        compile=False,
-    )
-    model = fd.Sampler.from_pretrained(fd.bundled(), device, "float32", compile=True)
-    x_T = sampler.initial_noise([0]).contiguous()
-    kinds: tuple[tuple[str, Any], ...] = (("ddim", DDIMScheduler), ("ddpm", DDPMScheduler))
-    for solver, kind in kinds:
-        theirs = kind()
-        theirs.set_timesteps(LOOP_STEPS)
+    In our loop, and in the peer's.
+    """
+    dtype, of = DTYPES[setting.dtype], model(setting.model)
+    call = (setting.batch, setting.solver, setting.steps)
+    unet = of.network(device, dtype).to(torch.float32)
+    mine = Ours(of.around(unet, device, backend="reference"), *call, dtype)
+    if peer not in DIFFUSERS_LOOP:
+        return mine, mine
+    return mine, Diffusers(of, of.diffusers_unet(device, dtype).float(), *call, device, dtype)
 
-        def peer(theirs: Any = theirs) -> Tensor:
-            x = x_T
-            for t in theirs.timesteps:
-                x = theirs.step(x, t, x, return_dict=False)[0]
-            return x
 
-        ours = partial(sampler.sample, [0], solver=solver, num_steps=LOOP_STEPS)
-        if solver == "ddim":
-            check(ours(), peer(), "loop")
-        yield Result.of(
-            f"loop-{solver}",
-            f"diffusers {kind.__name__}.step",
-            f"{LOOP_STEPS} steps of one 28x28 image, the network returning its input; ours "
-            "includes the plan, x_T, the noise and the check for non-finite values",
-            compare(ours, peer, rounds=10),
-        )
-        short = partial(sampler.sample, [0], solver=solver, num_steps=STEPS)
-        network = partial(model.sample, [0], 0, solver=solver, num_steps=STEPS)
-        yield Result(
-            f"loop-{solver}-share",
-            "the bundled model's run",
-            f"the loop's share of {STEPS} steps of the bundled model, batch 1, compiled",
-            {"share_of_run": 1 / compare(short, network, rounds=10).ratio},
-        )
+def versus(setting: Setting, peer: str) -> Case:
+    """Return the case of ours against one peer."""
+    name = f"{setting.name}-{peer}"
+
+    def measure(device: str) -> Iterator[Result]:
+        agree(setting, peer, device)
+        mine, other = ours(setting, device), theirs(setting, peer, device)
+        called = BEST_ON_CUDA if peer == "best" and device == "cuda" else PEERS[peer]
+        comparison = compare(mine.timed, other.timed, rounds=setting.rounds)
+        yield Result.of(name, called, setting.note, comparison)
+
+    needs = ("diffusers",) if peer in ("best", "eager", "unet") else ()
+    return Case(name, "sampling", measure, needs)
+
+
+# Steps of a call and rounds. On the CPU a step of the cifar10 configuration takes about 0.1 s at
+# batch 1 and 1 s at 16, one of the bundled model 5 and 50 ms. Steps divide 1000: otherwise
+# diffusers' DDIM steps to other timesteps than the next of its list.
+ON_CPU = {
+    "cifar10": {1: (10, 3), 16: (2, 3)},
+    "bundled": {1: (50, 5), 16: (20, 3)},
+}
+ON_CUDA = {
+    "cifar10": {1: (50, 5), 16: (50, 5), 256: (10, 5)},
+    "bundled": {1: (50, 5), 16: (50, 5), 256: (50, 5)},
+    "pixels256": {1: (50, 3), 16: (10, 3)},
+}
+
+
+def settings(device: str, name: str, dtype: str, solver: str) -> list[Setting]:
+    """Return the settings of a model, the smallest batch first."""
+    sizes = (ON_CUDA if device == "cuda" else ON_CPU)[name]
+    return [Setting(name, dtype, solver, batch, *sizes[batch]) for batch in sizes]
+
+
+def headline(device: str) -> list[Case]:
+    """Return ours against diffusers' best on the cifar10 configuration, the most telling set."""
+    dtypes = ("bfloat16",) if device == "cuda" else ("float32", "bfloat16")
+    return [
+        versus(setting, "best")
+        for solver in ("ddim", "ddpm")
+        for dtype in dtypes
+        for setting in settings(device, "cifar10", dtype, solver)
+    ]
+
+
+def other_models(device: str) -> list[Case]:
+    """Return the same on the other models."""
+    names = ("bundled", "pixels256") if device == "cuda" else ("bundled",)
+    dtypes = ("bfloat16", "float32") if device == "cuda" else ("float32", "bfloat16")
+    return [
+        versus(setting, "best")
+        for name in names
+        for dtype in dtypes
+        for solver in ("ddim", "ddpm")
+        for setting in settings(device, name, dtype, solver)
+    ]
+
+
+def other_peers(device: str) -> list[Case]:
+    """Return every other peer: whence the gain comes."""
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    peers = ["eager", "unet", "reference", *(["tuned"] if device == "cuda" else [])]
+    return [
+        versus(setting, peer)
+        for peer in peers
+        for name in ("bundled", "cifar10")
+        for setting in settings(device, name, dtype, "ddim")
+    ]

@@ -23,9 +23,9 @@ from torch import Tensor
 
 import flashddpm as fd
 from flashddpm.benchmarks import harness
+from flashddpm.benchmarks.agreement import check
 from flashddpm.benchmarks.harness import Result
 from flashddpm.benchmarks.policies import Batches, InFlight, Kind, Policy
-from flashddpm.benchmarks.sampling import check
 
 MIXES: dict[str, tuple[Kind, ...]] = {
     "uniform": (("ddim", 10, 1.0),),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flashddpm.benchmarks.harness import Result
@@ -22,11 +22,24 @@ image = sampler.sample(0, 0, num_steps=2).cpu()
 """
 
 
+def run_child(command: Sequence[str], cache: str) -> str:
+    """Run a command with this folder for compiled code; return what it printed.
+
+    Raises:
+        RuntimeError: it failed; with the last line of its errors.
+    """
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"the process ended with {done.returncode}: {last}")
+    return done.stdout
+
+
 def _run(*command: str, cache: str) -> tuple[float, float]:
     """Return the wall seconds of a command and the largest memory of any child so far, in MiB."""
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
     start = time.perf_counter()
-    subprocess.run(command, env=env, check=True, capture_output=True)
+    run_child(command, cache)
     seconds = time.perf_counter() - start
     return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 

@@ -1,16 +1,25 @@
-"""``python -m flashddpm.benchmarks.table RESULTS.json``: results as the README's Markdown table."""
+"""Results as Markdown, and the pages that hold them.
+
+    python -m flashddpm.benchmarks.table README.md docs/benchmarks.md
+
+writes each page again where it says ``<!-- results: FILE.json -->``: the table of that file, whose
+path is relative to the page, replaces what stands between there and ``<!-- end of results -->``.
+"""
 
 from __future__ import annotations
 
-import json
+import re
 import sys
 from pathlib import Path
-from typing import Any
+
+from flashddpm.benchmarks.runs import Run
+
+PLACE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
-def table(content: dict[str, Any]) -> str:
-    """Return the table of one file of results, headed by the machine that they are from."""
-    where = content["environment"]
+def table(run: Run) -> str:
+    """Return the table of one run, headed by the machine that it is from."""
+    where = run.environment
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     card = f"{where['gpu']['name']}, " if where["gpu"] else ""
     lines = [
@@ -20,17 +29,21 @@ def table(content: dict[str, Any]) -> str:
         "| case | ours | peer | times as fast (quartiles) | A/A spread |",
         "|---|---|---|---|---|",
     ]
-    for result in content["results"]:
-        v = result["values"]
+    for result in run.results:
+        v = result.values
         if "ratio" in v:
             lines.append(
-                f"| {result['case']} | {_time(v['ours_seconds'])} | {result['peer']}: "
+                f"| {result.case} | {_time(v['ours_seconds'])} | {result.peer}: "
                 f"{_time(v['peer_seconds'])} | {v['ratio']:.2f} "
                 f"({v['ratio_low']:.2f} to {v['ratio_high']:.2f}) | {v['spread']:.2f} |"
             )
         else:
             figures = ", ".join(f"{k.replace('_', ' ')} {x:.3g}" for k, x in v.items())
-            lines.append(f"| {result['case']} | {figures} | | | |")
+            lines.append(f"| {result.case} | {figures or result.peer} | | | |")
+    for failure in run.failures:
+        lines.append(f"| {failure.case} | failed: {failure.reason} | | | |")
+    if run.left_out:
+        lines += ["", f"Left out: {', '.join(run.left_out)}."]
     return "\n".join(lines)
 
 
@@ -38,5 +51,15 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
+def filled(page: Path) -> str:
+    """Return the text of a page with the tables of the files that it names."""
+
+    def place(found: re.Match[str]) -> str:
+        return f"{found[1]}\n{table(Run.read(page.parent / found[2]))}\n\n{found[3]}"
+
+    return PLACE.sub(place, page.read_text(encoding="utf-8"))
+
+
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    for name in sys.argv[1:]:
+        Path(name).write_text(filled(Path(name)), encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from flashddpm.cli_bench import bench
 from flashddpm.cli_convert import convert
 
 app = typer.Typer(
@@ -241,6 +242,7 @@ def train(
 
 
 app.command()(convert)
+app.command()(bench)
 
 
 @app.command()

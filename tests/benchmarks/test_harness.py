@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from flashddpm.benchmarks import harness
+from flashddpm.benchmarks import harness, runs
 
 
 def test_calls_are_interleaved_and_the_ratio_is_peer_over_ours(monkeypatch):
@@ -39,9 +39,9 @@ def test_results_are_written_in_the_schema(tmp_path):
     comparison = harness.compare(lambda: None, lambda: None, rounds=1)
     result = harness.Result.of("case", "peer", "note", comparison)
     assert "case against peer" in result.line()
-    harness.write(tmp_path / "new" / "r.json", harness.environment("cpu"), [result])
+    runs.Run(harness.environment("cpu"), [result]).write(tmp_path / "new" / "r.json")
     content = json.loads((tmp_path / "new" / "r.json").read_text())
-    assert content["schema"] == harness.SCHEMA
+    assert content["schema"] == runs.SCHEMA
     assert content["environment"]["versions"]["torch"]
     assert content["environment"]["gpu"] is None
     assert content["results"][0]["values"]["pairs"] == 2

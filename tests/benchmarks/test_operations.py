@@ -338,9 +338,23 @@ def test_clocks_are_those_of_the_whole_card(monkeypatch):
     assert operations.instruction_clocks(80, 108) == {}
 
 
-def test_the_suites_on_the_cpu():
-    assert list(operations.operations_on_a_gpu("cpu")) == []
-    assert list(operations.noise_on_the_cpu("cuda")) == []
+def test_the_suites():
+    (noise,) = operations.operations("cpu")
+    assert (noise.name, noise.suite) == ("noise", "kernels")
+    cases = operations.operations("cuda")
+    names = [case.name for case in cases]
+    assert names[0] == "card" and len(set(names)) == len(names)
+    for op in OPS.values():
+        assert f"kernel-{op.name}-1x3x32x32-{str(op.dtypes[0])[6:]}" in names
+
+
+def test_a_case_measures_what_it_is_named_after(monkeypatch):
+    asked = []
+    monkeypatch.setattr(operations, "this_card", lambda: CARD)
+    monkeypatch.setattr(operations, "measure", lambda *a: asked.append(a[:4]) or [])
+    case = {case.name: case for case in operations.operations("cuda")}
+    list(case["kernel-denoise_step-256x3x32x32-bfloat16"].measure("cuda"))
+    assert asked == [(OPS["denoise_step"], torch.bfloat16, (256, (3, 32, 32)), CARD)]
 
 
 def test_another_clock():

@@ -11,8 +11,7 @@ import scipy.stats
 import torch
 
 import flashddpm as fd
-from flashddpm.benchmarks import __main__ as command
-from flashddpm.benchmarks import harness, serving
+from flashddpm.benchmarks import harness, runs, serving, suites
 from flashddpm.benchmarks.policies import Batches, InFlight
 
 SHAPE = (1, 3, 5)
@@ -314,7 +313,7 @@ def test_the_suite_reports_each_policy_mix_and_load(sampler, monkeypatch):
 
     monkeypatch.setattr(fd.Sampler, "from_pretrained", from_pretrained)
     monkeypatch.setattr(serving, "ON_CPU", TINY)
-    results = list(command.suites(compiled_peer=False, eager=True)["serving"][0]("cpu"))
+    results = list(suites.chosen("cpu", "serving", eager=True)[0].measure("cpu"))
     assert asked == [(fd.bundled(), "cpu", "float32", False)]
     cases = [result.case for result in results]
     expected = []
@@ -373,5 +372,5 @@ def test_the_settings_let_static_batches_fill():
 
 def test_results_can_be_written(tmp_path, case):
     values = serving.summary([case.run("in-flight", 100.0, 0)])
-    harness.write(tmp_path / "r.json", {}, [harness.Result("serving", "", "", values)])
+    runs.Run({}, [harness.Result("serving", "", "", values)]).write(tmp_path / "r.json")
     assert "occupancy_low" in (tmp_path / "r.json").read_text()

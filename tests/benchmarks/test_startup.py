@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import flashddpm as fd
-from flashddpm.benchmarks import __main__ as command
-from flashddpm.benchmarks import harness, sampling, startup
+from flashddpm.benchmarks import harness, loops, startup
 
 
 def test_the_first_image_is_timed_twice_with_one_cache(monkeypatch):
@@ -83,7 +82,7 @@ class Exact:
 
 def price(monkeypatch, sampler):
     monkeypatch.setattr(fd.Sampler, "from_pretrained", lambda *a, **k: sampler)
-    return list(command.suites(compiled_peer=False)["exact"][0]("cpu"))
+    return list(loops.price_of_exact("cpu"))
 
 
 def test_the_price_of_exact(monkeypatch):
@@ -101,7 +100,7 @@ def test_ratios_are_of_exact_over_the_other(monkeypatch):
         assert ours.args == peer.args
         return harness.Comparison(1, 3, 3, 3, 3, 0, rounds)
 
-    monkeypatch.setattr(sampling, "compare", compare)
+    monkeypatch.setattr(loops, "compare", compare)
     assert [result.values["ratio"] for result in price(monkeypatch, Exact())] == [3, 3]
 
 

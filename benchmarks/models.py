@@ -1,0 +1,134 @@
+"""The networks that are timed, and the same weights in diffusers' U-Net.
+
+The bundled model is trained. The other two have the published configurations (Ho et al. 2020, as
+google/ddpm-cifar10-32 and google/ddpm-celebahq-256 have them) and random weights of a fixed seed:
+what a step costs does not depend on the weights' values. Their outputs are small: at the first
+steps x0 = (x_t - sigma eps) / a with a near 0, so that the rounding of a large eps, which no
+training has tied to x_t, would be all that two sides' images show.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import flashddpm as fd
+
+SEED = 0
+OUTPUT = 0.02  # deviation of what a random network returns
+COMMON: dict[str, Any] = {
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "layers_per_block": 2,
+    "norm_eps": 1e-6,
+    "norm_num_groups": 32,
+}
+CIFAR10 = COMMON | {
+    "sample_size": 32,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+}
+PIXELS_256 = COMMON | {
+    "sample_size": 256,
+    "block_out_channels": (128, 128, 256, 256, 512, 512),
+    "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
+}
+PUBLISHED = {"cifar10": (CIFAR10, "fixed_large"), "pixels256": (PIXELS_256, "fixed_small")}
+MODELS = ("bundled", *PUBLISHED)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network and its process.
+
+    Attributes:
+        name: one of MODELS.
+        unet: float32, on the CPU, in evaluation mode; never run, only copied.
+        scheduler: diffusers' scheduler config.
+        conditioning: what labels the network takes.
+    """
+
+    name: str
+    unet: fd.UNet
+    scheduler: dict[str, Any]
+    conditioning: fd.Conditioning
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        config = self.unet.config
+        assert isinstance(config.sample_size, int)
+        return config.in_channels, config.sample_size, config.sample_size
+
+    def labels(self, batch: int) -> list[int] | None:
+        """Return the classes of so many images, in turn; None without classes."""
+        classes = self.conditioning.num_classes
+        return None if classes is None else [i % classes for i in range(batch)]
+
+    def network(self, device: str, dtype: torch.dtype) -> fd.UNet:
+        """Return a copy of the network."""
+        return copy.deepcopy(self.unet).to(device, dtype)
+
+    def sampler(self, device: str, dtype: torch.dtype, **options: Any) -> fd.Sampler:
+        """Return a sampler of a copy of the network; ``options`` are the sampler's."""
+        return self.around(self.network(device, dtype), device, **options)
+
+    def around(self, network: Any, device: str, **options: Any) -> fd.Sampler:
+        """Return a sampler of another network for the same process."""
+        return fd.Sampler(
+            network,
+            fd.NoiseSchedule.from_config(self.scheduler),
+            shape=self.shape,
+            prediction_type=self.scheduler.get("prediction_type", "epsilon"),
+            conditioning=self.conditioning,
+            defaults=fd.SamplingDefaults.from_config(self.scheduler),
+            device=device,
+            **options,
+        )
+
+    def diffusers_unet(self, device: str, dtype: torch.dtype) -> nn.Module:
+        """Return diffusers' U-Net with the same weights."""
+        from diffusers import UNet2DModel
+
+        unet = UNet2DModel.from_config(self.unet.config.to_dict())
+        unet.load_state_dict(self.unet.state_dict())
+        return unet.to(device, dtype).eval()
+
+
+@cache
+def model(name: str) -> Model:
+    """Return the model of a name of MODELS."""
+    if name == "bundled":
+        folder = Path(fd.bundled())
+        text = (folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8")
+        loaded = fd.Sampler.from_pretrained(folder, "cpu", "float32", compile=False)
+        unet = fd.UNet.from_pretrained(folder, "cpu", "float32").eval()
+        return Model(name, unet, json.loads(text), loaded.conditioning)
+    config, variance_type = PUBLISHED[name]
+    scheduler = {"_class_name": "DDPMScheduler", "variance_type": variance_type}
+    return Model(name, random_unet(config), scheduler, fd.Conditioning())
+
+
+def random_unet(config: dict[str, Any]) -> fd.UNet:
+    """Return a U-Net of random weights, those too that a fresh one has at zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(SEED)
+        unet = fd.UNet(fd.UNetConfig.from_dict(config))
+        for parameter in unet.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                nn.init.normal_(parameter, std=1 / math.sqrt(parameter[0].numel()))
+        unet.conv_out.weight.data *= OUTPUT
+    return unet.eval()
