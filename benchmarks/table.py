@@ -38,13 +38,25 @@ def table(run: Run) -> str:
                 f"({v['ratio_low']:.2f} to {v['ratio_high']:.2f}) | {v['spread']:.2f} |"
             )
         else:
-            figures = ", ".join(f"{k.replace('_', ' ')} {x:.3g}" for k, x in v.items())
-            lines.append(f"| {result.case} | {figures or result.peer} | | | |")
+            lines.append(f"| {result.case} | {_figures(v) or result.peer} | | | |")
     for failure in run.failures:
         lines.append(f"| {failure.case} | failed: {failure.reason} | | | |")
     if run.left_out:
         lines += ["", f"Left out: {', '.join(run.left_out)}."]
     return "\n".join(lines)
+
+
+def _figures(values: dict[str, float]) -> str:
+    """Return figures that are no comparison, each with its quartiles where they are known."""
+    parts = []
+    for name, value in values.items():
+        end = name.rpartition("_")[2]
+        if end in ("low", "high") and name.removesuffix(f"_{end}") in values:
+            continue
+        spread = [values[f"{name}_{end}"] for end in ("low", "high") if f"{name}_{end}" in values]
+        quartiles = f" ({spread[0]:.3g} to {spread[1]:.3g})" if len(spread) == 2 else ""
+        parts.append(f"{name.replace('_', ' ')} {value:.3g}{quartiles}")
+    return ", ".join(parts)
 
 
 def _time(seconds: float) -> str:

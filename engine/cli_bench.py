@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,9 @@ def bench(
     suite: Annotated[
         str, Option(help="all, sampling, step, kernels, training, startup or serving.")
     ] = "all",
+    cases: Annotated[
+        str, Option(help="Those whose name fits the pattern, such as 'bundled-float32-*'.")
+    ] = "*",
     device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto",
     budget: Annotated[
         float | None, Option(help="Seconds after which nothing more is begun.", min=0)
@@ -63,7 +67,7 @@ def bench(
             f"files={[*map(str, paths)]}: must be given with --compare, --merge or --report"
         )
     else:
-        _measure(suite, device, budget, out or Path("benchmark.json"), eager)
+        _measure(suite, cases, device, budget, out or Path("benchmark.json"), eager)
 
 
 def _compare(paths: list[Path]) -> None:
@@ -103,7 +107,9 @@ def _report(paths: list[Path], html: Path | None) -> None:
         print(f"\n-> {html}")
 
 
-def _measure(suite: str, device: str, budget: float | None, out: Path, eager: bool) -> None:
+def _measure(
+    suite: str, pattern: str, device: str, budget: float | None, out: Path, eager: bool
+) -> None:
     import torch
 
     from flashddpm.benchmarks import harness, runner, suites
@@ -113,8 +119,10 @@ def _measure(suite: str, device: str, budget: float | None, out: Path, eager: bo
     kind = arguments.resolve_device(device).type
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, for both sides
     torch.backends.cudnn.benchmark = kind == "cuda"
+    cases = [case for case in suites.chosen(kind, suite, eager) if fnmatch(case.name, pattern)]
+    if not cases:
+        raise ValueError(f"cases={pattern!r}: no name of a case in suite {suite!r} fits")
     run = Run(harness.environment(kind))  # now: files may change while it runs
-    cases = suites.chosen(kind, suite, eager)
     runner.run_cases(cases, kind, run, out, budget)
     print(f"{len(run.results)} results, {len(run.failures)} cases failed -> {out}")
     if run.failures:

@@ -138,3 +138,22 @@ def test_the_module_is_the_command(monkeypatch):
     from flashddpm.benchmarks import __main__ as module
 
     assert module.bench is bench
+
+
+def test_cases_are_chosen_by_a_pattern(tmp_path, monkeypatch):
+    ran = []
+
+    def case(name):
+        def measure(device):
+            ran.append(name)
+            yield Result(name, "peer", "a note", {"figure": 1.0})
+
+        return Case(name, "sampling", measure)
+
+    monkeypatch.setattr(suites, "cases", lambda *_: [case("a-1"), case("b-1"), case("a-2")])
+    out = tmp_path / "r.json"
+    assert call("--device", "cpu", "--cases", "a-*", "--out", out).exit_code == 0
+    assert ran == ["a-1", "a-2"]
+    refused = call("--device", "cpu", "--cases", "c", "--out", tmp_path / "none.json")
+    assert "cases='c': no name of a case in suite 'all' fits" in str(refused.exception)
+    assert not (tmp_path / "none.json").exists()

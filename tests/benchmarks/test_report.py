@@ -138,3 +138,9 @@ def test_a_page_is_filled_from_the_files_that_it_names(tmp_path):
     assert table.filled(page) == text
     page.write_text("no place\n")
     assert table.filled(page) == "no place\n"
+
+
+def test_figures_stand_with_their_quartiles():
+    values = {"load": 0.7, "p50_seconds": 1.0, "p50_seconds_low": 0.5, "p50_seconds_high": 2.0}
+    run = Run(WHERE, [Result("a", "nothing", "", values | {"low": 3.0})])
+    assert "| a | load 0.7, p50 seconds 1 (0.5 to 2), low 3 | | | |" in table.table(run)
