@@ -50,8 +50,8 @@ def _figures(values: dict[str, float]) -> str:
     """Return figures that are no comparison, each with its quartiles where they are known."""
     parts = []
     for name, value in values.items():
-        end = name.rpartition("_")[2]
-        if end in ("low", "high") and name.removesuffix(f"_{end}") in values:
+        whole = name.removesuffix("_low").removesuffix("_high")
+        if whole != name and whole in values:
             continue
         spread = [values[f"{name}_{end}"] for end in ("low", "high") if f"{name}_{end}" in values]
         quartiles = f" ({spread[0]:.3g} to {spread[1]:.3g})" if len(spread) == 2 else ""
