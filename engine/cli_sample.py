@@ -123,6 +123,12 @@ class Job:
     layout: dict[str, Any]
     parts: Sequence[slice]
 
+    @property
+    def num_steps(self) -> int:
+        """Steps of the plan, which a respacing may set."""
+        options = {k: v for k, v in self.request.options.items() if k != "guidance"}
+        return len(self.sampler.plan(**options))
+
     def draw(
         self, part: slice, progress: bool, on_step: Callable[[int, Tensor], None] | None = None
     ) -> Tensor:
@@ -160,7 +166,7 @@ def run(request: Request) -> str:
         return ""
     kept = len(job.seeds) - total
     return (
-        f"{total} images, {request.options['num_steps']} steps, {seconds:.1f} s, "
+        f"{total} images, {job.num_steps} steps, {seconds:.1f} s, "
         f"{total / seconds:.1f} images/s, {job.sampler.device}, {job.sampler.backend}"
         + (f", {world.size} processes" if world.size > 1 else "")
         + (f", {kept} were there" if kept else "")
@@ -237,7 +243,7 @@ def _frames(job: Job, frames: list[Any]) -> Callable[[int, Tensor], None] | None
 
     if job.request.trajectory is None:
         return None
-    last = job.request.options["num_steps"] - 1
+    last = job.num_steps - 1
 
     def keep(i: int, x0: Tensor) -> None:
         if i % -(-(last + 1) // MAX_FRAMES) == 0 or i == last:

@@ -263,15 +263,15 @@ class Graphs:
         if self._limit is None:
             self._limit = self.card.free_bytes() // 2
         self.warm(key, resting)
-        needs = max(self._needs[key], self.bytes)
-        problem = f"{needs} bytes, of {self._limit} that graphs may hold"
-        if needs <= self._limit:
-            try:
+        try:
+            needs = max(self._needs[key], self.bytes)
+            if needs <= self._limit:
                 with resting() as step:
                     return self.card.capture(step, count)
-            except Exception as error:
-                # Not the error itself: its traceback holds the step's tensors.
-                problem = f"{type(error).__name__}: {error}"
+            problem = f"{needs} bytes, of {self._limit} that graphs may hold"
+        except Exception as error:
+            # Not the error itself: its traceback holds the step's tensors.
+            problem = f"{type(error).__name__}: {error}"
         self.card.release()
         log.warning("not captured, so steps run one by one: %s", problem)
         return None

@@ -100,6 +100,16 @@ def test_train_passes_loss_and_weighting(run, idx_folder, tmp_path):
     assert code == 2 and "loss='l2': must be one of mse, l1, huber" in err
 
 
+def test_respacing_is_openais(run, tmp_path):
+    gif = tmp_path / "t.gif"
+    code, out, err = run("sample", "--seeds", "5", "--labels", 3, "--respacing", "ddim5",
+                         "--trajectory", gif, "--out", tmp_path / "a.png")  # fmt: skip
+    assert code == 0 and out.startswith("1 images, 5 steps, ") and "5/5" in err
+    assert Image.open(gif).n_frames == 5
+    code, _, err = run("sample", "--respacing", "ddim", "--out", tmp_path / "b.png")
+    assert code == 2 and "timestep_respacing='ddim'" in err
+
+
 def test_trajectory_is_an_animation(run, tmp_path):
     gif = tmp_path / "t.gif"
     code, _, _ = run("sample", "--num-images", 2, "--num-steps", 4, "--trajectory", gif,
