@@ -47,7 +47,8 @@ def test_another_loop_is_not_timed(compared, monkeypatch):
 
 
 def test_the_loop_of_denoising_diffusion_pytorch(compared, monkeypatch):
-    ddpt = pytest.importorskip("denoising_diffusion_pytorch")
+    import denoising_diffusion_pytorch as ddpt
+
     monkeypatch.setattr(loops, "BATCHES", (2,))
     monkeypatch.setattr(loops, "DDPT_STEPS", 25)
     (result,) = loops.against_ddpt("cpu")

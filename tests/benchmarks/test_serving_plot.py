@@ -10,9 +10,8 @@ from PIL import Image
 
 import flashddpm as fd
 from flashddpm.benchmarks import serving
+from flashddpm.benchmarks import serving_plot as plot
 from flashddpm.benchmarks.serving_record import Bar, record
-
-plot = pytest.importorskip("flashddpm.benchmarks.serving_plot", reason="needs matplotlib")
 
 SLOTS = 3
 

@@ -348,7 +348,8 @@ def test_runs_in_its_weights_dtype(dtype: torch.dtype) -> None:
 
 
 def test_their_package_called_directly(tmp_path: Path) -> None:
-    theirs = pytest.importorskip("denoising_diffusion_pytorch")
+    import denoising_diffusion_pytorch as theirs
+
     torch.manual_seed(0)
     unet = theirs.Unet(8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=4)
     diffusion = theirs.GaussianDiffusion(unet, image_size=8, timesteps=50, objective="pred_noise")
