@@ -161,7 +161,9 @@ class NoiseSchedule:
         Keys read: num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas,
         rescale_betas_zero_snr. ``tables`` is as for `create`.
         """
-        rescale = bool(config.get("rescale_betas_zero_snr", False))
+        rescale = arguments.boolean(
+            "rescale_betas_zero_snr", config.get("rescale_betas_zero_snr") or False
+        )
         trained = config.get("trained_betas")
         if trained is not None:
             schedule = cls._finish(trained, rescale)

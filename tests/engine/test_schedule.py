@@ -310,3 +310,11 @@ def test_bad_arguments(arguments, message):
 
 def test_largest_schedule():
     assert len(NoiseSchedule.create("linear", MAX_TIMESTEPS, 1e-6, 2e-4)) == 100_000
+
+
+def test_a_config_says_true_or_false():
+    for value in ("no", 1, [1]):
+        with pytest.raises(ValueError, match="rescale_betas_zero_snr="):
+            NoiseSchedule.from_config({"rescale_betas_zero_snr": value})
+    assert NoiseSchedule.from_config({"rescale_betas_zero_snr": None}).alphas_cumprod[-1] > 0
+    assert NoiseSchedule.from_config({"rescale_betas_zero_snr": True}).alphas_cumprod[-1] == 0
