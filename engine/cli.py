@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -37,7 +38,16 @@ def main() -> None:
 
 def _fail(message: str, code: int) -> NoReturn:
     print(f"flashddpm: error: {message}", file=sys.stderr)
+    _leave_torchrun(code)
     sys.exit(code)
+
+
+def _leave_torchrun(code: int) -> None:
+    """End at once if torchrun started this: at exit gloo's threads abort a process now and then."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 @app.command()
@@ -159,6 +169,7 @@ def sample(
         _fail(f"interrupted, {written}", INTERRUPTED)
     if line:
         print(line)
+    _leave_torchrun(0)
 
 
 @app.command()

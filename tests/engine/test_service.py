@@ -258,16 +258,22 @@ class TestExact:
             future.result(0)
 
     def test_lanes_are_tried_once(self, compiled, monkeypatch):
-        engine = fd.Engine(compiled, 3, exact=True, threaded=False)
-        engine.submit(ask(0, num_steps=2))
-        engine.drain()
-        monkeypatch.setattr(compiled.execution.compiled, "prove_exact", None)
-        drawn = []
-        real = compiled.execution.draw
+        network, tried = compiled.execution.compiled, []
+
+        def prove(image, L, labelled):
+            tried.append(L)
+            network.exact.add(L)
+
+        monkeypatch.setattr(network, "exact", set())
+        monkeypatch.setattr(network, "prove_exact", prove)
+        drawn, real = [], compiled.execution.draw
         monkeypatch.setattr(compiled.execution, "draw", lambda *a: (drawn.append(a), real(*a))[1])
-        engine.submit(ask(1, num_steps=4))
-        engine.drain()
-        assert len(drawn) == 1  # where it begins
+        engine = fd.Engine(compiled, 3, exact=True, threaded=False)
+        for seed in range(2):
+            future = engine.submit(ask(seed, num_steps=3))
+            engine.drain()
+            assert future.result().image.isfinite().all()
+        assert tried == [6] and len(drawn) == 3  # once to try, and what the two images begin at
 
     def test_refused_where_nothing_is_compiled(self, tiny_sampler):
         for of in (make_sampler(), tiny_sampler(backend="reference"), tiny_sampler()):

@@ -142,6 +142,8 @@ def failing(self, part, *rest):
     if rank == 1 and part.start >= int(first_failure):
         raise FloatingPointError("planted in process 1")
     return real(self, part, *rest)
+leave = cli._leave_torchrun
+cli._leave_torchrun = lambda code: leave(code) if code else None
 def call(*arguments):
     sys.argv = ["flashddpm", "sample", model, "--num-steps", "3", "--device", "cpu", *arguments]
     try:
