@@ -261,6 +261,8 @@ def test_exact_bits_do_not_depend_on_the_others(tiny_sampler, threads):
         for i in (0, 1, 6):
             alone = sampler.sample(seeds[i], labels[i], guidance[i], **ask)
             assert torch.equal(alone[0], want[i])
+        fewer = sampler.sample(seeds, labels, guidance, **ask | {"batch_size": 2, "bucket": 8})
+        assert torch.equal(fewer, want)  # the same bucket, though it holds half as many images
         plain = sampler.sample(seeds, labels, guidance, **ask | {"exact": False})
         assert (plain - want).abs().max() <= 1e-3
     finally:
