@@ -13,8 +13,11 @@ LUCIDRAINS = "denoising-diffusion-pytorch>=2.3"
 MATPLOTLIB = "matplotlib>=3.8"
 PYTEST_BENCHMARK = "pytest-benchmark>=5"
 TORCHVISION = "torchvision>=0.26"
+# Distances of features; it brings torchvision. Before 0.4 its keywords had other names.
+FIDELITY = "torch-fidelity>=0.4"
 TEST = [
     DIFFUSERS,
+    FIDELITY,
     MATPLOTLIB,
     # Called directly, as what the converted network must equal; it imports torchvision.
     LUCIDRAINS,
@@ -28,7 +31,15 @@ TEST = [
     "pip>=23",
     "setuptools>=77",
 ]
-BENCH = [DIFFUSERS, LUCIDRAINS, MATPLOTLIB, PYTEST_BENCHMARK, TORCHVISION, "nvidia-ml-py>=12"]
+BENCH = [
+    DIFFUSERS,
+    FIDELITY,
+    LUCIDRAINS,
+    MATPLOTLIB,
+    PYTEST_BENCHMARK,
+    TORCHVISION,
+    "nvidia-ml-py>=12",
+]
 LINT = ["build>=1.2", "mypy>=1.11", "pre-commit>=3.8", "ruff>=0.6"]
 
 setup(
@@ -48,6 +59,8 @@ setup(
     packages=[
         "flashddpm",
         "flashddpm.convert",
+        "flashddpm.data",
+        "flashddpm.evaluation",
         "flashddpm.testing",
         "flashddpm.kernels",
         "flashddpm.kernels.checks",
@@ -64,7 +77,12 @@ setup(
         "tqdm>=4.66",
         "typer>=0.12",
     ],
-    extras_require={"test": TEST, "bench": BENCH, "dev": sorted({*TEST, *BENCH, *LINT})},
+    extras_require={
+        "test": TEST,
+        "bench": BENCH,
+        "evaluate": [FIDELITY, MATPLOTLIB],
+        "dev": sorted({*TEST, *BENCH, *LINT}),
+    },
     entry_points={"console_scripts": ["flashddpm = flashddpm.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

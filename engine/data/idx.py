@@ -1,39 +1,20 @@
-"""Training data: IDX files of 8-bit images (LeCun's format, as MNIST's), plain or gzipped."""
+"""IDX files of 8-bit images (LeCun's format, as MNIST's), plain or gzipped."""
 
 from __future__ import annotations
 
 import gzip
 import math
 import zlib
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from flashddpm.data.source import ImageData, check_multiple
 from flashddpm.errors import DataError
 
 IMAGES, LABELS = "images-idx3", "labels-idx1"
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """Images and labels in memory.
-
-    Attributes:
-        images: uint8 [N, C, H, W].
-        labels: int64 [N], or None.
-        num_classes: 1 + the largest label, or None.
-    """
-
-    images: Tensor
-    labels: Tensor | None
-    num_classes: int | None
-
-    def __len__(self) -> int:
-        return len(self.images)
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -90,12 +71,13 @@ def _labels_beside(path: Path) -> Path | None:
     return next((file for file in (beside, plain, zipped) if file.exists()), None)
 
 
-def load_idx(data: str | PathLike[str], multiple: int = 1) -> ImageData:
+def load_idx(data: str | PathLike[str], multiple: int = 1, *, labels: bool = True) -> ImageData:
     """Load images, and labels from the file beside them if it exists.
 
     Args:
         data: an IDX file of images, or a folder with one (train-images-idx3-ubyte[.gz]).
         multiple: height and width must be multiples of this (2 to the number of down-samplings).
+        labels: False leaves a file of labels alone.
 
     Raises:
         DataError: naming the file and what is wrong with it.
@@ -104,21 +86,12 @@ def load_idx(data: str | PathLike[str], multiple: int = 1) -> ImageData:
     images = read_idx(path)
     if images.ndim != 3:
         raise DataError(f"{path}: has shape {images.shape}; must be [N, H, W]")
-    if images.shape[1] % multiple or images.shape[2] % multiple:
-        raise DataError(
-            f"{path}: images are {images.shape[1]}x{images.shape[2]}; "
-            f"height and width must be multiples of {multiple}"
-        )
+    check_multiple(path, images.shape[1], images.shape[2], multiple)
     tensor = torch.from_numpy(images.copy())[:, None]
-    beside = _labels_beside(path)
+    beside = _labels_beside(path) if labels else None
     if beside is None:
         return ImageData(tensor, None, None)
-    labels = read_idx(beside)
-    if labels.shape != images.shape[:1]:
-        raise DataError(f"{beside}: has shape {labels.shape}; must be ({len(images)},)")
-    return ImageData(tensor, torch.from_numpy(labels.astype(np.int64)), int(labels.max()) + 1)
-
-
-def to_float(images: Tensor) -> Tensor:
-    """Return uint8 images as float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    kinds = read_idx(beside)
+    if kinds.shape != images.shape[:1]:
+        raise DataError(f"{beside}: has shape {kinds.shape}; must be ({len(images)},)")
+    return ImageData(tensor, torch.from_numpy(kinds.astype(np.int64)), int(kinds.max()) + 1)

@@ -1,0 +1,67 @@
+"""Training data: IDX files, folders of pictures, .npz archives and PyTorch's data sets.
+
+Each becomes an ``ImageSource``: numbered 8-bit images of one shape, checked before training.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from flashddpm import arguments
+from flashddpm.data.dataset import from_dataset
+from flashddpm.data.folders import ImageFolder
+from flashddpm.data.idx import IMAGES, find_images, load_idx, read_idx
+from flashddpm.data.npz import load_npz
+from flashddpm.data.pictures import SUFFIXES
+from flashddpm.data.source import ImageData, ImageSource, to_float
+from flashddpm.errors import DataError
+
+__all__ = [
+    "ImageData",
+    "ImageFolder",
+    "ImageSource",
+    "find_images",
+    "from_dataset",
+    "load_data",
+    "load_idx",
+    "load_npz",
+    "read_idx",
+    "to_float",
+]
+
+
+def load_data(
+    path: str | PathLike[str],
+    multiple: int = 1,
+    *,
+    labels: bool = True,
+    memory_mb: int = 4096,
+) -> ImageSource:
+    """Load the images to train on, whatever they lie in.
+
+    Args:
+        path: an IDX file or a folder with one (``load_idx``), a .npz (``load_npz``), or a folder
+            of pictures, with class folders or without (``ImageFolder``).
+        multiple: height and width must be multiples of this (2 to the number of down-samplings).
+        labels: False leaves labels out.
+        memory_mb: a folder of pictures that needs more MiB is decoded as it goes; a .npz that
+            does is refused.
+
+    Raises:
+        DataError: naming the file or folder, what is wrong with it and what is allowed.
+        ValueError: ``multiple`` or ``memory_mb`` that is no number of these.
+    """
+    arguments.integer("multiple", multiple, 1)
+    arguments.integer("memory_mb", memory_mb, 0)
+    path = Path(path)
+    if path.is_dir():
+        if next(path.glob(f"*{IMAGES}*"), None):
+            return load_idx(path, multiple, labels=labels)
+        return ImageFolder(path, multiple, labels=labels, memory_mb=memory_mb)
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix in SUFFIXES:
+        raise DataError(f"{path}: is one picture; must be a folder of them")
+    if path.is_file() and suffix == ".npz":
+        return load_npz(path, multiple, labels=labels, memory_mb=memory_mb)
+    return load_idx(path, multiple, labels=labels)

@@ -1,0 +1,221 @@
+"""Folders of pictures: all in one folder, or in one folder a class."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashddpm import arguments
+from flashddpm.data.pictures import MODES, SUFFIXES, Found, look
+from flashddpm.data.source import check_index, check_multiple, digest, listed
+from flashddpm.errors import DataError
+
+log = logging.getLogger(__name__)
+
+THREADS = min(8, os.cpu_count() or 1)
+CHUNK = 64
+
+
+class ImageFolder:
+    """An ``ImageSource`` of the pictures in a folder, decoded once if they fit in memory.
+
+    Every file is read, hashed and decoded once when the source is made, so that a broken one
+    shows before the first step and not in the middle of a run. Names that start with a dot are
+    left out; other files that are no pictures too, with a line in the log. Links are followed.
+    A picture is taken as it is stored: its EXIF orientation is not applied.
+
+    Args:
+        folder: holding pictures (no labels), or one folder of pictures a class (labels 0, 1, ...
+            in the order of the folders' names); .png, .jpg, .jpeg, .bmp or .webp, all of one
+            size, and all of mode L or all RGB.
+        multiple: height and width must be multiples of this.
+        labels: False leaves the labels of class folders out.
+        memory_mb: pictures that need more than this many MiB are decoded at each fetch.
+
+    Raises:
+        DataError: no picture, or a class without one; broken files; mixed sizes or modes.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        multiple: int = 1,
+        *,
+        labels: bool = True,
+        memory_mb: int = 4096,
+    ) -> None:
+        arguments.integer("multiple", multiple, 1)
+        arguments.integer("memory_mb", memory_mb, 0)
+        self.folder = Path(folder)
+        self._files, kinds, names = list_files(self.folder)
+        named = labels and names is not None
+        self.class_names = names if named else None
+        self.num_classes = len(names) if named and names is not None else None
+        self._labels = torch.tensor(kinds, dtype=torch.int64) if named else None
+        heads = (look(self.folder / file, None)[0] for file in self._files)
+        self.shape = next((head for head in heads if not head.error), Found()).shape
+        check_multiple(self.folder, *self.shape[1:], multiple)
+        size = len(self) * int(np.prod(self.shape))
+        self._pixels: Tensor | None = None
+        if size <= memory_mb << 20:
+            self._pixels = torch.empty((len(self), *self.shape), dtype=torch.uint8)
+        how = "at each fetch" if self._pixels is None else "into memory"
+        log.info("%s: decoding %d pictures, %s", self.folder, len(self), how)
+        with self._pool() as pool:
+            found = [f for part in pool.map(self._look, range(0, len(self), CHUNK)) for f in part]
+        self._check(found)
+        self._hashes = [f.sha256 for f in found]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return uint8 [B, C, H, W] and int64 [B] or None, for int64 [B].
+
+        Raises:
+            DataError: a file is not any more what it was when the source was made.
+        """
+        check_index(index, len(self))
+        labels = None if self._labels is None else self._labels[index]
+        if self._pixels is not None:
+            return self._pixels[index], labels
+        images = np.empty((len(index), *self.shape), np.uint8)
+        with self._pool() as pool:
+            for row, pixels in enumerate(pool.map(self._decode, index.tolist())):
+                images[row] = pixels
+        return torch.from_numpy(images), labels
+
+    def fingerprint(self) -> str:
+        """Return "sha256:..." of shape and classes, and of every file's name and bytes."""
+        names = (os.fsencode(file) for file in self._files)
+        pairs = zip(names, self._hashes, strict=True)
+        return digest(self, (part for pair in pairs for part in pair))
+
+    def _look(self, start: int) -> list[Found]:
+        """Hash and decode the next CHUNK files, and keep their pixels if there is room."""
+        files = self._files[start : start + CHUNK]
+        result = []
+        for number, file in enumerate(files, start):
+            found, pixels = look(self.folder / file, self.shape, hashed=True)
+            if pixels is not None and self._pixels is not None:
+                self._pixels.numpy()[number] = pixels
+            result.append(found)
+        return result
+
+    def _decode(self, number: int) -> np.ndarray:
+        """Return uint8 [C, H, W]."""
+        path = self.folder / self._files[number]
+        found, pixels = look(path, self.shape)
+        if pixels is None:
+            now = found.error or f"is {found.mode} {found.height}x{found.width}"
+            raise DataError(f"{path}: {now}; was {list(self.shape)} when it was first read")
+        return pixels
+
+    @staticmethod
+    @contextmanager
+    def _pool() -> Iterator[ThreadPoolExecutor]:
+        """Threads that decode: Pillow lets others run meanwhile. An error cancels what waits."""
+        pool = ThreadPoolExecutor(THREADS, "flashddpm-decode")
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _check(self, found: list[Found]) -> None:
+        """Refuse broken files, modes other than L and RGB, and mixtures, in this order."""
+        pairs = list(zip(self._files, found, strict=True))
+        broken = [f"{file} ({f.error})" for file, f in pairs if f.error]
+        if broken:
+            raise DataError(
+                f"{self.folder}: {len(broken)} of {len(found)} files are no pictures that can be "
+                f"read: {listed(broken)}"
+            )
+        other = [f"{file} ({f.mode})" for file, f in pairs if f.mode not in MODES]
+        if other:
+            raise DataError(
+                f"{self.folder}: {len(other)} of {len(found)} pictures are not of mode L or RGB: "
+                f"{listed(other)}; convert them, with Pillow's convert('RGB') for instance"
+            )
+        for what, values in (
+            ("mode", [f.mode for f in found]),
+            ("size", [f"{f.height}x{f.width}" for f in found]),
+        ):
+            counts = Counter(values)
+            if len(counts) > 1:
+                kinds = [
+                    f"{value} ({count}, such as {self._files[values.index(value)]})"
+                    for value, count in counts.most_common()
+                ]
+                raise DataError(
+                    f"{self.folder}: must hold pictures of one {what}; holds {listed(kinds)}"
+                )
+
+
+def list_files(folder: Path) -> tuple[list[str], list[int], tuple[str, ...] | None]:
+    """Return the pictures' names below a folder, their classes, and the classes' names.
+
+    Names are sorted, those in class folders by class first. Without class folders the classes
+    are all 0 and their names None.
+
+    Raises:
+        DataError: no picture; a class folder without one, or with a folder in it; pictures both
+            beside and in class folders.
+    """
+    pictures, folders, other = _entries(folder)
+    if not pictures and not folders:
+        raise DataError(
+            f"{folder}: holds no pictures ({', '.join(SUFFIXES)}), class folders or "
+            "*images-idx3* file"
+        )
+    if pictures and folders:
+        raise DataError(
+            f"{folder}: holds pictures ({listed(pictures)}) beside folders ({listed(folders)}); "
+            "must hold pictures only, or one folder a class only"
+        )
+    kinds = [0] * len(pictures)
+    for kind, name in enumerate(folders):
+        inside, deeper, more = _entries(folder / name)
+        if deeper:
+            raise DataError(
+                f"{folder / name}: holds folders ({listed(deeper)}); a class folder must hold "
+                "pictures only"
+            )
+        if not inside:
+            raise DataError(
+                f"{folder / name}: holds no pictures ({', '.join(SUFFIXES)}); every class must "
+                "have some"
+            )
+        pictures += [f"{name}/{file}" for file in inside]
+        other += [f"{name}/{file}" for file in more]
+        kinds += [kind] * len(inside)
+    if other:
+        log.warning("%s: left out what is no picture: %s", folder, listed(other))
+    return pictures, kinds, tuple(folders) or None
+
+
+def _entries(folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """Return the sorted names of pictures, of folders and of other files in a folder."""
+    pictures, folders, other = [], [], []
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error}") from error
+    for name in names:
+        if name.startswith("."):
+            continue
+        if (folder / name).is_dir():
+            folders.append(name)
+        elif name.lower().endswith(SUFFIXES):
+            pictures.append(name)
+        else:
+            other.append(name)
+    return pictures, folders, other

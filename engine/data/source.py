@@ -1,0 +1,177 @@
+"""What a trainer trains on: numbered 8-bit images of one shape, with labels or without."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashddpm.errors import DataError
+
+LISTED = 10
+
+
+class ImageSource(Protocol):
+    """Images 0..len-1, all of one shape. ``fetch`` may be called from a thread of its own."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        ...
+
+    @property
+    def num_classes(self) -> int | None:
+        """Labels are below this; None where there are no labels."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """One name a class, if they have names."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the images and labels of these numbers, in memory that nobody else writes.
+
+        Args:
+            index: int64 [B], on the CPU, each in 0..len-1.
+
+        Returns:
+            uint8 [B, C, H, W], contiguous, and int64 [B] or None, on the CPU.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """Return "sha256:..." of what can be hashed cheaply; the same on every machine."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images and labels in memory.
+
+    Attributes:
+        images: uint8 [N, C, H, W], on the CPU.
+        labels: int64 [N] in 0..num_classes-1, or None.
+        num_classes: how many classes there are, or None without labels.
+        class_names: one name a class, or None.
+
+    Raises:
+        ValueError: another shape or dtype, no image, or labels and classes that do not fit.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    num_classes: int | None
+    class_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        images = self.images
+        if images.dtype is not torch.uint8 or images.ndim != 4 or 0 in images.shape:
+            raise ValueError(
+                f"images: {images.dtype} {list(images.shape)}; must be uint8 [N, C, H, W], "
+                "not empty"
+            )
+        check_classes(self.num_classes, self.class_names)
+        if (self.labels is None) != (self.num_classes is None):
+            raise ValueError("num_classes: must be given with labels, and only with them")
+        if self.labels is None or self.num_classes is None:
+            return
+        if self.labels.dtype is not torch.int64 or self.labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"labels: {self.labels.dtype} {list(self.labels.shape)}; "
+                f"must be int64 [{len(images)}]"
+            )
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(
+                f"labels: are in {low}..{high}; with {self.num_classes} classes they must be "
+                f"in 0..{self.num_classes - 1}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        C, H, W = self.images.shape[1:]
+        return C, H, W
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return copies: uint8 [B, C, H, W] and int64 [B] or None, for int64 [B]."""
+        check_index(index, len(self))
+        images = self.images[index].contiguous()
+        return images, None if self.labels is None else self.labels[index]
+
+    def fingerprint(self) -> str:
+        """Return "sha256:..." of the shape, every pixel, the labels and the classes."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        parts = [self.images, *([] if self.labels is None else [self.labels])]
+        contents = (part.numpy().reshape(-1).view(np.uint8).data for part in parts)
+        return digest(self, contents)
+
+
+def check_classes(num_classes: int | None, class_names: Sequence[str] | None) -> None:
+    """Refuse fewer than one class, and another number of names than of classes."""
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes={num_classes}: must be at least 1")
+    if class_names is not None and len(class_names) != num_classes:
+        raise ValueError(
+            f"class_names: {len(class_names)} for {num_classes} classes; must be one each"
+        )
+
+
+def check_index(index: Tensor, count: int) -> None:
+    """Refuse numbers that are not int64 [B] in 0..count-1: -1 would be the last image."""
+    if index.dtype is not torch.int64 or index.ndim != 1:
+        raise ValueError(f"index: {index.dtype} {list(index.shape)}; must be int64 [B]")
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < count:
+        raise ValueError(
+            f"index: is in {int(index.min())}..{int(index.max())}; must be in 0..{count - 1}"
+        )
+
+
+def check_multiple(where: object, height: int, width: int, multiple: int) -> None:
+    """Refuse a size that cannot be halved as often as the network does.
+
+    Raises:
+        DataError: naming ``where``, the size and what is allowed.
+    """
+    if height % multiple or width % multiple:
+        raise DataError(
+            f"{where}: images are {height}x{width}; "
+            f"height and width must be multiples of {multiple}"
+        )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first ten names, and how many more there are."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def digest(source: ImageSource, contents: Iterable[bytes | memoryview]) -> str:
+    """Return "sha256:..." of a source's length, shape and classes, and of contents, in order."""
+    about = [len(source), source.shape, source.num_classes, source.class_names]
+    sha = hashlib.sha256(json.dumps(about).encode())
+    for content in contents:
+        sha.update(len(content).to_bytes(8, "little"))  # so that no two lists join to the same
+        sha.update(content)
+    return f"sha256:{sha.hexdigest()}"
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Return uint8 images as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
