@@ -26,7 +26,7 @@ from flashddpm.benchmarks.peers import (
 )
 from flashddpm.benchmarks.runner import Case
 from flashddpm.kernels import reference
-from flashddpm.kernels.contract import REST, Column, LossColumn, Purpose
+from flashddpm.kernels.contract import REST, Column, LossColumn, Purpose, VlbColumn
 from flashddpm.noise import CompiledNoise
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ ROWS: dict[str, tuple[str, tuple[int, ...]]] = {
     "add_noise": ("t", (0, 1)),  # a and b
     "diffusion_loss": ("t", (LossColumn.EPS,)),
     "hybrid_loss": ("t", (LossColumn.EPS,)),
+    "vlb_terms": ("t", (VlbColumn.EPS,)),
     "sample_stats": ("idx", (Column.THRESHOLD, Column.RESCALE)),
     "denoise_step": ("idx", (Column.SIGMA,)),
 }

@@ -21,7 +21,16 @@ from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Purpose
 from flashddpm.network import HoistedUNet, flops_per_image
 from flashddpm.noise import CompiledNoise
-from flashddpm.slots import Network, Slots, evaluate, measure, predicted_x0, step, update
+from flashddpm.slots import (
+    Network,
+    Slots,
+    check_output,
+    evaluate,
+    measure,
+    predicted_x0,
+    step,
+    update,
+)
 from flashddpm.solvers import Plan
 from flashddpm.unet import UNet
 from flashddpm.upload import send
@@ -342,6 +351,15 @@ class Execution:
 
     def _network(self, compiled: bool) -> Network:
         return self.compiled.network if compiled else self._predict
+
+    def predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None, evaluations: int) -> Tensor:
+        """Return the output for any images; arguments are those of ``Sampler.predict``."""
+        compiled = self.compiles(evaluations, len(x_t))
+        out = self._network(compiled)(x_t.to(self.dtype), t, labels)
+        if compiled:
+            self.compiled.shapes.add((len(x_t), False))
+        check_output(out, x_t.shape)
+        return out
 
     def _step(self, slots: Slots, compiled: bool, fractional: bool) -> tuple[Key, Resting]:
         """Return the key of these buffers' step among the graphs, and what makes it harmless."""

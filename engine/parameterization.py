@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flashddpm import arguments
-from flashddpm.kernels.contract import LossColumn
+from flashddpm.kernels.contract import LossColumn, VlbColumn
 from flashddpm.schedule import NoiseSchedule
 
 Table = NDArray[np.float64]
@@ -24,6 +24,7 @@ Table = NDArray[np.float64]
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 LOSS_WEIGHTINGS = ("constant", "min_snr", "truncated_snr", "p2")
 LEARNED_VARIANCES = ("learned", "learned_range")
+VARIANCE_TYPES = ("fixed_small", "fixed_large", *LEARNED_VARIANCES)
 
 
 def _signal_noise(abar: ArrayLike) -> tuple[Table, Table]:
@@ -221,25 +222,90 @@ def hybrid_rows(
         ValueError: an argument out of its range, or epsilon where abar = 0.
     """
     arguments.one_of("variance_type", variance_type, LEARNED_VARIANCES)
-    T = len(schedule)
-    if T < 2:
-        raise ValueError("schedule: must have at least 2 timesteps, for beta~_0 = 0")
+    T, variance = len(schedule), _posterior_variance(schedule)
     if bound_weight is None:
         bound_weight = 0.001 * T / math.log(2)
-    variance = schedule.posterior_variance.copy()
-    variance[0] = variance[1]
 
     rows = np.zeros((T, len(LossColumn)))
     rows[:, : LossColumn.WEIGHT + 1] = target_rows(schedule, prediction_type, weighting, gamma, k)
     rows[:, LossColumn.BOUND_WEIGHT] = arguments.number("bound_weight", bound_weight, 0)
-    if variance_type == "learned_range":
-        half_range = (np.log(schedule.betas) - np.log(variance)) / 2
-        rows[:, LossColumn.OFFSET] = rows[:, LossColumn.SLOPE] = half_range
-    else:
-        rows[:, LossColumn.OFFSET] = -np.log(variance)
-        rows[:, LossColumn.SLOPE] = 1
+    rows[:, [LossColumn.OFFSET, LossColumn.SLOPE]] = _log_variance(schedule, variance_type)
     x0_out = x0_rows(schedule.alphas_cumprod, prediction_type)[:, 1]
     rows[:, LossColumn.GAIN] = schedule.posterior_mean_coef_x0 * x0_out
     rows[:, LossColumn.PRECISION] = 1 / np.sqrt(variance)
     rows[0, LossColumn.HALF_BIN] = 1 / 255
+    return rows
+
+
+def _posterior_variance(schedule: NoiseSchedule) -> Table:
+    """Return beta~_t, [T], with beta~_1 at t = 0, where beta~ is 0 and has no logarithm."""
+    if len(schedule) < 2:
+        raise ValueError("schedule: must have at least 2 timesteps, for beta~_0 = 0")
+    variance = schedule.posterior_variance.copy()
+    variance[0] = variance[1]
+    return variance
+
+
+def _log_variance(schedule: NoiseSchedule, variance_type: str) -> Table:
+    """Return (offset, slope), [T, 2]: the model's log variance is log beta~_t + offset + slope v.
+
+    Fixed variances have no slope; fixed_large is beta~_1 at t = 0, as in Ho et al. 2020.
+    """
+    log_small = np.log(_posterior_variance(schedule))
+    over = np.log(schedule.betas) - log_small
+    nothing = np.zeros_like(over)
+    if variance_type == "fixed_large":
+        over[0] = 0
+    offset, slope = {
+        "fixed_small": (nothing, nothing),
+        "fixed_large": (over, nothing),
+        "learned_range": (over / 2, over / 2),
+        "learned": (-log_small, nothing + 1),
+    }[variance_type]
+    return np.stack([offset, slope], -1)
+
+
+def vlb_rows(
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    variance_type: str = "fixed_small",
+    clip: float = 0.0,
+) -> Table:
+    r"""The table of ``vlb_terms``, [T + 1, len(VlbColumn)]: L_0, L_1, .., L_{T-1}, L_T   (S10).
+
+    Row t is of the step from t: at t = 0 the decoder's, whose mean is x_0 as predicted and whose
+    bins are those of 8-bit pixels, 2/255 wide; at t >= 1 the divergence of S5's posterior from the
+    model's normal, of the variances of `hybrid_rows`, or of fixed ones. Both have the same c_xt
+    x_t, so that the means differ by c_x0 times the error of x_0. With a and b of `x0_rows`, an
+    error of the output is one of x0_out in x_0 and of eps_out in eps.
+
+    Row T is of the prior, L_T = KL(N(a x_0, b^2) to N(0, 1)) at the last timestep: the same
+    divergence, of a network that says x_0 = 0 where c_x0 = a and beta~ = b^2.
+
+    Args:
+        schedule: the forward process, of at least 2 timesteps.
+        prediction_type: epsilon, sample or v_prediction.
+        variance_type: fixed_small (beta~_t), fixed_large (beta_t), learned_range or learned.
+        clip: bound of the predicted x_0, 0 for none.
+
+    Raises:
+        ValueError: an argument out of its range, or epsilon where abar = 0.
+    """
+    arguments.one_of("variance_type", variance_type, VARIANCE_TYPES)
+    T, deviation = len(schedule), np.sqrt(_posterior_variance(schedule))
+    abar = schedule.alphas_cumprod
+    rows = np.zeros((T + 1, len(VlbColumn)))
+    steps, prior = rows[:T], rows[T]
+    steps[:, [VlbColumn.X0, VlbColumn.EPS]] = target_rows(schedule, prediction_type)[:, :2]
+    steps[:, VlbColumn.OUT] = 1
+    steps[:, VlbColumn.X0_OUT] = x0_rows(abar, prediction_type)[:, 1]
+    steps[:, VlbColumn.EPS_OUT] = eps_rows(abar, prediction_type)[:, 1]
+    steps[:, VlbColumn.CLIP] = arguments.number("clip", clip, 0)
+    steps[:, [VlbColumn.OFFSET, VlbColumn.SLOPE]] = _log_variance(schedule, variance_type)
+    steps[:, VlbColumn.GAIN] = schedule.posterior_mean_coef_x0 / deviation
+    steps[0, VlbColumn.HALF_BIN] = 1 / 255 / deviation[0]
+
+    prior[[VlbColumn.X0, VlbColumn.X0_OUT]] = 1
+    prior[VlbColumn.OFFSET] = -np.log1p(-abar[-1])
+    prior[VlbColumn.GAIN] = np.sqrt(abar[-1] / (1 - abar[-1]))
     return rows

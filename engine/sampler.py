@@ -451,6 +451,29 @@ class Sampler:
         """
         return load_trajectory(self, path)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def predict(
+        self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, *, evaluations: int = 0
+    ) -> Tensor:
+        """Return what the network says of noisy images, without guidance, for training's losses.
+
+        Args:
+            x_t: float [B, C, H, W] on the sampler's device.
+            t: int64 [B], timesteps.
+            labels: int64 [B], or None for a network that takes none.
+            evaluations: how many of one image are to come, for compile="auto" to judge by; all
+                calls should then be of one B, since a network is compiled for each.
+
+        Returns:
+            [B, C or 2C, H, W] in the network's dtype.
+
+        Raises:
+            ValueError: the network returns another shape.
+        """
+        with self._exclusive():
+            return self.execution.predict(x_t, t, labels, evaluations)
+
     def _images(
         self, seeds: Any, labels: Any, guidance: Any
     ) -> tuple[list[int], list[int] | None, list[float]]:

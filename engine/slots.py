@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,14 +161,19 @@ def evaluate(slots: Slots, network: Network, fractional: bool = False) -> Tensor
     torch.index_select(slots.idx, 0, slots.lane_slot, out=slots.lane_row)
     torch.index_select(told, 0, slots.lane_row, out=t)
     out = network(slots.net_in, t, slots.lane_label)
-    L, C, H, W = slots.net_in.shape
+    check_output(out, slots.net_in.shape)
+    return out
+
+
+def check_output(out: Any, shape: torch.Size) -> None:
+    """Refuse what is not a tensor of the shape of the network's input, or of twice its channels."""
+    L, C, H, W = shape
     if not isinstance(out, Tensor) or out.shape not in ((L, C, H, W), (L, 2 * C, H, W)):
         kind = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(
             f"network: returned {kind} for x_t of shape {(L, C, H, W)}; must return a tensor "
             "of that shape, or of twice its channels (call= can unwrap or slice it)"
         )
-    return out
 
 
 def measure(slots: Slots, out: Tensor, ops: ModuleType) -> None:

@@ -5,7 +5,7 @@ same functions run in plain PyTorch (``flashddpm.kernels.reference``), with the 
 """
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.contract import LOSSES, Column, LossColumn, Purpose
+from flashddpm.kernels.contract import LOSSES, Column, LossColumn, Purpose, VlbColumn
 
 try:
     import triton  # noqa: F401  (only to learn whether it is there)
@@ -19,6 +19,7 @@ except ImportError:
         hybrid_loss,
         philox,
         sample_stats,
+        vlb_terms,
     )
 else:
     HAS_TRITON = True
@@ -30,6 +31,7 @@ else:
     from flashddpm.kernels.philox import philox
     from flashddpm.kernels.registry import OPS as OPS  # without Triton, there is none
     from flashddpm.kernels.sample_stats import sample_stats
+    from flashddpm.kernels.vlb_terms import vlb_terms
 
 __all__ = [
     "HAS_TRITON",
@@ -37,6 +39,7 @@ __all__ = [
     "Column",
     "LossColumn",
     "Purpose",
+    "VlbColumn",
     "add_noise",
     "advance",
     "denoise_step",
@@ -45,4 +48,5 @@ __all__ = [
     "philox",
     "reference",
     "sample_stats",
+    "vlb_terms",
 ]

@@ -68,6 +68,23 @@ class LossColumn(IntEnum):
     HALF_BIN = 8  # half the width of a pixel's bin where the term is that of the decoder, else 0
 
 
+class VlbColumn(IntEnum):
+    """Columns of the float table of ``vlb_terms``, [T + 1, len(VlbColumn)]; a row a timestep, and
+    the last for the prior.
+    """
+
+    X0 = 0  # of x_0 in what a perfect network says
+    EPS = 1  # of eps in it
+    OUT = 2  # of the network's output: 1, or 0 where there is none
+    X0_OUT = 3  # error of the predicted x_0 for an error of the output
+    EPS_OUT = 4  # error of the predicted eps for the same
+    CLIP = 5  # bound of the predicted x_0, 0 for none
+    OFFSET = 6  # log variance over the posterior's: offset + slope v
+    SLOPE = 7
+    GAIN = 8  # error of the model's mean for one of x_0, over the posterior's deviation
+    HALF_BIN = 9  # half the width of a pixel's bin, over the same, where the decoder's, else 0
+
+
 LOSSES = ("mse", "l1", "huber")
 """Of an error e: e^2, |e|, and e^2 / 2 up to delta and delta (|e| - delta / 2) beyond."""
 
@@ -81,3 +98,4 @@ class Purpose(IntEnum):
     TIMESTEP = 3
     LABEL_DROPOUT = 4
     INPAINTING = 5
+    FLIP = 6

@@ -16,13 +16,14 @@ from torch import Tensor
 from flashddpm.kernels import reference
 from flashddpm.kernels.add_noise import add_noise
 from flashddpm.kernels.advance import advance
-from flashddpm.kernels.contract import Column, LossColumn
+from flashddpm.kernels.contract import Column, LossColumn, VlbColumn
 from flashddpm.kernels.denoise_step import denoise_step
 from flashddpm.kernels.diffusion_loss import diffusion_loss
 from flashddpm.kernels.hybrid_loss import hybrid_loss
 from flashddpm.kernels.launch import FLOATS
 from flashddpm.kernels.philox import philox
 from flashddpm.kernels.sample_stats import sample_stats
+from flashddpm.kernels.vlb_terms import vlb_terms
 
 Arguments = dict[str, Any]
 Shape = tuple[int, int, int]
@@ -156,6 +157,33 @@ def _hybrid_loss_bytes(args: Arguments) -> int:
     rows = args["rows"][args["t"]]
     read = (rows[:, LossColumn.X0] != 0).sum() + (rows[:, LossColumn.HALF_BIN] != 0).sum()
     return args["out"].numel() * args["out"].itemsize + int(read) * _image_bytes(args["x0"])
+
+
+VLB = [
+    [-0.6, 0.8, 1.0, -0.6, 0.8, 0.0, 0.7, 0.6, 0.9, 0.0],  # v, a learned variance
+    [0.0, 1.0, 1.0, -0.75, 1.0, 1.0, 0.3, 0.0, 2.0, 0.0],  # eps, clipped
+    [0.0, 1.0, 1.0, -0.03, 1.0, 1.0, 0.2, 0.5, 30.0, 0.12],  # the decoder's
+    [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.02, 0.0, 0.1, 0.0],  # the prior's
+]
+
+
+def _vlb_terms_example(
+    device, dtype: torch.dtype, shape: Shape, batch: int, seed: int
+) -> Arguments:
+    args = _hybrid_loss_example(device, dtype, shape, batch, seed)
+    args["t"] = torch.arange(batch, device=device) % len(VLB)
+    return args | {"rows": _Draws(device, seed).table(VLB)}
+
+
+def _vlb_terms_bytes(args: Arguments) -> int:
+    out, rows = args["out"], args["rows"][args["t"]]
+    used = [VlbColumn.X0, VlbColumn.CLIP, VlbColumn.HALF_BIN]
+    read = (rows[:, used] != 0).any(1).sum()
+    predictions = (rows[:, VlbColumn.OUT] != 0).sum()
+    if out.shape[1] != args["x0"].shape[1]:
+        predictions += (rows[:, VlbColumn.SLOPE] != 0).sum()
+    n = args["x0"][0].numel()
+    return n * (int(read) * args["x0"].itemsize + int(predictions) * out.itemsize)
 
 
 def _step_row(**columns: float) -> list[float]:
@@ -305,6 +333,14 @@ _ops = (
         _denoise_step_example,
         _denoise_step_bytes,
         mutates=("x", "hist", "net_in", "nonfinite"),
+        dtypes=FLOATS,
+    ),
+    Op(
+        "vlb_terms",
+        vlb_terms,
+        reference.vlb_terms,
+        _vlb_terms_example,
+        _vlb_terms_bytes,
         dtypes=FLOATS,
     ),
     Op(

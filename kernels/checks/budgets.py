@@ -46,6 +46,10 @@ _HYBRID = (
     "noise, and the bound of a learned variance: exponentials and a logarithm by polynomials, the "
     "decoder's bins with four divisions; 2C channels of 3 are read one by one"
 )
+_BOUND = (
+    "noise, and a term of the bound: an exponential, or the decoder's bin with five, a logarithm "
+    "and four divisions; three sums; 2C channels of 3 are read one by one"
+)
 _STEP = f"{_DRAW}; every term of the formula, a branch each; the most live values of all kernels"
 _GIVEN = "every term of the formula, a branch each; the noise is read"
 _LEARNED = f"{_DRAW}; every term and an exponential; 2C channels of 3 are read one by one"
@@ -82,6 +86,10 @@ BUDGETS: dict[tuple[str, int], Budget] = {
     ("sample_stats", 2): Budget(58, 1024, None, _STATS),
     ("sample_stats_learned", 4): Budget(72, 1024, None, _STATS, width=4),
     ("sample_stats_learned", 2): Budget(74, 1024, None, _STATS, width=2),
+    ("vlb_terms", 4): Budget(104, 16, 381.0, _BOUND),
+    ("vlb_terms", 2): Budget(104, 16, 381.0, _BOUND),
+    ("vlb_terms_learned", 4): Budget(119, 16, 473.0, _BOUND, width=4),
+    ("vlb_terms_learned", 2): Budget(122, 16, 475.0, _BOUND, width=2),
     ("advance", 4): Budget(14, 0, 17.5, _INDEX),
 }
 """By name in ``compiled.KERNELS`` and bytes an element of the images."""

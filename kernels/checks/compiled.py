@@ -32,6 +32,7 @@ from flashddpm.kernels.philox import _philox_kernel
 from flashddpm.kernels.sample_stats import BLOCK as STATS_BLOCK
 from flashddpm.kernels.sample_stats import NUM_WARPS as STATS_WARPS
 from flashddpm.kernels.sample_stats import _sample_stats_kernel
+from flashddpm.kernels.vlb_terms import _vlb_terms_kernel
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("fp32", "fp16", "bf16")
@@ -157,6 +158,8 @@ _kernels = (
     _kernel("denoise_step_learned", _step, _STEP, HAS_NOISE=0, **_BOTH),
     _kernel("sample_stats", _stats, ("x", "out"), C=0, **_STATS),
     _kernel("sample_stats_learned", _stats, ("x",), **_BOTH | _STATS),
+    _kernel("vlb_terms", _vlb_terms_kernel, ("out", "x0"), num_warps=WARPS_2C, C=0),
+    _kernel("vlb_terms_learned", _vlb_terms_kernel, ("x0",), **_BOTH),
     _kernel("advance", _advance_kernel, BLOCK=128),
 )
 KERNELS = {kernel.name: kernel for kernel in _kernels}

@@ -135,11 +135,18 @@ def _learned(args: Arguments) -> Arguments:
     return changed | {"out": channels_last(torch.cat([changed["out"]] * 2, 1))}
 
 
+def _fixed(args: Arguments) -> Arguments:
+    """An output of C channels, for a variance that is fixed."""
+    row = [0.0, 1.0, 1.0, -0.75, 1.0, 1.0, 0.3, 0.0, 2.0, 0.0]
+    return _images(row)(args) | {"out": channels_last(args["out"][:, : SHAPE[0]])}
+
+
 _ANCESTRAL = dict(x0_xt=1.25, x0_out=-0.75, clip=1.0, c_x0=0.3, c_xt=0.68, sigma=0.2)
 _STATS = dict(x0_xt=1.25, x0_out=-0.75, clip=1.5, threshold=0.9, rescale=0.7)
 _MULTISTEP = dict(x0_xt=1.25, x0_out=-0.75, c_x0=0.6, c_xt=0.6, c_hist=-0.2)
 _EPSILON, _VELOCITY = _images([0.0, 1.0, 1.0]), _images([-0.6, 0.8, 1.0])
 _HYBRID = _images([0.0, 1.0, 1.0, 1.5, 0.7, 0.6, -0.4, 3.0, 0.0])
+_VLB_LEARNED = _images([-0.6, 0.8, 1.0, -0.6, 0.8, 1.0, 0.7, 0.6, 0.9, 0.0])
 _LOSS = ("diffusion_loss", "diffusion_loss_l1", "diffusion_loss_huber")
 _GRADIENT = tuple(name.replace("loss", "loss_backward") for name in _LOSS)
 CASES = (
@@ -156,6 +163,8 @@ CASES = (
     Case("denoise_step multistep", "denoise_step", _slots(_MULTISTEP, following=True)),
     Case("denoise_step given", "denoise_step", _given, ("denoise_step_given",)),
     Case("denoise_step learned", "denoise_step", _learned, ("denoise_step_learned",)),
+    Case("vlb_terms", "vlb_terms", _fixed),
+    Case("vlb_terms learned", "vlb_terms", _VLB_LEARNED, ("vlb_terms_learned",)),
     Case("sample_stats", "sample_stats", _slots(_STATS, guided=True)),
 )
 """The first case of a kernel is the one that moves least: its bytes stand in the bound."""

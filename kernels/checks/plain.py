@@ -89,6 +89,29 @@ def hybrid_loss(out: Tensor, x0: Tensor, t: Tensor, rows: Tensor, **_: Any) -> T
     return epsilon_loss(prediction, x0, t, rows) + bound.mean(dim=(1, 2, 3))
 
 
+def _bound(prediction: Tensor, log_variance: Tensor | float, x0: Tensor) -> list[Tensor]:
+    """The divergence of two normals and the errors of x0 and eps; the noise and x_t: here x0."""
+    predicted = ((x0.float() - 0.6 * prediction.float()) / 0.8).clamp(-1, 1)
+    variance = torch.as_tensor(log_variance)
+    mean, wanted = (0.3 * x + 0.68 * x0.float() for x in (predicted, x0.float()))
+    term = 0.5 * (2.0 + variance + torch.exp(-3.0 - variance))
+    term = term + 0.5 * (mean - wanted) ** 2 * torch.exp(-variance)
+    errors = (predicted - x0.float()) ** 2, (prediction.float() - x0.float()) ** 2
+    return [value.mean(dim=(1, 2, 3)) for value in (term, *errors)]
+
+
+def bound_term(out: Tensor, x0: Tensor, **_: Any) -> list[Tensor]:
+    """A term of the bound: x0 from the output, clipped; the means; their divergence; errors."""
+    return _bound(out, -2.0, x0)
+
+
+def learned_bound_term(out: Tensor, x0: Tensor, **_: Any) -> list[Tensor]:
+    """The same with a learned range."""
+    prediction, v = out.chunk(2, dim=1)
+    fraction = (v.float() + 1) / 2
+    return _bound(prediction, fraction * -2.0 + (1 - fraction) * -3.0, x0)
+
+
 def sample_stats(x: Tensor, out: Tensor, guidance: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     """The bounds: a quantile of |x0|, clamped; the factors: a ratio of deviations, mixed with 1.
 
@@ -151,6 +174,8 @@ CHAINS: dict[str, Callable[..., Any]] = {
     "denoise_step multistep": multistep,
     "denoise_step learned": learned_step,
     "hybrid_loss": hybrid_loss,
+    "vlb_terms": bound_term,
+    "vlb_terms learned": learned_bound_term,
     "sample_stats": sample_stats,
 }
 """By case (``counting.CASES``), without " backward"."""

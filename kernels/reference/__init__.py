@@ -1,6 +1,7 @@
 """Every kernel in plain PyTorch, same name and signature: what the fast path must equal."""
 
 from flashddpm.kernels.reference import exact
+from flashddpm.kernels.reference.evaluation import vlb_terms
 from flashddpm.kernels.reference.noise import PIECES, philox, philox_in_pieces, philox_words
 from flashddpm.kernels.reference.sampling import (
     advance,
@@ -33,4 +34,5 @@ __all__ = [
     "philox_words",
     "predict_x0",
     "sample_stats",
+    "vlb_terms",
 ]

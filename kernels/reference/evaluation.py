@@ -1,0 +1,74 @@
+"""A term of the variational bound, in plain PyTorch (S9, S10)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashddpm.kernels.contract import Purpose, VlbColumn
+from flashddpm.kernels.reference.noise import philox
+from flashddpm.kernels.reference.training import EDGE, _sum
+
+
+def vlb_terms(
+    out: Tensor, x0: Tensor, t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor
+) -> Tensor:
+    """Return term, error of x_0 and error of eps of each image, float32 [B, 3]   (S9, S10).
+
+    All three are means over the image's elements: of the bound's term in nats, and of the squared
+    errors of the predicted x_0, clipped, and eps. With error e = out - (k0 x0 + k1 eps), which is
+    x0_out e in the predicted x_0 and eps_out e in the predicted eps, d = offset + slope v the
+    model's log variance over the posterior's, and s = gain x0_out e (clipped), the term is
+
+        (d - 1 + exp(-d) (1 + s^2)) / 2     the divergence of two normals
+        -ln of the probability of x0's bin of 2 half_bin under a normal of deviation exp(d / 2),
+        off by s, where half_bin is not 0; bins of the first and the last pixel are open.
+
+    float64 inputs are computed in float64, the decoder's probabilities always. No gradient.
+
+    Args:
+        out: [B, C or 2C, H, W], float32, float16 or bfloat16.
+        x0: [B, C, H, W], float32, float16 or bfloat16, in [-1, 1].
+        t: int64 [B], the row of each image.
+        seeds, keys: int64 [B], those given to ``add_noise``.
+        rows: float32 [T + 1, len(VlbColumn)].
+    """
+    dtype = torch.float64 if out.dtype is torch.float64 else torch.float32
+    B, C, H, W = x0.shape
+    columns = rows[t].to(dtype).reshape(B, len(VlbColumn), 1, 1, 1).unbind(1)
+    k0, k1, of_out, x0_out, eps_out, clip, offset, slope, gain, half = columns
+    out, x = out.detach().to(dtype), x0.detach().to(dtype)
+    eps = philox(seeds, keys, (C, H, W), Purpose.TRAINING).to(dtype)
+    error = torch.where(of_out == 0, 0.0, of_out * out[:, :C]) - _sum(k0, x, k1, eps)
+
+    wrong = x0_out * error
+    wrong = torch.where(clip == 0, wrong, wrong.clamp(-clip - x, clip - x))
+    v = out[:, C:] if out.shape[1] == 2 * C else torch.zeros_like(x)
+    d = offset + torch.where(slope == 0, 0.0, slope * v)
+    shift = gain * wrong
+    term = 0.5 * (torch.expm1(-d) + d + torch.exp(-d) * (shift * shift))
+    decodes = half.flatten() != 0
+    if decodes.any():
+        some = (values[decodes] for values in (d, shift, x, half))
+        term[decodes] = _decoder(*some).to(dtype)
+    values = (term, wrong.square(), (eps_out * error).square())
+    return torch.stack([value.flatten(1).mean(1) for value in values], 1)
+
+
+def _decoder(d: Tensor, shift: Tensor, x0: Tensor, half: Tensor) -> Tensor:
+    """Return -ln of the probability of each pixel's bin, float64.
+
+    By symmetry the bin is taken to lie above the mean: from near to far deviations, or to infinity
+    where the pixel is the first or the last. Its probability is that beyond near, less that beyond
+    far, each by its logarithm, which is representable where the probability is not.
+    """
+    d, shift, x0, half = (values.double() for values in (d, shift, x0, half))
+    inverse = torch.exp(-0.5 * d)
+    edge = x0.abs() > EDGE
+    center = torch.where(edge, -x0.sign() * shift, shift.abs())
+    near, far = (center - half) * inverse, (center + half) * inverse
+    beyond_near = torch.special.log_ndtr(-near)
+    beyond_far = torch.special.log_ndtr(-far)
+    nothing = edge | (beyond_near == -torch.inf)
+    share = torch.exp(torch.where(nothing, -torch.inf, beyond_far - beyond_near))
+    return -(beyond_near + torch.log1p(-share))

@@ -1,0 +1,248 @@
+r"""Fused term of the variational bound, with the errors of x_0 and eps, of each image   (S9, S10).
+
+With error e = out - (k0 x_0 + k1 eps) of the network's own target, the predicted x_0 is off by
+x0_out e, clipped where the row clips, and the predicted eps by eps_out e: what cancels in x_0 =
+x0_xt x_t + x0_out out is never computed. In deviations of the posterior (S5) the model's mean is
+off by s = gain (x_0's error); d = offset + slope v is its log variance over the posterior's. In
+nats,
+
+    (d - 1 + e^-d (1 + s^2)) / 2      the divergence of two normals: L_{t-1}, and L_T
+    -ln P(bin of x_0)                 where half_bin is not 0: L_0, with P as `_decoder` says
+
+(Ho et al. 2020, eq. 5 and 13.) The formulas in PyTorch: ``reference/evaluation.py``; columns:
+contract.py. Means over an image run in two stages of fixed order, without atomics. Bytes an
+element: one read of out, one of v where the variance is learned, one of x_0 where it is used.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashddpm.kernels import reference
+from flashddpm.kernels.contract import Purpose, VlbColumn
+from flashddpm.kernels.diffusion_loss import _mean_kernel, store_partial
+from flashddpm.kernels.exact import exp, ln
+from flashddpm.kernels.launch import (
+    WARPS_2C,
+    block_size,
+    channels_last,
+    check_image,
+    check_images_rows,
+    check_output,
+    grid,
+    launch,
+    minus_zeros,
+    place,
+    runs_triton,
+)
+from flashddpm.kernels.philox import draw
+from flashddpm.kernels.rows import lane_elements
+
+TRAINING = tl.constexpr(int(Purpose.TRAINING))
+VLB_COLUMNS = tl.constexpr(len(VlbColumn))
+X0 = tl.constexpr(int(VlbColumn.X0))
+EPS = tl.constexpr(int(VlbColumn.EPS))
+OUT = tl.constexpr(int(VlbColumn.OUT))
+X0_OUT = tl.constexpr(int(VlbColumn.X0_OUT))
+EPS_OUT = tl.constexpr(int(VlbColumn.EPS_OUT))
+CLIP = tl.constexpr(int(VlbColumn.CLIP))
+OFFSET = tl.constexpr(int(VlbColumn.OFFSET))
+SLOPE = tl.constexpr(int(VlbColumn.SLOPE))
+GAIN = tl.constexpr(int(VlbColumn.GAIN))
+HALF_BIN = tl.constexpr(int(VlbColumn.HALF_BIN))
+EDGE = tl.constexpr(reference.training.EDGE)
+
+LN_ROOT_2PI = tl.constexpr(0.9189385332)
+ROOT_2PI = tl.constexpr(2.5066282746)
+NODE = tl.constexpr(0.7745966692)  # sqrt(3/5), of Gauss' rule with three points
+NARROW, STEEP = tl.constexpr(0.3), tl.constexpr(0.4)  # where that rule is good to 4e-8
+
+
+@triton.jit
+def _mills(y):
+    """Return Q(y) / phi(y), the normal's tail over its density, to 3e-7; y >= 0.
+
+    4 / (y + 4) times a polynomial in it, fitted to the least largest relative error.
+    """
+    t = tl.div_rn(4.0, y + 4.0)
+    p = t * 0.04958606511 + -0.2027290016
+    p = p * t + 0.2396256924
+    p = p * t + -0.07950337976
+    p = p * t + 0.1596696079
+    p = p * t + 0.1478289068
+    p = p * t + 0.204548642
+    p = p * t + 0.2342854142
+    p = p * t + 0.2500021458
+    p = p * t + 0.2499999851
+    return p * t
+
+
+@triton.jit
+def _decoder(d, shift, pixel, half):
+    """Return -ln of the probability of each pixel's bin.
+
+    To 1e-6 of itself; where P is nearly 1, to 2 u near^2 more, which near's own rounding costs.
+
+    By symmetry the bin lies above the mean, from near to far deviations, or to infinity where the
+    pixel is the first or the last. Its probability P is, without a difference that cancels,
+
+        phi(near) (mills(near) - e^-(far^2 - near^2)/2 mills(far))    if near is not negative
+        1 - q,  q = Q(-near) + Q(far)                                 else; -ln P by Kahan's log1p
+        phi(center) times Gauss' rule for the integral of e^-(center s + s^2 / 2)
+
+    the last where the bin is narrow and its ends alike. Of the first and the last only logarithms
+    are taken, so that P itself may be far below what float32 holds.
+    """
+    inverse = exp(d * -0.5)
+    edge = tl.abs(pixel) > EDGE
+    center = tl.where(edge, tl.where(pixel > 0, -shift, shift), tl.abs(shift))
+    near, far = (center - half) * inverse, (center + half) * inverse
+    c, h = center * inverse, half * inverse
+    narrow = (h <= NARROW) & (c * h <= STEEP) & (edge == 0)
+    within = near < 0
+
+    beyond_far = exp(tl.where(within, far * far * -0.5, c * h * -2.0)) * _mills(tl.abs(far))
+    beyond_far = tl.where(edge, 0.0, beyond_far)
+    beyond_near = _mills(tl.abs(near))
+    q = tl.div_rn(exp(near * near * -0.5) * beyond_near + beyond_far, ROOT_2PI)
+    rest = 1.0 - q
+    lost = 1.0 - rest
+    ratio = tl.div_rn(q, tl.where(lost == 0, 1.0, lost))
+
+    k = h * NODE
+    even, odd = k * k * -0.5, c * k
+    rule = (exp(even + odd) + exp(even - odd)) * 0.2777777778 + 0.4444444444
+
+    mass = tl.where(narrow, 2.0 * half * rule, tl.where(within, rest, beyond_near - beyond_far))
+    start = tl.where(narrow, c * c + d, near * near) * 0.5 + LN_ROOT_2PI
+    nll = start - ln(mass, 0)
+    by_rest = tl.where(lost == 0, q, ln(mass, 0) * -ratio)
+    return tl.where(within & (narrow == 0), by_rest, nll)
+
+
+@triton.jit
+def _divergence(d, shift):
+    """Return (d - 1 + e^-d (1 + shift^2)) / 2; where |d| is small, d - 1 + e^-d by its series."""
+    e = exp(-d)
+    p = d * -2.5052108e-8 + 2.7557319e-7
+    p = p * d + -2.7557319e-6
+    p = p * d + 2.4801587e-5
+    p = p * d + -1.9841270e-4
+    p = p * d + 1.3888889e-3
+    p = p * d + -8.3333333e-3
+    p = p * d + 4.1666667e-2
+    p = p * d + -1.6666667e-1
+    p = p * d + 0.5
+    own = tl.where(tl.abs(d) < 1.0, p * d * d, e - 1.0 + d)
+    return (own + e * (shift * shift)) * 0.5
+
+
+@triton.jit
+def _vlb_terms_kernel(
+    partial,  # float32 [B, 3, blocks], sums of term and squared errors, written
+    out,  # [B, n], or [B, 2n] of 2C channels: the network's output, read where the row says so
+    x0,  # [B, n], read where k0, clip or half_bin is not 0
+    t,  # int64 [B], row of each image
+    seeds,  # int64 [B]
+    keys,  # int64 [B]
+    rows,  # float32 [T + 1, VLB_COLUMNS]
+    n,  # elements of an image
+    C: tl.constexpr,  # channels of an image if out has 2C, else 0
+    BLOCK: tl.constexpr,
+):
+    image, block, offsets, mask, n = place(n, BLOCK)
+    row = rows + tl.load(t + image) * VLB_COLUMNS
+    start = block * BLOCK
+    at, lane = lane_elements(start, offsets, n, C)
+    k0, k1, clip = tl.load(row + X0), tl.load(row + EPS), tl.load(row + CLIP)
+    half = tl.load(row + HALF_BIN)
+    reads = (k0 != 0) | (clip != 0) | (half != 0)
+    pixel = tl.load(
+        x0 + image * n + start + offsets, mask=tl.where(reads, mask, False), other=0
+    ).to(tl.float32)
+    noise = minus_zeros(BLOCK)
+    if k1 != 0:
+        seed, key = tl.load(seeds + image), tl.load(keys + image)
+        noise = k1 * draw(seed, key, block, x0, TRAINING, BLOCK)
+    c = tl.load(row + OUT)
+    prediction = c * tl.load(
+        out + image * lane + at, mask=tl.where(c != 0, mask, False), other=0
+    ).to(tl.float32)
+    error = prediction - (k0 * tl.where(k0 != 0, pixel, 0.0) + noise)
+
+    wrong = error * tl.load(row + X0_OUT)
+    if clip != 0:
+        wrong = tl.clamp(wrong, -clip - pixel, clip - pixel, propagate_nan=tl.PropagateNan.ALL)
+    error *= tl.load(row + EPS_OUT)
+    store_partial(partial, tl.sum(tl.where(mask, wrong * wrong, 0.0), axis=0), image * 3 + 1, block)
+    store_partial(partial, tl.sum(tl.where(mask, error * error, 0.0), axis=0), image * 3 + 2, block)
+
+    d = tl.zeros([BLOCK], tl.float32) + tl.load(row + OFFSET)
+    if C != 0:
+        c = tl.load(row + SLOPE)
+        v = tl.load(out + image * lane + C + at, mask=tl.where(c != 0, mask, False), other=0)
+        d += c * v.to(tl.float32)
+    shift = wrong * tl.load(row + GAIN)
+    if half != 0:
+        term = _decoder(d, shift, pixel, half)
+    else:
+        term = _divergence(d, shift)
+    store_partial(partial, tl.sum(tl.where(mask, term, 0.0), axis=0), image * 3, block)
+
+
+@torch.library.custom_op("flashddpm::vlb_terms", mutates_args=())
+def _vlb_terms(
+    out: Tensor, x0: Tensor, t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor
+) -> Tensor:
+    if not runs_triton(out):
+        return reference.vlb_terms(out, x0, t, seeds, keys, rows)
+    if not x0.numel():
+        return torch.full((len(x0), 3), torch.nan, device=x0.device)  # a mean over nothing
+    n, C = x0[0].numel(), x0.shape[1] if out.shape[1] != x0.shape[1] else 0
+    block = block_size(n)
+    programs = grid(len(x0), n, block)
+    blocks = programs[1] * programs[2]
+    partial = torch.empty(len(x0), 3, blocks, device=x0.device)
+    launch(
+        _vlb_terms_kernel, programs, x0,
+        partial, channels_last(out), channels_last(x0), t, seeds, keys, rows, n, C, block,
+        num_warps=WARPS_2C,
+    )  # fmt: skip
+    terms = torch.empty(len(x0), 3, device=x0.device)
+    width = min(triton.next_power_of_2(blocks), 1024)
+    launch(_mean_kernel, (terms.numel(),), x0, terms, partial, n, blocks, width)
+    return terms
+
+
+@_vlb_terms.register_fake
+def _vlb_terms_fake(out, x0, t, seeds, keys, rows) -> Tensor:
+    return torch.empty(len(x0), 3, device=x0.device)
+
+
+def vlb_terms(
+    out: Tensor, x0: Tensor, t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor
+) -> Tensor:
+    """Return term, error of x_0 and error of eps of each image, float32 [B, 3]   (S9, S10).
+
+    All three are means over the image's elements: of the bound's term in nats, and of the squared
+    errors of the predicted x_0, clipped, and eps. Not differentiable.
+
+    Args:
+        out: the network's output, [B, C or 2C, H, W], float32, float16 or bfloat16, any layout;
+            a learned variance (slope not 0) takes 2C channels: not checked, for that would wait.
+            Where the row has no output (the prior's), any such tensor.
+        x0: the images, [B, C, H, W] in [-1, 1], float32, float16 or bfloat16, any layout.
+        t: int64 [B], the row of each image, in [0, T]: not checked, for that would wait.
+        seeds, keys: int64 [B], those given to ``add_noise``.
+        rows: float32 [T + 1, len(VlbColumn)] (parameterization.vlb_rows).
+
+    Raises:
+        ValueError: a shape, dtype, layout or device that does not fit.
+    """
+    check_image("x0", x0)
+    check_output(out, x0, lanes=len(x0))
+    check_images_rows(t, seeds, keys, rows, len(VlbColumn), out)
+    return _vlb_terms(out, x0, t, seeds, keys, rows)
