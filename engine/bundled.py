@@ -15,5 +15,5 @@ def bundled(name: str = "fashion-mnist") -> Path:
     Raises:
         ValueError: no such model.
     """
-    names = sorted(folder.name for folder in MODELS.iterdir() if folder.is_dir())
+    names = sorted(index.parent.name for index in MODELS.glob("*/model_index.json"))
     return MODELS / arguments.one_of("name", name, names)

@@ -1,8 +1,8 @@
-"""Fréchet distances with known answers, and the measurement on images made so that it is known."""
+"""The measurement on images that are made so that its result is known, and its command."""
 
 import gzip
 import json
-import math
+import sys
 
 import pytest
 import torch
@@ -11,24 +11,9 @@ from flashddpm import Conditioning, Sampler, UNet, UNetConfig, to_uint8
 from flashddpm.benchmarks import quality
 from flashddpm.checkpoint import save_model
 from flashddpm.data import ImageData
-from flashddpm.errors import CheckpointError, DataError
+from flashddpm.evaluation.classifier import Classifier, save_classifier, train_classifier
 
 CLASSES, SIDE = 3, 8
-
-
-def gaussian(mean: torch.Tensor, covariance: torch.Tensor, n: int = 500, seed: int = 0):
-    """Samples whose own mean and covariance are exactly these."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, len(mean), generator=generator, dtype=torch.float64)
-    x = x - x.mean(0)
-    x = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(x.T)), x.T, upper=False)
-    return (torch.linalg.cholesky(covariance) @ x).T + mean
-
-
-def random_covariance(d: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    root = torch.randn(d, d, generator=generator, dtype=torch.float64)
-    return root @ root.T + 0.1 * torch.eye(d, dtype=torch.float64)
 
 
 def images(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,8 +29,8 @@ def images(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def trained() -> quality.Classifier:
-    return quality.train_classifier(*images(600, 0), seed=0, epochs=3)
+def trained() -> Classifier:
+    return train_classifier(*images(600, 0), seed=0, epochs=3)
 
 
 @pytest.fixture
@@ -60,66 +45,6 @@ def data_dir(tmp_path):
             content = gzip.compress(header + array.numpy().tobytes(), 1)
             (folder / f"{name}-{kind}-ubyte.gz").write_bytes(content)
     return folder
-
-
-def test_frechet_distance_of_gaussians_with_diagonal_covariance():
-    a, b = torch.tensor([[1.0, 4.0, 9.0], [4.0, 0.25, 9.0]]).double()
-    mean = torch.tensor([1.0, -2.0, 0.5]).double()
-    expected = float(mean.square().sum() + (a.sqrt() - b.sqrt()).square().sum())
-    left = gaussian(torch.zeros(3).double(), a.diag(), seed=1)
-    right = gaussian(mean, b.diag(), n=300, seed=2)
-    assert quality.frechet_distance(left, right) == pytest.approx(expected, rel=1e-10)
-
-
-def test_frechet_distance_of_correlated_gaussians():
-    """In two dimensions Tr M^(1/2) = (Tr M + 2 det(M)^(1/2))^(1/2): no eigenvalues needed."""
-    a, b = random_covariance(2, 3), random_covariance(2, 4)
-    assert not torch.allclose(a @ b, b @ a), "these must not commute"
-    product = a @ b
-    root = math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
-    expected = float(a.trace() + b.trace()) - 2 * root
-    zero = torch.zeros(2).double()
-    left, right = gaussian(zero, a, seed=5), gaussian(zero, b, seed=6)
-    assert quality.frechet_distance(left, right) == pytest.approx(expected, rel=1e-10)
-    assert quality.frechet_distance(right, left) == pytest.approx(expected, rel=1e-10)
-
-
-def test_frechet_distance_of_a_set_to_itself_is_zero_even_with_dead_features():
-    x = gaussian(torch.zeros(7).double(), random_covariance(7, 0))
-    x[:, 3] = 0
-    shuffled = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
-    assert quality.frechet_distance(x, shuffled) == pytest.approx(0, abs=1e-9)
-    assert quality.frechet_distance(x, x + 1) == pytest.approx(7, rel=1e-9)
-
-
-def test_frechet_distance_refuses_what_it_cannot_measure():
-    x = torch.randn(9, 8)
-    assert quality.frechet_distance(x, torch.randn(20, 8)) > 0
-    with pytest.raises(ValueError, match="features_b: 8 samples of 8 features.*at least 9"):
-        quality.frechet_distance(x, x[:8])
-    with pytest.raises(ValueError, match="features_b of shape"):
-        quality.frechet_distance(x, x[:, :7])
-    with pytest.raises(ValueError, match="features_a: must be finite"):
-        quality.frechet_distance(x / 0, x)
-
-
-def test_classifier_learns_and_is_a_function_of_its_seed(trained):
-    test, labels = images(300, 1)
-    predicted, features = quality.judge(trained, test)
-    assert features.shape == (300, quality.FEATURES)
-    assert quality.share(predicted, labels, CLASSES) == (1.0, [1.0] * CLASSES)
-    before = torch.random.get_rng_state()
-    few = images(256, 0)
-    first, second = (quality.train_classifier(*few, seed=7, epochs=1) for _ in range(2))
-    other = quality.train_classifier(*few, seed=8, epochs=1)
-    assert torch.equal(before, torch.random.get_rng_state())
-    assert torch.equal(first.last.weight, second.last.weight)
-    assert not torch.equal(first.last.weight, other.last.weight)
-
-
-def test_share_counts_by_class():
-    predicted, wanted = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 2])
-    assert quality.share(predicted, wanted, 3) == (0.75, [1.0, 0.5, 1.0])
 
 
 def test_measure_tells_good_images_from_bad(trained):
@@ -212,13 +137,22 @@ def test_command_refuses_in_one_line(monkeypatch, data_dir, option, value, messa
         run(monkeypatch, data_dir, option, value)
 
 
-def test_files_that_do_not_fit_are_refused(data_dir, tmp_path):
-    path = tmp_path / "classifier.safetensors"
-    x, labels = images(30, 0)
-    path.write_bytes(quality.save(quality.make_classifier(x, labels).state_dict()))
-    quality.load_classifier(path, x, labels)
-    with pytest.raises(CheckpointError, match="another classifier"):
-        quality.load_classifier(path, x, labels + 1)
-    (data_dir / "t10k-images-idx3-ubyte.gz").unlink()
-    with pytest.raises(DataError, match="t10k-images"):
-        quality.find_test_images(data_dir)
+def test_classifier_is_the_bundled_one_or_a_new_one_unless_a_file_is_named(
+    monkeypatch, data_dir, trained, tmp_path
+):
+    """Other data than Fashion-MNIST get a new one."""
+    train = ImageData(*images(600, 0), CLASSES)
+    asked = []
+    monkeypatch.setattr(quality, "classifier_for", lambda *a, **k: asked.append(a) or ("", trained))
+    assert quality.find_classifier(None, train, 1) is trained and len(asked) == 1
+    path = tmp_path / "kept.safetensors"
+    save_classifier(path, trained)
+    found = quality.find_classifier(path, train, 1)
+    assert torch.equal(found.last.weight, trained.last.weight) and len(asked) == 1
+
+
+def test_command_needs_its_extra_before_any_work(monkeypatch, data_dir):
+    monkeypatch.setitem(sys.modules, "torch_fidelity.version", None)
+    monkeypatch.setattr(quality, "find_classifier", None)
+    with pytest.raises(SystemExit, match=r"error: .*flashddpm\[evaluate\]"):
+        run(monkeypatch, data_dir)

@@ -1,0 +1,202 @@
+"""Distances between two sets of images, from their features: torch-fidelity's own functions.
+
+* ``frechet``: between Gaussians fitted to the features (Heusel et al. 2017),
+  |mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2));
+* ``kernel``: squared maximum mean discrepancy under (x.y / D + 1)^3, unbiased (Binkowski et al.
+  2018), over random subsets;
+* ``precision_recall``: the share of drawn features within reach of the real ones, and of real
+  ones within reach of the drawn ones, where an image reaches as far as its k-th nearest neighbour
+  in its own set (Kynkaanniemi et al. 2019).
+
+Features are [N, D] of any floating dtype on any device; all is computed in float64 on the CPU.
+With another extractor than the published Inception the numbers compare with no published ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from flashddpm import arguments
+
+EXTRA = "pip install flashddpm[evaluate]"
+NEEDED = "0.4"
+"""Older versions have other keywords, and would take their own defaults for ours, unsaid; until
+just before it, precision and recall stood in each other's place."""
+MAX_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class KernelDistance:
+    """A kernel distance: its mean and standard deviation over the subsets."""
+
+    mean: float
+    deviation: float
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Shares in [0, 1]: how many drawn images look real, and how many real ones could be drawn."""
+
+    precision: float
+    recall: float
+
+
+def require_fidelity() -> None:
+    """Check that torch-fidelity is there, before any work is done.
+
+    Raises:
+        ValueError: it is not installed, or older than 0.4.
+    """
+    _fidelity("metric_fid")
+
+
+def _fidelity(name: str) -> ModuleType:
+    try:
+        version = importlib.import_module("torch_fidelity.version").__version__
+        module = importlib.import_module(f"torch_fidelity.{name}")
+    except ImportError as error:
+        raise ValueError(f"these distances need torch-fidelity ({error}): {EXTRA}") from error
+    if TorchVersion(version) < NEEDED:
+        raise ValueError(
+            f"these distances need torch-fidelity {NEEDED} or newer, not {version}: {EXTRA}"
+        )
+    return module
+
+
+def check_frechet(name: str, count: int, dimension: int) -> None:
+    """Refuse too few samples for a covariance of full rank.
+
+    Raises:
+        ValueError: naming the number needed.
+    """
+    if count <= dimension:
+        raise ValueError(
+            f"{name}: {count} samples of {dimension} features; their covariance needs at least "
+            f"{dimension + 1} samples"
+        )
+
+
+def check_kernel(name: str, count: int, subset_size: int) -> None:
+    """Refuse fewer samples than a subset takes.
+
+    Raises:
+        ValueError: naming the number needed.
+    """
+    if count < subset_size:
+        raise ValueError(
+            f"{name}: {count} samples; subsets of subset_size={subset_size} need at least "
+            f"{subset_size} samples"
+        )
+
+
+def check_precision_recall(name: str, count: int, k: int) -> None:
+    """Refuse fewer samples than have a k-th neighbour.
+
+    Raises:
+        ValueError: naming the number needed.
+    """
+    if count <= k:
+        raise ValueError(
+            f"{name}: {count} samples; a neighbour number k={k} besides oneself needs at least "
+            f"{k + 1} samples"
+        )
+
+
+def _features(names: tuple[str, str], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both as float64 on the CPU."""
+    for name, x in zip(names, (a, b), strict=True):
+        if x.ndim != 2 or not x.is_floating_point() or x.shape[1] != a.shape[1] or not x.shape[1]:
+            raise ValueError(
+                f"{name} of shape {tuple(x.shape)}, {x.dtype}: must be floating, [N, D], and D "
+                "the same in both"
+            )
+        if not bool(x.isfinite().all()):
+            raise ValueError(f"{name}: holds NaN or infinities; must be finite")
+    return a.detach().cpu().double(), b.detach().cpu().double()
+
+
+def frechet(features_a: Tensor, features_b: Tensor) -> float:
+    """Return the Frechet distance of two sets of features, at least 0.
+
+    Args:
+        features_a: [N_a, D], N_a > D.
+        features_b: [N_b, D], N_b > D.
+
+    Raises:
+        ValueError: too few rows, unequal D, values that are not finite, or no torch-fidelity.
+    """
+    names = ("features_a", "features_b")
+    pair = _features(names, features_a, features_b)
+    for name, x in zip(names, pair, strict=True):
+        check_frechet(name, *x.shape)
+    module = _fidelity("metric_fid")
+    moments = []
+    for x in pair:
+        moment = module.fid_features_to_statistics(x)
+        moments.append({**moment, "sigma": moment["sigma"].reshape(x.shape[1], x.shape[1])})
+    value = module.fid_statistics_to_metric(*moments, verbose=False)[module.KEY_METRIC_FID]
+    return max(float(value), 0.0)  # of equal sets it may be rounded to just below
+
+
+def kernel(
+    features_a: Tensor,
+    features_b: Tensor,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+) -> KernelDistance:
+    """Return the kernel distance of two sets of features; of equal distributions it is about 0.
+
+    Args:
+        features_a: [N_a, D], N_a >= subset_size.
+        features_b: [N_b, D], N_b >= subset_size.
+        subsets: how many pairs of subsets are drawn.
+        subset_size: images in each, at least 2.
+        seed: of the draw, in 0..2^32-1.
+
+    Raises:
+        ValueError: too few rows, unequal D, values that are not finite, or no torch-fidelity.
+    """
+    names = ("features_a", "features_b")
+    pair = _features(names, features_a, features_b)
+    arguments.integer("subsets", subsets, 1)
+    arguments.integer("subset_size", subset_size, 2)
+    arguments.integer("seed", seed, 0, 2**32 - 1)
+    for name, x in zip(names, pair, strict=True):
+        check_kernel(name, len(x), subset_size)
+    module = _fidelity("metric_kid")
+    found = module.kid_features_to_metric(
+        *pair, kid_subsets=subsets, kid_subset_size=subset_size, rng_seed=seed, verbose=False
+    )
+    return KernelDistance(found[module.KEY_METRIC_KID_MEAN], found[module.KEY_METRIC_KID_STD])
+
+
+def precision_recall(real: Tensor, drawn: Tensor, k: int = 3) -> PrecisionRecall:
+    """Return precision and recall of drawn images.
+
+    Both depend on the sizes of the sets: compare only figures of equal sizes.
+
+    Args:
+        real: [N, D], N > k.
+        drawn: [M, D], M > k.
+        k: which nearest neighbour, besides itself, an image reaches to.
+
+    Raises:
+        ValueError: too few rows, unequal D, values that are not finite, or no torch-fidelity.
+    """
+    names = ("real", "drawn")
+    pair = _features(names, real, drawn)
+    arguments.integer("k", k, 1)
+    for name, x in zip(names, pair, strict=True):
+        check_precision_recall(name, len(x), k)
+    module = _fidelity("metric_prc")
+    rows = max(1, MAX_BYTES // (8 * max(len(x) for x in pair)))
+    found = module.prc_features_to_metric(
+        *reversed(pair), prc_neighborhood=k, prc_batch_size=rows, save_cpu_ram=True, verbose=False
+    )
+    return PrecisionRecall(found[module.KEY_METRIC_PRECISION], found[module.KEY_METRIC_RECALL])

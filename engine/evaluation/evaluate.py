@@ -1,0 +1,303 @@
+"""An evaluation: draw the samples, and measure them and the model against real images.
+
+``evaluate(job)`` returns the numbers as JSON has them, and pictures (PNG) by their names:
+
+    {"model": {...}, "data": {...}, "samples": {...}, "features": {...}, "environment": {...},
+     "bound": {...}, "frechet": {...}, "kernel": {...}, "prc": {...}, "recognised": {...},
+     "neighbours": {...}}
+
+A metric that was not asked for is not there. Where there are real images that the model was not
+trained on, the same is measured of as many training images, under "training": what a perfect model
+would be given, for a set of few images is always some way off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashddpm.data import ImageSource
+from flashddpm.evaluation import distances, neighbours, pictures
+from flashddpm.evaluation.bound import variational_bound
+from flashddpm.evaluation.classifier import Classifier, share
+from flashddpm.evaluation.features import cached_features, features_of
+from flashddpm.evaluation.job import (
+    NEIGHBOURS,
+    OF_FEATURES,
+    PRC_NEIGHBOUR,
+    Job,
+    chosen,
+    subset_size,
+)
+from flashddpm.images import to_uint8
+from flashddpm.sampler import Sampler
+
+PACKAGES = ("flashddpm", "torch", "torch-fidelity", "numpy")
+PART = 1024
+ROWS = 10
+"""Samples in the picture of neighbours: those that are nearest to a training image."""
+
+Evaluation = tuple[dict[str, Any], dict[str, bytes]]
+
+
+def evaluate(job: Job) -> Evaluation:
+    """Return the numbers and the pictures of a job that was prepared.
+
+    Raises:
+        NonFiniteError: the network's output turned NaN or infinite.
+        ValueError: an extractor that gives what is no features for some images.
+    """
+    metrics = job.settings.metrics
+    start = time.perf_counter()
+    drawn = None
+    if set(metrics) - {"bound"}:
+        drawn = draw(
+            job.sampler,
+            job.seeds,
+            job.labels,
+            job.settings.batch_size,
+            guidance=job.settings.guidance,
+            **job.settings.plan,
+        )
+    seconds = time.perf_counter() - start
+    result, shown = _facts(job, None if drawn is None else seconds), {}
+    if drawn is not None:
+        shown["samples"] = pictures.samples(drawn, job.labels, job.sampler.conditioning.class_names)
+    if "bound" in metrics:
+        result["bound"] = _bound(job)
+        shown["terms"] = pictures.terms(result["bound"])
+        shown["errors"] = pictures.errors(result["bound"])
+    if drawn is not None and set(metrics) & set(OF_FEATURES):
+        result |= _of_features(job, drawn)
+    if drawn is not None and "neighbours" in metrics:
+        result["neighbours"], shown["neighbours"] = _neighbours(job, drawn)
+    return jsonable(result), shown
+
+
+def draw(
+    sampler: Sampler,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None,
+    batch_size: int = 64,
+    progress: bool = True,
+    **options: Any,
+) -> Tensor:
+    """Return samples as 8-bit images, uint8 [N, C, H, W] on the CPU.
+
+    Args:
+        sampler: draws them.
+        seeds, labels: one a sample; labels None for none.
+        batch_size, progress, options: as for ``Sampler.sample``.
+    """
+    step = max(PART // batch_size, 1) * batch_size  # whole batches, so that no bit depends on it
+    parts = []
+    for i in range(0, len(seeds), step):
+        x = sampler.sample(
+            seeds[i : i + step],
+            None if labels is None else labels[i : i + step],
+            batch_size=batch_size,
+            progress=progress,
+            **options,
+        )
+        parts.append(to_uint8(x).cpu())
+    return torch.cat(parts)
+
+
+def _facts(job: Job, seconds: float | None) -> dict[str, Any]:
+    """Return what the numbers depend on."""
+    settings, sampler = job.settings, job.sampler
+    plan = sampler.plan(**settings.plan)
+    facts: dict[str, Any] = {
+        "model": {
+            "folder": settings.model,
+            "fingerprint": job.fingerprint,
+            "shape": list(sampler.shape),
+            "prediction_type": sampler.prediction_type,
+            "num_train_timesteps": len(sampler.schedule),
+            "num_classes": sampler.conditioning.num_classes,
+        },
+        "data": _of_source(str(settings.data), job.data),
+        "reference": {
+            **_of_source(str(settings.reference or settings.data), job.reference),
+            "held_out": job.held_out,
+        },
+    }
+    if seconds is not None:
+        facts["samples"] = {
+            "count": len(job.seeds),
+            "seeds": _ranges(job.seeds),
+            "labels": "none" if job.labels is None else "in turn",
+            "guidance": settings.guidance,
+            **{k: v for k, v in settings.plan.items() if v is not None},
+            "num_steps": len(plan),
+            "seconds": seconds,
+        }
+    if job.extractor is not None:
+        facts["features"] = {
+            "name": job.extractor.name,
+            "fingerprint": job.extractor.fingerprint,
+        }
+    facts["environment"] = environment(sampler)
+    return facts
+
+
+def _of_source(path: str, source: ImageSource) -> dict[str, Any]:
+    return {"path": path, "fingerprint": source.fingerprint(), "images": len(source)}
+
+
+def environment(sampler: Sampler) -> dict[str, Any]:
+    """Return versions, and how the sampler runs."""
+    device = sampler.device
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    cuda = device.type == "cuda"
+    return {
+        "versions": versions,
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "threads": None if cuda else torch.get_num_threads(),
+        "dtype": str(sampler.dtype).removeprefix("torch."),
+        "backend": sampler.backend,
+    }
+
+
+def _ranges(seeds: Sequence[int]) -> str:
+    """Return seeds as ``--seeds`` takes them: 0:1000, or 1,2,5."""
+    parts: list[list[int]] = []
+    for seed in seeds:
+        if parts and seed == parts[-1][1]:
+            parts[-1][1] += 1
+        else:
+            parts.append([seed, seed + 1])
+    return ",".join(str(a) if b == a + 1 else f"{a}:{b}" for a, b in parts)
+
+
+def _bound(job: Job) -> dict[str, Any]:
+    """Return the bound of real images, with their labels where the model has them."""
+    images, labels = job.reference.fetch(chosen(job.bound_images, len(job.reference)))
+    start = time.perf_counter()
+    bound = variational_bound(
+        job.sampler,
+        images,
+        labels if job.labelled else None,
+        timesteps=job.bound_timesteps,
+        batch_size=job.settings.batch_size,
+        progress=True,
+    )
+    return {
+        **bound.to_dict(),
+        "labels": "the images'" if job.labelled else "none",
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _of_features(job: Job, drawn: Tensor) -> dict[str, Any]:
+    """Return distances, precision and recall, and the share recognised."""
+    extractor, count = job.extractor, len(drawn)
+    assert extractor is not None
+    real = cached_features(
+        job.reference, extractor, fingerprint=job.reference.fingerprint(), progress=True
+    )
+    ours = features_of(drawn, extractor)
+    known = None
+    if job.held_out and count <= len(job.data):
+        known = features_of(job.data.fetch(chosen(count, len(job.data)))[0], extractor)
+    result: dict[str, Any] = {}
+    for name, measure in (("frechet", _frechet), ("kernel", _kernel), ("prc", _prc)):
+        if name in job.settings.metrics:
+            training = None if known is None else measure(known, real)
+            result[name] = {**measure(ours, real), "training": training}
+    if job.classifier is not None and job.labels is not None and job.conditional:
+        result["recognised"] = _recognised(job, job.classifier, ours, real)
+    return result
+
+
+def _frechet(drawn: Tensor, real: Tensor) -> dict[str, Any]:
+    return {"distance": distances.frechet(drawn, real), "reference_images": len(real)}
+
+
+def _kernel(drawn: Tensor, real: Tensor) -> dict[str, Any]:
+    size = subset_size(min(len(drawn), len(real)))
+    found = distances.kernel(drawn, real, subset_size=size)
+    return {**dataclasses.asdict(found), "subset_size": size, "reference_images": len(real)}
+
+
+def _prc(drawn: Tensor, real: Tensor) -> dict[str, Any]:
+    """Measure sets of equal size, on which both shares depend."""
+    count = min(len(drawn), len(real))
+    theirs, ours = (x[chosen(count, len(x))] for x in (real, drawn))
+    found = distances.precision_recall(theirs, ours, PRC_NEIGHBOUR)
+    return {**dataclasses.asdict(found), "k": PRC_NEIGHBOUR, "reference_images": count}
+
+
+def _recognised(job: Job, classifier: Classifier, drawn: Tensor, real: Tensor) -> dict[str, Any]:
+    """Return the share of samples, and of real images, that are taken for what they should be."""
+    last, classes = classifier.last, classifier.num_classes
+
+    def shares(features: Tensor, labels: Tensor) -> tuple[float, list[float]]:
+        found = last(features.to(last.weight.device, last.weight.dtype)).argmax(1).cpu()
+        return share(found, labels, classes)
+
+    overall, by_class = shares(drawn, torch.tensor(job.labels))
+    result: dict[str, Any] = {"overall": overall, "by_class": by_class}
+    if job.labelled:
+        parts = torch.arange(len(job.reference)).split(PART)
+        labels = [label for part in parts if (label := job.reference.fetch(part)[1]) is not None]
+        result["real_overall"], result["real_by_class"] = shares(real, torch.cat(labels))
+    names = job.sampler.conditioning.class_names
+    result["class_names"] = list(names) if names else [str(i) for i in range(classes)]
+    return result
+
+
+def _neighbours(job: Job, drawn: Tensor) -> tuple[dict[str, Any], bytes]:
+    """Return how near samples are to training images, and the nearest of them as a picture."""
+    found = neighbours.nearest(drawn, job.data, NEIGHBOURS)
+    first = found.distance[:, 0]
+    rows = first.argsort(stable=True)[:ROWS]
+    few = neighbours.Neighbours(found.index[rows], found.distance[rows], found.duplicate[rows])
+    copies = (found.duplicate >= 0).nonzero().flatten().tolist()
+    result: dict[str, Any] = {
+        "k": NEIGHBOURS,
+        **_quartiles(first),
+        "duplicates": [
+            {"seed": job.seeds[i], "training_image": int(found.duplicate[i])} for i in copies
+        ],
+        "shown": [
+            {"seed": job.seeds[i], "training_images": found.index[i].tolist()}
+            for i in rows.tolist()
+        ],
+        "real": None,
+    }
+    if job.held_out:
+        index = chosen(min(len(drawn), len(job.reference)), len(job.reference))
+        theirs = neighbours.nearest(job.reference.fetch(index)[0], job.data, 1)
+        result["real"] = _quartiles(theirs.distance[:, 0])
+    names = [str(job.seeds[i]) for i in rows.tolist()]
+    picture = neighbours.picture(drawn[rows], job.data, few, names)
+    return result, pictures.of_image(picture)
+
+
+def _quartiles(distance: Tensor) -> dict[str, float]:
+    """Return the smallest, and the quartiles, of distances to the nearest training image."""
+    at = torch.tensor([0, 0.25, 0.5, 0.75], dtype=distance.dtype)
+    names = ("smallest", "lower_quartile", "median", "upper_quartile")
+    return dict(zip(names, torch.quantile(distance, at).tolist(), strict=True))
+
+
+def jsonable(value: Any) -> Any:
+    """Return a value as strict JSON has it: what is not finite, a share of nothing, is null."""
+    if isinstance(value, dict):
+        return {key: jsonable(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,294 @@
+"""Features of images: any function uint8 [B, C, H, W] -> float [B, D], checked, and kept.
+
+extractor = Features.of_classifier(classifier)
+extractor = Features.of_torchscript("inception.pt", "uint8")
+features = features_of(images, extractor)            # float32 [N, D]
+features = cached_features(images, extractor)        # the same, read back the next time
+
+Images are in memory, or fetched by number from a data source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from flashddpm import arguments, caches
+from flashddpm.data import ImageSource, to_float
+from flashddpm.errors import CheckpointError
+from flashddpm.evaluation.classifier import Classifier
+from flashddpm.files import read_tensors, require_file, write_atomic
+
+log = logging.getLogger("flashddpm")
+
+INPUTS = ("uint8", "float")
+BATCH = 256
+
+Images = Tensor | ImageSource
+"""uint8 [N, C, H, W] in memory, or a source of them."""
+
+
+def fetch(images: Images, start: int, stop: int) -> Tensor:
+    """Return images start..stop-1, uint8 [B, C, H, W] on the CPU.
+
+    Raises:
+        ValueError: they are of another shape or dtype.
+    """
+    if isinstance(images, Tensor):
+        part = images[start:stop]
+    else:
+        part, _ = images.fetch(torch.arange(start, stop))
+    if part.ndim != 4 or part.dtype is not torch.uint8:
+        raise ValueError(
+            f"images of shape {tuple(part.shape)}, {part.dtype}: must be uint8 [N, C, H, W]"
+        )
+    return part.cpu()
+
+
+@dataclass(frozen=True)
+class Features:
+    """An extractor of features.
+
+    Attributes:
+        function: uint8 [B, C, H, W] on ``device`` -> floating [B, D].
+        name: what a report calls it.
+        fingerprint: equal for extractors that give equal features; the key of what is cached.
+        device: where the images are put.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    name: str
+    fingerprint: str
+    device: torch.device = torch.device("cpu")
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the features of uint8 [B, C, H, W], float32 [B, D] on the CPU.
+
+        Raises:
+            ValueError: the extractor takes no such images, or gives what is no [B, D] of finite
+                floating-point numbers.
+        """
+        try:
+            found = self.function(images.to(self.device))
+        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"features {self.name}: failed on {images.dtype} images of shape "
+                f"{tuple(images.shape)}: {error}"
+            ) from error
+        wanted = f"must be one floating-point tensor [{len(images)}, D]"
+        if not isinstance(found, Tensor):
+            raise ValueError(f"features {self.name}: gave a {type(found).__name__}; {wanted}")
+        if found.ndim != 2 or len(found) != len(images) or not found.shape[1]:
+            raise ValueError(f"features {self.name}: gave shape {tuple(found.shape)}; {wanted}")
+        if not found.is_floating_point():
+            raise ValueError(f"features {self.name}: gave {found.dtype}; {wanted}")
+        found = found.float().cpu()
+        rows = (~found.isfinite()).any(1).nonzero()
+        if len(rows):
+            raise ValueError(
+                f"features {self.name}: NaN or infinite for {len(rows)} of {len(images)} images, "
+                f"the first in row {int(rows[0])}; must be finite"
+            )
+        return found
+
+    @classmethod
+    def of_classifier(
+        cls, classifier: Classifier, name: str = "classifier", device: str = "cpu"
+    ) -> Features:
+        """Return what the classifier's last layer sees; the classifier is moved to the device."""
+        where = arguments.resolve_device(device)
+        classifier = classifier.eval().to(where)
+        return cls(classifier.features, name, _fingerprint(classifier, "features"), where)
+
+    @classmethod
+    def of_module(
+        cls, module: nn.Module, name: str, images: str = "uint8", device: str = "cpu"
+    ) -> Features:
+        """Return the output of a module, which is set to evaluation and moved to the device.
+
+        Its fingerprint covers its class, name, parameters and buffers, and no other attribute:
+        give modules that differ in those only different names.
+
+        Args:
+            module: [B, C, H, W] -> floating [B, D].
+            name: what a report calls it.
+            images: what the module takes: "uint8", or "float" (float32 in [-1, 1]).
+            device: where it runs.
+
+        Raises:
+            ValueError: another kind of images, or no such device.
+        """
+        arguments.one_of("images", images, INPUTS)
+        where = arguments.resolve_device(device)
+        module = module.eval().to(where)
+        return cls(_taking(module, images), name, _fingerprint(module, f"{name} {images}"), where)
+
+    @classmethod
+    def of_torchscript(
+        cls, path: str | PathLike[str], images: str = "uint8", device: str = "cpu"
+    ) -> Features:
+        """Return the output of a TorchScript file. It is a program: load only what you trust.
+
+        A function with an argument ``return_features`` is called with True there, as the
+        Inception file of StyleGAN's authors wants it.
+
+        Args:
+            path: of the file, as torch.jit.save writes it.
+            images: what it takes: "uint8", or "float" (float32 in [-1, 1]).
+            device: where it runs.
+
+        Raises:
+            ValueError: another kind of images, or no such device.
+            CheckpointError: the file is missing or no TorchScript.
+        """
+        arguments.one_of("images", images, INPUTS)
+        where, file = arguments.resolve_device(device), Path(path)
+        require_file(file)
+        try:
+            with warnings.catch_warnings():  # no replacement can read these files
+                warnings.filterwarnings("ignore", ".*torch.jit.load. is deprecated")
+                module = torch.jit.load(str(file), map_location=where).eval()
+        except (RuntimeError, ValueError, OSError) as error:
+            raise CheckpointError(f"{file}: cannot be read as TorchScript: {error}") from error
+        named = {argument.name for argument in module.forward.schema.arguments}
+        options = {"return_features": True} if "return_features" in named else {}
+        with open(file, "rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        key = hashlib.sha256(f"torchscript {digest} {images}".encode()).hexdigest()
+        return cls(_taking(module, images, **options), file.name, f"sha256:{key}", where)
+
+
+def _taking(module: nn.Module, images: str, **options: bool) -> Callable[[Tensor], Tensor]:
+    if images == "uint8":
+        return lambda x: module(x, **options)
+    return lambda x: module(to_float(x), **options)
+
+
+def _hash_tensor(digest: hashlib._Hash, x: Tensor) -> None:
+    x = x.detach().cpu().contiguous()
+    digest.update(f"{x.dtype} {tuple(x.shape)}\n".encode())
+    digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _fingerprint(module: nn.Module, what: str) -> str:
+    kind = type(module)
+    digest = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__} {what}\n".encode())
+    try:  # the code too, where Python has it
+        digest.update(inspect.getsource(kind).encode())
+    except (OSError, TypeError):
+        pass
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(f"{key} ".encode())
+        _hash_tensor(digest, value)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def fingerprint_of(images: Tensor) -> str:
+    """Return a hash of images in memory: of their shape and every byte."""
+    digest = hashlib.sha256()
+    _hash_tensor(digest, images)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def features_of(
+    images: Images, extractor: Features, batch_size: int = BATCH, progress: bool = False
+) -> Tensor:
+    """Return the features of images, float32 [N, D] on the CPU.
+
+    Args:
+        images: N of them, uint8.
+        extractor: of [B, D] from a batch.
+        batch_size: images a call.
+        progress: show a bar.
+
+    Raises:
+        ValueError: no image, another dtype or shape, or an extractor that fails, gives another
+            shape, another D for another batch, or what is not finite.
+    """
+    from tqdm import tqdm
+
+    arguments.integer("batch_size", batch_size, 1)
+    if not len(images):
+        raise ValueError("images: holds none; must hold at least one")
+    found: list[Tensor] = []
+    bar = tqdm(total=len(images), desc=extractor.name, disable=not progress, unit="image")
+    with bar:
+        for start in range(0, len(images), batch_size):
+            part = extractor(fetch(images, start, min(start + batch_size, len(images))))
+            if found and part.shape[1] != found[0].shape[1]:
+                raise ValueError(
+                    f"features {extractor.name}: gave {part.shape[1]} an image from image {start} "
+                    f"on and {found[0].shape[1]} before; must be as many for all"
+                )
+            found.append(part)
+            bar.update(len(part))
+    return torch.cat(found)
+
+
+def cached_features(
+    images: Images,
+    extractor: Features,
+    batch_size: int = BATCH,
+    *,
+    fingerprint: str | None = None,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Return ``features_of`` the images, from a file if they were computed before.
+
+    A file that is broken, cut short or of other images is computed anew and replaced. One that
+    cannot be written is a warning.
+
+    Args:
+        images, extractor, batch_size, progress: as for ``features_of``.
+        fingerprint: of the images; by default their source's own, or of all their pixels.
+        folder: where the files lie; by default features/ in this project's cache.
+
+    Raises:
+        ValueError: as ``features_of``.
+    """
+    if fingerprint is None:
+        fingerprint = fingerprint_of(images) if isinstance(images, Tensor) else images.fingerprint()
+    key = json.dumps([fingerprint, extractor.fingerprint, len(images)])
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    path = (caches.folder() / "features" if folder is None else folder) / f"{name}.safetensors"
+    if path.exists():
+        try:
+            return _read(path, key)
+        except CheckpointError as error:
+            log.warning("features are computed anew: %s", error)
+    features = features_of(images, extractor, batch_size, progress)
+    try:
+        write_atomic(path, save({"features": features, "digest": _digest(key, features)}))
+    except OSError as error:
+        log.warning("features are not kept: %s", error)
+    return features
+
+
+def _digest(key: str, features: Tensor) -> Tensor:
+    """Return uint8 [32]: a file that was damaged, or renamed, does not hold its own."""
+    digest = hashlib.sha256(key.encode())
+    _hash_tensor(digest, features)
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def _read(path: Path, key: str) -> Tensor:
+    state = read_tensors(path)
+    features, digest = state.get("features"), state.get("digest")
+    if features is None or digest is None or not torch.equal(digest, _digest(key, features)):
+        raise CheckpointError(f"{path}: is damaged, or holds other features")
+    return features

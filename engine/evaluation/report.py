@@ -1,0 +1,151 @@
+"""An evaluation as a short table, as JSON, and as one HTML page that needs no other file."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flashddpm import pages
+from flashddpm.files import write_atomic, write_json
+
+TITLE = "flashddpm: how good the model is"
+FORMAT = 1
+
+CAPTIONS = {
+    "samples": "Samples, with the classes asked for",
+    "terms": "Terms of the bound over t, with their standard error",
+    "errors": "Mean squared error of the network's x0 and eps over t",
+    "neighbours": "The samples nearest to a training image, each with its nearest training images",
+}
+
+Rows = list[tuple[str, str, str]]
+
+
+def summary(result: Mapping[str, Any]) -> Rows:
+    """Return (measure, of the model, of real images) as text; the first row is the head."""
+    rows: Rows = [("", "model", "real images")]
+    if "bound" in result:
+        bound = result["bound"]
+        value = f"{bound['total']:.4f} +- {bound['total_stderr']:.4f}"
+        rows.append(("bits a dimension, at most", value, ""))
+    if "frechet" in result:
+        rows.append(_row("Frechet distance", result["frechet"], "{distance:.3f}"))
+    if "kernel" in result:
+        rows.append(_row("kernel distance", result["kernel"], "{mean:.4g} +- {deviation:.2g}"))
+    if "prc" in result:
+        rows.append(_row("precision", result["prc"], "{precision:.1%}"))
+        rows.append(_row("recall", result["prc"], "{recall:.1%}"))
+    if "recognised" in result:
+        found = result["recognised"]
+        rows.append(("recognised as asked", _share(found["overall"]), _share(_real(found))))
+    if "neighbours" in result:
+        found = result["neighbours"]
+        rows.append(_row("nearest training image, median", found, "{median:.2f}", "real"))
+        rows.append(_row("nearest training image, smallest", found, "{smallest:.2f}", "real"))
+        rows.append(("copies of a training image", str(len(found["duplicates"])), ""))
+    return rows
+
+
+def _row(
+    name: str, found: Mapping[str, Any], form: str, beside: str = "training"
+) -> tuple[str, str, str]:
+    """Return a row of a measure of the model and, if there is one, of real images."""
+    other = found[beside]
+    return name, form.format(**found), "" if other is None else form.format(**other)
+
+
+def _real(found: Mapping[str, Any]) -> float | None:
+    return found.get("real_overall")
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """Return the summary as a table of text, and what it is of."""
+    rows = summary(result)
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [
+        f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}".rstrip()
+        for row in rows
+    ]
+    return "\n".join([*lines, *_notes(result)])
+
+
+def _notes(result: Mapping[str, Any]) -> list[str]:
+    """Return lines that say of what the numbers are."""
+    reference = result["reference"]
+    held_out = "" if reference["held_out"] else " (no others were given: those of training)"
+    lines = []
+    if "samples" in result:
+        s = result["samples"]
+        lines.append(
+            f"{s['count']:,} samples, seeds {s['seeds']}, labels {s['labels']}, guidance "
+            f"{s['guidance']:g}, {s['solver']}, {s['num_steps']} steps; {reference['images']:,} "
+            f"real images{held_out}"
+        )
+    if "features" in result:
+        lines.append(f"features: {result['features']['name']}")
+    if "bound" in result:
+        b = result["bound"]
+        lines.append(
+            f"bound: of {b['images']:,} real images{held_out}, labels {b['labels']}, no guidance, "
+            f"at {len(b['timesteps']):,} of {result['model']['num_train_timesteps']:,} timesteps"
+        )
+    return lines
+
+
+def page(result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    """Return the page; ``pictures`` are PNGs by the names in CAPTIONS."""
+    parts = [pages.table(summary(result))]
+    parts += [f"<p>{html.escape(line)}</p>" for line in _notes(result)]
+    parts.append(
+        "<p>Real images: as many training images beside the same reference, what a perfect model "
+        "would be given; of recognised, the reference itself, and of the nearest training image, "
+        "reference images, whose distances are root mean squared, in levels of 0 to 255.</p>"
+    )
+    for name, caption in CAPTIONS.items():
+        if name in pictures:
+            image = pages.picture(pictures[name], caption)
+            parts.append(f"<h2>{html.escape(caption)}</h2>{image}")
+    if "recognised" in result:
+        parts.append("<h2>Recognised as asked, by class</h2>" + _classes(result["recognised"]))
+    if "bound" in result:
+        parts.append("<h2>The bound, bits a dimension</h2>" + _bound(result["bound"]))
+    facts = {key: result[key] for key in FACTS if key in result}
+    parts.append(f"<h2>Of what</h2><pre>{html.escape(json.dumps(facts, indent=2))}</pre>")
+    return pages.page(TITLE, "\n".join(parts))
+
+
+FACTS = ("model", "samples", "data", "reference", "features", "environment")
+
+
+def _classes(found: Mapping[str, Any]) -> str:
+    real = found.get("real_by_class") or [None] * len(found["by_class"])
+    rows = [
+        (name, _share(ours), _share(theirs))
+        for name, ours, theirs in zip(found["class_names"], found["by_class"], real, strict=True)
+    ]
+    return pages.table([("class", "samples", "real images"), *rows])
+
+
+def _bound(bound: Mapping[str, Any]) -> str:
+    rows = [("part", "bits a dimension", "standard error")]
+    middle = bound["total"] - bound["prior"] - bound["decoder"]
+    rows.append(("prior, L_T", f"{bound['prior']:.6f}", f"{bound['prior_stderr']:.6f}"))
+    rows.append(("L_1 to L_(T-1)", f"{middle:.6f}", ""))
+    rows.append(("decoder, L_0", f"{bound['decoder']:.6f}", f"{bound['decoder_stderr']:.6f}"))
+    rows.append(("in all", f"{bound['total']:.6f}", f"{bound['total_stderr']:.6f}"))
+    return pages.table(rows)
+
+
+def write(out: Path, result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Path:
+    """Write the page, and the JSON beside it; return the path of the latter."""
+    numbers = out.with_suffix(".json")
+    write_json(numbers, {"format": FORMAT, **result})
+    write_atomic(out, page(result, pictures).encode())
+    return numbers

@@ -1,0 +1,52 @@
+"""One HTML page that needs no other file: its look, tables, and pictures within the page."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STYLE = """
+body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; }
+table { border-collapse: collapse; font-size: 13px; }
+td, th { border-bottom: 1px solid #ddd; padding: .2em .8em; text-align: left; vertical-align: top; }
+img { max-width: 100%; }
+pre { overflow: auto; font-size: 12px; background: #f6f6f6; padding: 1em; }
+"""
+
+
+def page(title: str, body: str) -> str:
+    """Return the page of a title, which is text, and a body, which is HTML."""
+    title = html.escape(title)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{title}</title><style>{STYLE}</style></head>"
+        f"<body><h1>{title}</h1>{body}</body></html>\n"
+    )
+
+
+def picture(png: bytes, title: str) -> str:
+    """Return an img that holds its own PNG."""
+    data = base64.b64encode(png).decode("ascii")
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+
+
+def png_of(figure: Figure) -> bytes:
+    """Return a figure as a PNG."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of text as a table; the first is its head."""
+    lines = [
+        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        for row, tag in zip(rows, ["th", *["td"] * len(rows)], strict=False)
+    ]
+    return f"<table>{''.join(lines)}</table>"
