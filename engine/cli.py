@@ -13,6 +13,8 @@ import typer
 
 from flashddpm.cli_bench import bench
 from flashddpm.cli_convert import convert
+from flashddpm.cli_evaluate import evaluate
+from flashddpm.cli_train import train
 
 app = typer.Typer(
     help="Sample and train denoising diffusion models.",
@@ -32,6 +34,9 @@ def main() -> None:
     logging.getLogger("flashddpm").setLevel(logging.INFO)
     try:
         app()
+    except SystemExit as end:
+        _leave_torchrun(end.code if isinstance(end.code, int) else 0)
+        raise
     except (ValueError, FloatingPointError, OSError, MemoryError) as error:
         _fail(" ".join(str(error).split()), USAGE)
 
@@ -71,8 +76,12 @@ def sample(
     ] = None,
     guidance: Annotated[float, Option(help="Guidance weight w; 1 is off.")] = 1.0,
     solver: Annotated[
-        str, Option(help="ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler or euler_ancestral.")
-    ] = "ddim",
+        str | None,
+        Option(
+            help="ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler or euler_ancestral.  "
+            "[default: the model's]"
+        ),
+    ] = None,
     num_steps: Annotated[int, Option(help="Network evaluations an image.")] = 50,
     spacing: Annotated[
         str | None, Option(help="leading, linspace or trailing.  [default: the model's]")
@@ -172,88 +181,10 @@ def sample(
     _leave_torchrun(0)
 
 
-@app.command()
-def train(
-    data: Annotated[Path, typer.Argument(help="An IDX file of images, or a folder with one.")],
-    out: Annotated[Path, Option(help="The run's folder, itself a model folder.")],
-    steps: Annotated[int, Option(help="Steps in all, those of a resumed run included.")],
-    batch_size: Annotated[int, Option(help="Images a step.")] = 64,
-    seed: Annotated[int, Option(help="Seed of weights, order, timesteps and noise.")] = 0,
-    learning_rate: Annotated[float, Option(help="After the warm-up.")] = 5e-4,
-    lr_schedule: Annotated[str, Option(help="constant or cosine.")] = "constant",
-    warmup_steps: Annotated[int, Option(help="Steps of linear warm-up.")] = 200,
-    grad_clip: Annotated[float, Option(help="Bound of the gradient's norm; 0 for none.")] = 1.0,
-    ema_decay: Annotated[float, Option(help="Of the averaged weights.")] = 0.999,
-    label_dropout: Annotated[float, Option(help="Share of labels dropped, for guidance.")] = 0.1,
-    precision: Annotated[str, Option(help="float32 or bfloat16 (autocast).")] = "float32",
-    prediction_type: Annotated[str, Option(help="epsilon, sample or v_prediction.")] = "epsilon",
-    loss: Annotated[str, Option(help="mse, l1 or huber.")] = "mse",
-    huber_delta: Annotated[float, Option(help="Where huber turns to a line.")] = 1.0,
-    loss_weighting: Annotated[
-        str, Option(help="constant, min_snr, truncated_snr or p2.")
-    ] = "constant",
-    min_snr_gamma: Annotated[float, Option(help="Of min_snr: the largest SNR that counts.")] = 5.0,
-    p2_gamma: Annotated[float, Option(help="Of p2: how steeply weights fall with SNR.")] = 1.0,
-    beta_schedule: Annotated[
-        str, Option(help="linear, scaled_linear, squaredcos_cap_v2 or sigmoid.")
-    ] = "linear",
-    block_out_channels: Annotated[
-        str, Option(help="Channels at each resolution, comma-separated.")
-    ] = "32,64,96",
-    layers_per_block: Annotated[int, Option(help="Residual blocks at each resolution.")] = 1,
-    save_every: Annotated[int, Option(help="Steps between saves.")] = 500,
-    sample_every: Annotated[int, Option(help="Steps between sample grids; 0 for none.")] = 0,
-    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    resume: Annotated[bool, Option("--resume", help="Go on from OUT.")] = False,
-) -> None:
-    """Train a model; OUT always holds the latest averaged weights in diffusers' layout."""
-    from flashddpm.data import load_idx
-    from flashddpm.train_config import TrainConfig
-    from flashddpm.trainer import STATE, Trainer
-
-    try:
-        channels = tuple(int(part) for part in block_out_channels.split(","))
-    except ValueError:
-        raise ValueError(
-            f"block_out_channels={block_out_channels!r}: must be integers, such as 32,64,96"
-        ) from None
-    config = TrainConfig(
-        steps=steps,
-        batch_size=batch_size,
-        seed=seed,
-        learning_rate=learning_rate,
-        lr_schedule=lr_schedule,
-        warmup_steps=warmup_steps,
-        grad_clip=grad_clip,
-        ema_decay=ema_decay,
-        label_dropout=label_dropout,
-        precision=precision,
-        prediction_type=prediction_type,
-        loss=loss,
-        huber_delta=huber_delta,
-        loss_weighting=loss_weighting,
-        min_snr_gamma=min_snr_gamma,
-        p2_gamma=p2_gamma,
-        beta_schedule=beta_schedule,
-        block_out_channels=channels,
-        layers_per_block=layers_per_block,
-        save_every=save_every,
-        sample_every=sample_every,
-    )
-    if not resume and (out / STATE).exists():
-        raise ValueError(f"out={str(out)!r}: holds a run already; give --resume or another folder")
-    trainer = Trainer(config, load_idx(data, 2 ** (len(channels) - 1)), out, device)
-    if resume:
-        trainer.resume()
-    try:
-        trainer.run()
-    except KeyboardInterrupt:
-        _fail(f"interrupted at step {trainer.step}, saved; go on with --resume", INTERRUPTED)
-    print(f"{trainer.step} steps of {batch_size} images, {trainer.device} -> {out}")
-
-
+app.command()(train)
 app.command()(convert)
 app.command()(bench)
+app.command()(evaluate)
 
 
 @app.command()

@@ -29,8 +29,12 @@ def evaluate(
     ] = None,
     guidance: Annotated[float, Option(help="Guidance weight w; 1 is off.")] = 1.0,
     solver: Annotated[
-        str, Option(help="ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler or euler_ancestral.")
-    ] = "ddim",
+        str | None,
+        Option(
+            help="ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler or euler_ancestral.  "
+            "[default: the model's]"
+        ),
+    ] = None,
     num_steps: Annotated[int, Option(help="Network evaluations an image.")] = 50,
     spacing: Annotated[
         str | None, Option(help="leading, linspace or trailing.  [default: the model's]")

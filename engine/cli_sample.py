@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +88,10 @@ def parse_labels(labels: str | None, sampler: Sampler, count: int) -> list[int] 
 
 @dataclass(frozen=True)
 class Request:
-    """The options of the command; ``options`` are those of ``Sampler.sample`` by name."""
+    """The options of the command; ``options`` are those of ``Sampler.sample`` by name.
+
+    Its solver may be None: the model's own.
+    """
 
     model_dir: Path | None
     out: Path
@@ -211,6 +214,8 @@ def _prepare(request: Request, world: World) -> Job:
         backend=request.backend,
         compile=request.compile if request.compile == "auto" else request.compile == "on",
     )
+    if request.options.get("solver") is None:
+        request = replace(request, options={**request.options, "solver": sampler.defaults.solver})
     labels = parse_labels(request.labels, sampler, len(seeds))
     if sampler.shape[0] not in (1, 3):
         raise ValueError(f"model_dir: draws {sampler.shape[0]} channels; pictures have 1 or 3")

@@ -15,13 +15,14 @@ class DivergedError(FloatingPointError):
     """Training turned NaN or infinite; the run's last save is untouched.
 
     Attributes:
-        step: the number of steps taken when it was noticed.
+        step: the first step, counted from 1, whose loss, gradient or weights were not finite.
     """
 
     def __init__(self, step: int) -> None:
         super().__init__(
-            f"training diverged: the loss or the averaged weights are not finite at step {step}; "
-            "the last save is untouched"
+            f"training diverged: the loss, a gradient or a weight is not finite at step {step}; "
+            "the last save is untouched. What may help: a lower learning_rate, a longer warm-up "
+            "(warmup_steps), a lower grad_clip, and precision float32"
         )
         self.step = step
 

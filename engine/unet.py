@@ -18,6 +18,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flashddpm import arguments
 from flashddpm.errors import CheckpointError
@@ -37,6 +38,10 @@ from flashddpm.unet_config import NETWORK_T, UNetConfig
 class UNet(nn.Module):
     """The U-Net. ``unet(x_t, t, labels)`` predicts what the model was trained to predict.
 
+    Attributes:
+        checkpoint_activations: whether the backward pass computes the inside of every block again,
+            which saves the memory of it.
+
     Raises:
         ValueError: a config that cannot be built, labels given to an unconditional network or
             missing for a conditional one, or an input of a wrong shape.
@@ -45,6 +50,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
         channels = config.block_out_channels
         width = config.time_embedding_dim or channels[0] * 4
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
@@ -152,11 +158,12 @@ class UNet(nn.Module):
         rows = iter(projections.split(sizes, dim=1))
         if self.config.center_input_sample:
             x = 2 * x - 1
+        layer = self._layer
         x = self.conv_in(x)
         skips = [x]
         for block in cast(Iterable[Level], self.down_blocks):
             for i in range(len(block.resnets)):
-                x = block.layer(i, x, next(rows))
+                x = layer(block, i, x, next(rows))
                 skips.append(x)
             if block.resize is not None:
                 x = block.resized(x, rows)
@@ -167,10 +174,18 @@ class UNet(nn.Module):
         x = self.mid_block.resnets[1](x, next(rows))
         for block in cast(Iterable[Level], self.up_blocks):
             for i in range(len(block.resnets)):
-                x = block.layer(i, torch.cat([x, skips.pop()], 1), next(rows))
+                x = layer(block, i, torch.cat([x, skips.pop()], 1), next(rows))
             if block.resize is not None:
                 x = block.resized(x, rows)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def _layer(self, block: Level, i: int, x: Tensor, projection: Tensor) -> Tensor:
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return block.layer(i, x, projection)
+        random = self.config.dropout > 0  # whose generator's state need not be kept otherwise
+        return checkpoint(
+            block.layer, i, x, projection, use_reentrant=False, preserve_rng_state=random
+        )
 
     def forward(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Tensor:
         """Predict from the noisy image.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,9 @@ def prepare(settings: Settings) -> Job:
     )
     labels = parse_labels(None, sampler, len(seeds))
     inputs.guidance_of(settings.guidance, len(seeds), labels, sampler.conditioning)
+    if settings.plan.get("solver") is None:
+        plan = {**settings.plan, "solver": sampler.defaults.solver}
+        settings = replace(settings, plan=plan)
     sampler.plan(**settings.plan)
     data, reference, held_out = load_images(settings.data, settings.reference, sampler.shape)
     conditional, labelled = _classes(sampler, data, reference)
