@@ -34,7 +34,7 @@ def cases(device: str, eager: bool = False) -> list[Case]:
         *steps.graphs(device),
         *sampling.other_peers(device),
         *operations.operations(device),
-        *training.training(device),
+        *training.cases(device),
         *energy.energies(device),
         Case("first-run", "startup", startup.first_run),
         Case("loop", "sampling", loops.against_schedulers, ("diffusers",)),

@@ -1,139 +1,205 @@
-"""A training step: ours against the usual one of diffusers' U-Net and scheduler, eager PyTorch.
+"""A training step: ours against diffusers' example and denoising-diffusion-pytorch's Trainer.
 
-Both have the same weights, images, optimizer, clipping and averaging. Before anything is timed,
-both must give the same loss and the same gradients on the same noise.
+Both sides have the same weights, images, batch, precision, clipping and averaging. Before anything
+is timed, both must give the same loss and the same gradients on the same noise, in float32.
 """
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
+from flashddpm.benchmarks import training_split
 from flashddpm.benchmarks.harness import Result, compare
+from flashddpm.benchmarks.models import model, random_unet
 from flashddpm.benchmarks.runner import Case
-from flashddpm.data import ImageData, to_float
-from flashddpm.kernels import reference
-from flashddpm.kernels.contract import Purpose
+from flashddpm.benchmarks.training_peers import (
+    DDPT,
+    Diffusers,
+    Lucidrains,
+    OnTheirs,
+    Ours,
+    Peer,
+    agree,
+    ours_steps,
+)
+from flashddpm.checkpoint import Conditioning, save_model
+from flashddpm.data import ImageData
 from flashddpm.train_config import TrainConfig
 from flashddpm.trainer import Trainer
+from flashddpm.unet import UNet
 
 IMAGES, CLASSES = 1024, 10
-LOSS, GRADIENT = 1e-5, 1e-3  # relative differences that float32 may show
-SIZES = {"cpu": (16,), "cuda": (64, 256)}
+NETWORKS = {"default": (1, 28, 28), "cifar10": (3, 32, 32)}
+"""The network of `flashddpm train`, with labels, and the published one, without; their images."""
+DDPT_SHAPE = (3, 32, 32)
+BATCHES = {"cpu": (16, 64), "cuda": (64, 256)}
+STEPS = {"cpu": 1, "cuda": 10}  # of a call: on a GPU so many that the host runs ahead of it
+ROUNDS = {"cpu": 3, "cuda": 5}
+WARM_UPS = {"cpu": 1, "cuda": 2}  # on a GPU the first steps compile, and the fourth is captured
 
 
-def data() -> ImageData:
-    """Return random images of the bundled model's size."""
+def data(shape: tuple[int, int, int] = NETWORKS["default"], labels: bool = True) -> ImageData:
+    """Return random images, and labels in turn."""
     random = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (IMAGES, 1, 28, 28), generator=random, dtype=torch.uint8)
+    images = torch.randint(0, 256, (IMAGES, *shape), generator=random, dtype=torch.uint8)
+    if not labels:
+        return ImageData(images, None, None)
     return ImageData(images, torch.arange(IMAGES) % CLASSES, CLASSES)
 
 
-class Diffusers:
-    """The step of diffusers' training example, on the weights and data of a trainer."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        from diffusers import DDPMScheduler, UNet2DModel
-
-        config = trainer.config
-        self.config, self.device, self.data = config, trainer.device, trainer.data
-        self.scheduler = DDPMScheduler.from_config(config.scheduler_config())
-        self.unet: Any = UNet2DModel.from_config(trainer.unet.config.to_dict())
-        self.unet.load_state_dict(trainer.unet.state_dict())
-        self.unet.to(self.device, memory_format=torch.channels_last).train()
-        self.params = list(self.unet.parameters())
-        self.ema = [parameter.detach().clone() for parameter in self.params]
-        self.optimizer = torch.optim.AdamW(
-            self.params, lr=config.learning_rate, weight_decay=0.0, fused=True
-        )
-
-    def loss(self, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of noised images."""
-        x_t = self.scheduler.add_noise(x0, noise, t)
-        enabled = self.config.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled):
-            out = self.unet(x_t, t, labels, return_dict=False)[0]
-        return F.mse_loss(out.float(), noise)
-
-    def step(self) -> None:
-        """Take a step on random images."""
-        B, T = self.config.batch_size, self.config.num_train_timesteps
-        index = torch.randint(0, len(self.data), (B,))
-        assert self.data.labels is not None
-        x0 = to_float(self.data.images[index]).to(self.device)
-        labels = torch.where(
-            torch.rand(B) < self.config.label_dropout, CLASSES, self.data.labels[index]
-        ).to(self.device)
-        t = torch.randint(0, T, (B,), device=self.device)
-        loss = self.loss(x0, torch.randn_like(x0), t, labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.params, self.config.grad_clip)
-        self.optimizer.step()
-        with torch.no_grad():
-            for average, parameter in zip(self.ema, self.params, strict=True):
-                average.lerp_(parameter, 1 - self.config.ema_decay)
+def settings(batch: int, precision: str, prediction_type: str = "epsilon") -> TrainConfig:
+    """Return the defaults of `flashddpm train`, but one average: peers have one."""
+    return TrainConfig(
+        steps=10**6,
+        batch_size=batch,
+        precision=precision,
+        prediction_type=prediction_type,
+        ema_half_lives=(700,),
+    )
 
 
-def agree(trainer: Trainer, peer: Diffusers) -> None:
-    """Refuse to time steps whose losses or gradients differ on the same noise, in float32.
+def first_weights(network: str, made: ImageData, config: TrainConfig) -> UNet:
+    """Return a network of NETWORKS with no weight at zero.
 
-    Raises:
-        AssertionError: they do.
+    The output of a fresh one is 0, and with it all gradients but its last layer's: two sides would
+    agree on nothing.
     """
-    x0, labels, t, seeds, keys = trainer.draw(0)
-    assert labels is not None
-    twin = copy.deepcopy(trainer.unet)
-    x_t = trainer.ops.add_noise(x0, t, seeds, keys, trainer.noising)
-    out = twin(x_t, t, labels)
-    mine = trainer.ops.diffusion_loss(out, x0, t, seeds, keys, trainer.targets).mean()
-    mine.backward()
-    C, H, W = x0.shape[1:]
-    noise = reference.philox(seeds.cpu(), keys.cpu(), (C, H, W), Purpose.TRAINING)
-    theirs = peer.loss(x0, noise.to(x0.device), t, labels)
-    theirs.backward()
-    torch.testing.assert_close(mine, theirs, rtol=LOSS, atol=0)
-    for parameter in twin.parameters():
-        assert parameter.grad is not None
-        parameter.data = parameter.grad
-    gradients = twin.state_dict()  # under diffusers' names, which parameters need not have
-    for name, parameter in peer.unet.named_parameters():
-        error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-12)
-        if not error <= GRADIENT:
-            raise AssertionError(f"gradient of {name}: differs by {error:.3g}, not timed")
-    peer.optimizer.zero_grad(set_to_none=True)
+    if network != "default":
+        return model(network).unet
+    return random_unet(config.unet_config(made.shape, made.num_classes).to_dict())
 
 
-def training_step(batch: int, precision: str) -> Case:
-    """Return the case of a training step of so many images."""
-    case = f"training-{precision}-batch-{batch}"
+@contextmanager
+def training(network: str, config: TrainConfig, device: str) -> Iterator[Trainer]:
+    """Yield a trainer of a network of NETWORKS, its folder there as long."""
+    made = data(NETWORKS[network], labels=network == "default")
+    unet = first_weights(network, made, config)
+    with tempfile.TemporaryDirectory() as folder:
+        first = Path(folder, "first")
+        save_model(first, unet.config, unet.state_dict(), config.scheduler_config(), Conditioning())
+        begun = TrainConfig.from_dict(config.to_dict() | {"init": str(first)})
+        yield Trainer(begun, made, Path(folder, "run"), device)
+
+
+def timed(case: str, called: str, note: str, ours: Ours, peer: Peer, device: str) -> Result:
+    """Time calls of some steps of both sides in turn."""
+    count = STEPS[device]
+    comparison = compare(
+        partial(ours_steps, ours, count),
+        partial(peer.steps, count),
+        rounds=ROUNDS[device],
+        warm_ups=WARM_UPS[device],
+    )
+    return Result.of(case, called, f"a call is {count} steps of {note}", comparison)
+
+
+def against_diffusers(network: str, batch: int, precision: str, compiled: bool) -> Case:
+    """Return the case of ours against the step of diffusers' training example."""
+    how = "compiled" if compiled else "eager"
+    case = f"training-{network}-{precision}-batch-{batch}-{how}"
 
     def measure(device: str) -> Iterator[Result]:
-        with tempfile.TemporaryDirectory() as folder:
-            made = data()
-            for kind in dict.fromkeys(("float32", precision)):  # checked in float32
-                config = TrainConfig(steps=10**6, batch_size=batch, precision=kind)
-                trainer = Trainer(config, made, folder, device)
-                peer = Diffusers(trainer)
+        for kind in dict.fromkeys(("float32", precision)):  # checked in float32
+            with training(network, settings(batch, kind), device) as trainer:
+                peer = Diffusers(trainer, compiled)
                 if kind == "float32":
-                    agree(trainer, peer)
-            comparison = compare(trainer.train_step, peer.step, rounds=5, warm_ups=3)
-        note = (
-            f"a step of {batch} 28x28 images, the default network of `flashddpm train`, "
-            f"{precision}, data in memory, AdamW, clipping and averaging alike"
-        )
-        yield Result.of(case, "diffusers' training example, eager", note, comparison)
+                    agree(trainer, peer, "diffusers")
+                if kind == precision:
+                    C, H, W = trainer.data.shape
+                    note = (
+                        f"{batch} {H}x{W} images, the {network} network, {precision}, data in "
+                        "memory, fused AdamW, clipping and averaging by foreach alike"
+                    )
+                    called = f"diffusers' training example, {how}"
+                    yield timed(case, called, note, trainer, peer, device)
 
     return Case(case, "training", measure, ("diffusers",))
 
 
-def training(device: str) -> list[Case]:
+def against_ddpt(batch: int, precision: str) -> Case:
+    """Return the case of ours around denoising-diffusion-pytorch's network against its Trainer."""
+    case = f"training-ddpt-{precision}-batch-{batch}"
+
+    def measure(device: str) -> Iterator[Result]:
+        made = data(DDPT_SHAPE, labels=False)
+        for kind in dict.fromkeys(("float32", precision)):
+            with tempfile.TemporaryDirectory() as folder:
+                config = settings(batch, kind)
+                peer = Lucidrains(made, config, Path(folder), device)
+                ours = OnTheirs(peer, config)
+                if kind == "float32":
+                    agree(ours, peer, "denoising-diffusion-pytorch")
+                if kind == precision:
+                    note = (
+                        f"{batch} 32x32 images, its Unet(dim=32, dim_mults=(1, 2, 4)), "
+                        f"{precision}, data in memory; its optimizer, average and log are its own"
+                    )
+                    called = "denoising-diffusion-pytorch Trainer"
+                    yield timed(case, called, note, ours, peer, device)
+
+    return Case(case, "training", measure, (DDPT, "accelerate"))
+
+
+def split(network: str, batch: int, precision: str) -> Case:
+    """Return the case of what a step of ours is made of."""
+    case = f"training-split-{network}-{precision}-batch-{batch}"
+
+    def measure(device: str) -> Iterator[Result]:
+        with training(network, settings(batch, precision), device) as trainer:
+            values = training_split.milliseconds(trainer, 2 * ROUNDS[device])
+        note = (
+            f"{batch} images, the {network} network, {precision}; medians, each part by itself, "
+            "the batch read as the step begins; rest: the whole less the parts"
+        )
+        yield Result(case, "nothing", note, values)
+
+    return Case(case, "training", measure)
+
+
+def memory(network: str, batch: int, precision: str, prediction_type: str) -> Case:
+    """Return the case of the memory that is saved where noise and target are not stored."""
+    case = f"training-memory-{network}-{precision}-batch-{batch}-{prediction_type}"
+
+    def measure(device: str) -> Iterator[Result]:
+        config = settings(batch, precision, prediction_type=prediction_type)
+        with training(network, config, device) as trainer:
+            values = training_split.mebibytes(trainer)
+        note = (
+            f"{batch} images, the {network} network as it is, not compiled, {precision}, "
+            f"{prediction_type}: inputs and what is kept for the backward pass, our kernels "
+            "against noise and target as tensors"
+        )
+        yield Result(case, "the usual step", note, values)
+
+    return Case(case, "training", measure, ("diffusers",))
+
+
+def cases(device: str) -> list[Case]:
     """Return the cases."""
-    dtypes = ("bfloat16", "float32") if device == "cuda" else ("float32",)
-    return [training_step(batch, dtype) for dtype in dtypes for batch in SIZES[device]]
+    cuda = device == "cuda"
+    dtypes = ("bfloat16", "float32") if cuda else ("float32", "bfloat16")
+    networks = tuple(NETWORKS) if cuda else ("default",)
+    sizes = [(dtype, batch) for dtype in dtypes for batch in BATCHES[device]]
+    largest = BATCHES[device][-1]
+    return [
+        *(
+            against_diffusers(network, batch, dtype, compiled)
+            for network in networks
+            for compiled in ((False, True) if cuda else (False,))
+            for dtype, batch in sizes
+        ),
+        *(against_ddpt(batch, dtype) for dtype, batch in sizes),
+        *(split(network, largest, dtype) for network in networks for dtype in dtypes),
+        *(
+            memory(network, largest, dtype, kind)
+            for network in networks
+            for dtype in dtypes
+            for kind in ("epsilon", "v_prediction")
+        ),
+    ]

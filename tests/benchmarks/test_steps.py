@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import flashddpm as fd
-from flashddpm.benchmarks import energy, first_call, floors, harness, models, steps, training
+from flashddpm.benchmarks import energy, first_call, floors, harness, models, steps
 from flashddpm.benchmarks.floors import Speed, Work
-from flashddpm.trainer import Trainer
 
 
 @pytest.fixture
@@ -223,40 +222,6 @@ def test_two_cases_of_energy_on_a_gpu_only():
         "energy-bundled-bfloat16-ddim-batch-256",
     ]
     assert energy.energies("cpu") == [] == steps.graphs("cpu")
-
-
-# Training
-
-
-@pytest.fixture
-def trainer(tmp_path):
-    config = training.TrainConfig(steps=9, batch_size=3, block_out_channels=(16, 32, 32))
-    return Trainer(config, training.data(), tmp_path, "cpu")
-
-
-def test_both_training_steps_have_the_same_loss_and_gradients(trainer):
-    peer = training.Diffusers(trainer)
-    before = [p.detach().clone() for p in trainer.params.values()]
-    training.agree(trainer, peer)
-    peer.step()
-    trainer.train_step()
-    after = list(trainer.params.values())
-    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_another_training_step_is_not_timed(trainer, what):
-    peer = training.Diffusers(trainer)
-    loss = peer.loss
-
-    def off(*arguments):
-        value = loss(*arguments)
-        other = 1.01 * value
-        return other if what == "loss" else other + (value - other).detach()
-
-    peer.loss = off
-    with pytest.raises(AssertionError, match="gradient of" if what == "gradient" else "not close"):
-        training.agree(trainer, peer)
 
 
 def test_a_sampler_without_a_network_draws():
