@@ -180,7 +180,7 @@ def test_seeds_keys_and_purposes_are_disjoint():
         for purpose in (*Purpose, 2**32 - 1)
     ]
     calls = torch.cat(calls).flatten(0, 1)
-    assert len(calls.unique(dim=0)) == len(calls) == 7 * 144 * 64
+    assert len(calls.unique(dim=0)) == len(calls) == 8 * 144 * 64
 
 
 def test_fast_path_uses_every_word_of_seed_and_key(device):
