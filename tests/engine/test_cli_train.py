@@ -296,6 +296,8 @@ def test_a_signal_ends_the_command_with_a_state(idx_folder, tmp_path, number, co
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell's background job ignores SIGINT, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         end = time.monotonic() + 100
         while not train_state.states(out):

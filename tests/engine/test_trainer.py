@@ -179,13 +179,24 @@ def test_a_signal_stops_the_run_after_the_step(tmp_path, training, caplog, whole
     training.assert_same(training.run(training.resumed(tmp_path)), whole[1])
 
 
-def test_ctrl_c_is_a_keyboard_interrupt(tmp_path, training):
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN])
+def handler(request):
+    """What Ctrl-C does; a shell's background jobs, such as a test run, ignore it."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield request.param
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_a_keyboard_interrupt_unless_ignored(tmp_path, training, whole, handler):
     run = training.trainer(tmp_path)
     run.stepper.optimizer.register_step_post_hook(lambda *_: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        training.run(run)
-    assert training.resumed(tmp_path).step == 1
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if handler is signal.SIG_IGN:
+        training.assert_same(training.run(run), whole[1])
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            training.run(run)
+        assert training.resumed(tmp_path).step == 1
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_runs_in_another_thread(tmp_path, training, whole):
