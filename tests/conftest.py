@@ -11,6 +11,7 @@ from torch.utils import _device
 # Without a GPU the kernels run in Triton's interpreter; Triton looks when flashddpm imports it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on both sides of a comparison
 
 from flashddpm.testing import zones  # noqa: E402
 
