@@ -123,7 +123,10 @@ def sample_stats(x: Tensor, out: Tensor, guidance: Tensor, **_: Any) -> tuple[Te
     ratio = cond.std(dim=(1, 2, 3)) / combined.std(dim=(1, 2, 3))
     factors = 0.7 * ratio.float() + 0.3
     x0 = (x - 0.6 * factors.reshape(-1, 1, 1, 1) * combined.float()) / 0.8
-    bounds = torch.quantile(x0.abs().flatten(1), 0.9, dim=1)
+    ordered = x0.abs().flatten(1).sort(1).values  # torch.quantile is not traced by torch 2.11
+    place = 0.9 * (ordered.shape[1] - 1)
+    low, high = ordered[:, math.floor(place)], ordered[:, math.ceil(place)]
+    bounds = torch.lerp(low, high, place % 1)
     return bounds.clamp(1.0, 1.5), factors
 
 
