@@ -23,7 +23,7 @@ def bench(
         str, Option(help="all, sampling, step, kernels, training, startup or serving.")
     ] = "all",
     cases: Annotated[
-        str, Option(help="Those whose name fits the pattern, such as 'bundled-float32-*'.")
+        str, Option(help="Those whose name fits a pattern of a list, such as 'card,kernel-*'.")
     ] = "*",
     device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto",
     budget: Annotated[
@@ -119,7 +119,11 @@ def _measure(
     kind = arguments.resolve_device(device).type
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, for both sides
     torch.backends.cudnn.benchmark = kind == "cuda"
-    cases = [case for case in suites.chosen(kind, suite, eager) if fnmatch(case.name, pattern)]
+    cases = [
+        case
+        for case in suites.chosen(kind, suite, eager)
+        if any(fnmatch(case.name, part.strip()) for part in pattern.split(","))
+    ]
     if not cases:
         raise ValueError(f"cases={pattern!r}: no name of a case in suite {suite!r} fits")
     run = Run(harness.environment(kind))  # now: files may change while it runs

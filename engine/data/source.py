@@ -173,5 +173,6 @@ def digest(source: ImageSource, contents: Iterable[bytes | memoryview]) -> str:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Return uint8 images as float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    """Return uint8 images as float32 in [-1, 1], with the same bits on every device."""
+    # The divisor is a tensor: CUDA multiplies by a number's reciprocal, which rounds otherwise.
+    return images.float() / torch.full((), 127.5, device=images.device) - 1

@@ -154,6 +154,9 @@ def test_cases_are_chosen_by_a_pattern(tmp_path, monkeypatch):
     out = tmp_path / "r.json"
     assert call("--device", "cpu", "--cases", "a-*", "--out", out).exit_code == 0
     assert ran == ["a-1", "a-2"]
+    ran.clear()
+    assert call("--device", "cpu", "--cases", "a-2, b-*", "--out", out).exit_code == 0
+    assert ran == ["b-1", "a-2"], "in the order of the suites, whatever that of the patterns"
     refused = call("--device", "cpu", "--cases", "c", "--out", tmp_path / "none.json")
     assert "cases='c': no name of a case in suite 'all' fits" in str(refused.exception)
     assert not (tmp_path / "none.json").exists()
