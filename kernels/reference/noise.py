@@ -18,6 +18,8 @@ from flashddpm.kernels.contract import Purpose
 from flashddpm.kernels.reference.exact import ANGLE, COS, LN, LN2_HIGH, LN2_LOW, SIN, horner
 
 MASK = 0xFFFFFFFF
+# The round's multipliers, less 2^32: no product of a word overflows int64, on which compilers rely.
+M0, M1 = 0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32
 
 
 def philox_words(
@@ -32,14 +34,17 @@ def philox_words(
         rounds: 10; a test tells 7 from 10.
         first: number of the first call.
     """
-    c0 = torch.arange(first, first + groups, device=seeds.device).expand(len(seeds), groups)
+    # The mask changes nothing, but Inductor would fold the first product into arange's step, int32.
+    calls = torch.arange(first, first + groups, device=seeds.device) & MASK
+    c0 = calls.expand(len(seeds), groups)
     c1 = torch.full_like(c0, purpose)
     c2 = (keys & MASK)[:, None].expand_as(c0)
     c3 = (keys >> 32 & MASK)[:, None].expand_as(c0)
     k0, k1 = (seeds & MASK)[:, None], (seeds >> 32 & MASK)[:, None]
     for _ in range(rounds):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = p1 >> 32 & MASK ^ c1 ^ k0, p1 & MASK, p0 >> 32 & MASK ^ c3 ^ k1, p0 & MASK
+        p0, p1 = c0 * M0, c2 * M1
+        high0, high1 = (p0 >> 32) + c0, (p1 >> 32) + c2  # of the products with 2^32 more
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1 & MASK, high0 ^ c3 ^ k1, p0 & MASK
         k0, k1 = k0 + 0x9E3779B9 & MASK, k1 + 0xBB67AE85 & MASK
     return c0, c1, c2, c3
 
