@@ -44,8 +44,6 @@ def test_the_table_is_that_of_the_committed_results():
         assert filled(page) == text, "python -m flashddpm.benchmarks.table writes it again"
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
     for results in (README.parent / "benchmarks" / "results").glob("*.json"):
-        if (
-            results.name == "solver-study.json"
-        ):  # of its own form: tests/benchmarks/test_solver_study
+        if results.name == "solver-study.json":  # tests/benchmarks/test_solver_study has it
             continue
         assert table(Run.read(results)) in text, f"{results.name} is in no page"
