@@ -83,6 +83,12 @@ def compiled(
     return made
 
 
+def _said(error: Exception) -> str:
+    """Return what a compiler complains of, in a line; a worker's message ends with it."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1 if lines[0].endswith(":") else 0].strip()
+
+
 def compiled_peer(
     op: Op, arguments: Arguments, backend: str = "inductor"
 ) -> tuple[str, Callable[..., Any] | None]:
@@ -93,7 +99,7 @@ def compiled_peer(
     try:
         return "compiled reference", compiled(op.reference, op, arguments, backend)
     except TorchDynamoException as error:
-        reason = f"the reference does not compile whole: {str(error).splitlines()[0]}"
+        reason = f"the reference does not compile whole: {_said(error)}"
     chain = CHAINS.get(op.name)
     if chain is None:
         return f"none; {reason}", None

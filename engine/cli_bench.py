@@ -22,9 +22,7 @@ def bench(
     suite: Annotated[
         str, Option(help="all, sampling, step, kernels, training, startup or serving.")
     ] = "all",
-    cases: Annotated[
-        str, Option(help="Those whose name fits a pattern of a list, such as 'card,kernel-*'.")
-    ] = "*",
+    cases: Annotated[str, Option(help="Patterns of their names, such as 'card,kernel-*'.")] = "*",
     device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto",
     budget: Annotated[
         float | None, Option(help="Seconds after which nothing more is begun.", min=0)

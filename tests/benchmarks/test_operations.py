@@ -360,3 +360,18 @@ def test_a_case_measures_what_it_is_named_after(monkeypatch):
 def test_another_clock():
     comparison = harness.compare(2.0, 3.0, rounds=1, clock=float)
     assert (comparison.ours_seconds, comparison.peer_seconds, comparison.ratio) == (2.0, 3.0, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("Unsupported: it\n  Explanation: long", "Unsupported: it"),
+        (
+            "An exception occurred in a subprocess:\n\nTraceback\nValueError: why\n",
+            "ValueError: why",
+        ),
+        ("", "RuntimeError"),
+    ],
+)
+def test_what_a_compiler_complains_of_is_one_line(message, said):
+    assert peers._said(RuntimeError(message)) == said
