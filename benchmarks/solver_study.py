@@ -9,8 +9,8 @@ steps; their distance is to the real images that ``flashddpm evaluate`` would co
 same features. Spacings of sigma lie between the ends of linspace spacing, the whole schedule.
 
 Each result is written as it comes, and the same command goes on after a stop: results that are
-there stay, if model, images, features and settings are the same. The page gets the table where it
-says ``<!-- solver study: FILE.json -->``, a path relative to the page.
+there stay, if model, images, features, settings and device are the same. The page gets the table
+where it says ``<!-- solver study: FILE.json -->``, a path relative to the page.
 """
 
 from __future__ import annotations
@@ -186,7 +186,9 @@ def run(args: argparse.Namespace) -> None:
     if args.features == AUTO:  # known before a classifier is trained
         _check_counts(counts, FEATURES)
     extractor, _ = features_for(args.features, args.feature_input, data, str(sampler.device))
+    where = environment(sampler)
     settings = {
+        "device": where["device"],
         "model": manifest.fingerprint(folder),
         "data": data.fingerprint(),
         "reference": reference.fingerprint(),
@@ -199,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
     key = reference.fingerprint()
     real = cached_features(reference, extractor, fingerprint=key, progress=True)
     _check_counts(counts, real.shape[1])
-    study |= {"environment": environment(sampler), "training": None}
+    study |= {"environment": where, "training": None}
     if held_out:
         known, _ = data.fetch(chosen(args.num_images, len(data)))
         study["training"] = distances.frechet(features_of(known, extractor), real)

@@ -234,6 +234,7 @@ def test_the_command_goes_on_and_fills_in_the_page(folders, tmp_path, capsys):
     assert solver_plot.table(second) in page.read_text()
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
     settings = second["settings"]
+    assert settings["device"] == second["environment"]["device"] == "cpu"
     assert settings["images"] == 66 and settings["features_name"].startswith("classifier")
     with pytest.raises(SystemExit, match="error: out_json=.*images: 66 there, 67 now"):
         command(folders, tmp_path, "--steps", "2", "--num-images", 67)
