@@ -39,12 +39,11 @@ from flashddpm.benchmarks.solver_plot import (
 from flashddpm.cli_sample import parse_labels
 from flashddpm.evaluation import distances
 from flashddpm.evaluation.classifier import FEATURES
-from flashddpm.evaluation.evaluate import draw, environment
+from flashddpm.evaluation.evaluate import counterpart, draw, environment
 from flashddpm.evaluation.features import Features, cached_features, features_of
 from flashddpm.evaluation.job import (
     AUTO,
     check_out,
-    chosen,
     features_for,
     load_images,
     require_matplotlib,
@@ -203,8 +202,11 @@ def run(args: argparse.Namespace) -> None:
     _check_counts(counts, real.shape[1])
     study |= {"environment": where, "training": None}
     if held_out:
-        known, _ = data.fetch(chosen(args.num_images, len(data)))
-        study["training"] = distances.frechet(features_of(known, extractor), real)
+        same = sampler.conditioning.num_classes == data.num_classes
+        labels = parse_labels(None, sampler, args.num_images) if same else None
+        known = counterpart(data, args.num_images, labels)
+        if known is not None:
+            study["training"] = distances.frechet(features_of(known, extractor), real)
     end = math.inf if args.budget is None else time.monotonic() + args.budget
     for result in measure(sampler, wanted, study, extractor, real, args.batch_size, end):
         write_json(args.out_json, study)

@@ -14,6 +14,21 @@ import typer
 from flashddpm.cli_bench import bench
 from flashddpm.cli_convert import convert
 from flashddpm.cli_evaluate import evaluate
+from flashddpm.cli_options import (
+    MULTISTEP_STEPS,
+    AllowPickle,
+    BatchSize,
+    Clip,
+    Device,
+    Dtype,
+    Guidance,
+    NumSteps,
+    Seeds,
+    Sigmas,
+    Solver,
+    Spacing,
+    VarianceType,
+)
 from flashddpm.cli_train import train
 
 app = typer.Typer(
@@ -67,48 +82,28 @@ def sample(
         Path, Option(help="A picture (grid.png), or a folder for one file an image.")
     ] = Path("samples.png"),
     num_images: Annotated[int | None, Option(help="How many images.  [default: 64]")] = None,
-    seeds: Annotated[
-        str | None, Option(help="7 (the first seed), 1,2,5 or 0:64.  [default: from 0]")
-    ] = None,
+    seeds: Seeds = None,
     labels: Annotated[
         str | None,
         Option(help="3, Boot, or 0,1,2 (one an image), or none.  [default: in turn]"),
     ] = None,
-    guidance: Annotated[float, Option(help="Guidance weight w; 1 is off.")] = 1.0,
-    solver: Annotated[
-        str | None,
-        Option(
-            help="ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler or euler_ancestral.  "
-            "[default: the model's]"
-        ),
-    ] = None,
-    num_steps: Annotated[int, Option(help="Network evaluations an image.")] = 50,
-    spacing: Annotated[
-        str | None, Option(help="leading, linspace or trailing.  [default: the model's]")
-    ] = None,
+    guidance: Guidance = 1.0,
+    solver: Solver = None,
+    num_steps: NumSteps = None,
+    spacing: Spacing = None,
     respacing: Annotated[
         str | None,
         Option(help="Timesteps as OpenAI's scripts take them: 250, ddim50 or 10,20,30."),
     ] = None,
-    sigmas: Annotated[
-        str | None, Option(help="karras, exponential or beta noise levels.  [default: spacing's]")
-    ] = None,
+    sigmas: Sigmas = None,
     eta: Annotated[float, Option(help="Of ddim: 0 deterministic, 1 as noisy as ddpm.")] = 0.0,
-    variance_type: Annotated[
-        str | None,
-        Option(
-            help="Of ddpm: fixed_small, fixed_large, learned or learned_range.  "
-            "[default: the model's]"
-        ),
-    ] = None,
-    clip: Annotated[
-        float | None, Option(help="Bound of x0, 0 for none.  [default: model's]")
-    ] = None,
+    variance_type: VarianceType = None,
+    clip: Clip = None,
     threshold: Annotated[
         float | None,
         Option(
             help="Dynamic thresholding: quantile of |x0| to clip to (.995, say), at most --clip, "
-            "which must be above 1 (2, say); 0 for none.  [default: model's]"
+            "which must be above 1 (2, say); 0 for none.  [default: the model's]"
         ),
     ] = None,
     guidance_rescale: Annotated[
@@ -118,19 +113,15 @@ def sample(
         tuple[float, float] | None,
         Option(help="Guide where sigma is above the first and not above the second only."),
     ] = None,
-    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str | None, Option(help="float32, bfloat16 or float16.  [default: by device]")
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
     backend: Annotated[str, Option(help="auto, fused or reference.")] = "auto",
     compile: Annotated[str, Option(help="auto, on or off.")] = "auto",
-    batch_size: Annotated[int, Option(help="Images at a time.")] = 64,
+    batch_size: BatchSize = 64,
     trajectory: Annotated[
         Path | None, Option(help="Also write the x0 previews as an animation (.gif).")
     ] = None,
-    allow_pickle: Annotated[
-        bool, Option("--allow-pickle", help="Read .bin weights where there are no safetensors.")
-    ] = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Draw images and write them as a labelled grid, or one by one.
 
@@ -240,10 +231,8 @@ def warm(
     tune: Annotated[
         bool, Option("--tune", help="Try many kernels for each operation; takes minutes.")
     ] = False,
-    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str | None, Option(help="float32, bfloat16 or float16.  [default: by device]")
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
 ) -> None:
     """Compile a model ahead of its first use; later processes find the code in the user's cache."""
     import flashddpm as fd
@@ -304,5 +293,5 @@ def info() -> None:
     print(f"dtype auto: {str(sampler.dtype).removeprefix('torch.')}")
     kind = "Triton kernels, captured step" if cuda else "PyTorch operations, noise drawn ahead"
     print(f"backend auto: {sampler.backend} ({kind})")
-    chosen, reason = sampler.execution.auto_compile(64 * 50)
-    print(f"compile auto: {'yes' if chosen else 'no'} for 64 images of 50 steps ({reason})")
+    chosen, reason = sampler.execution.auto_compile(64 * MULTISTEP_STEPS)
+    print(f"compile auto: {'yes' if chosen else 'no'} for a sheet of 64 ({reason})")

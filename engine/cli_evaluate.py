@@ -8,6 +8,21 @@ from typing import Annotated
 
 import typer
 
+from flashddpm.cli_options import (
+    AllowPickle,
+    BatchSize,
+    Clip,
+    Device,
+    Dtype,
+    Guidance,
+    NumSteps,
+    Seeds,
+    Sigmas,
+    Solver,
+    Spacing,
+    VarianceType,
+)
+
 Option = typer.Option
 INTERRUPTED = 130
 
@@ -24,35 +39,15 @@ def evaluate(
         str, Option(help="Comma-separated. frechet, kernel and prc are of features.")
     ] = "bound,frechet,kernel,prc,neighbours",
     num_samples: Annotated[int | None, Option(help="How many samples.  [default: 1000]")] = None,
-    seeds: Annotated[
-        str | None, Option(help="7 (the first seed), 1,2,5 or 0:64.  [default: from 0]")
-    ] = None,
-    guidance: Annotated[float, Option(help="Guidance weight w; 1 is off.")] = 1.0,
-    solver: Annotated[
-        str | None,
-        Option(
-            help="ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler or euler_ancestral.  "
-            "[default: the model's]"
-        ),
-    ] = None,
-    num_steps: Annotated[int, Option(help="Network evaluations an image.")] = 50,
-    spacing: Annotated[
-        str | None, Option(help="leading, linspace or trailing.  [default: the model's]")
-    ] = None,
-    sigmas: Annotated[
-        str | None, Option(help="karras, exponential or beta noise levels.  [default: spacing's]")
-    ] = None,
+    seeds: Seeds = None,
+    guidance: Guidance = 1.0,
+    solver: Solver = None,
+    num_steps: NumSteps = None,
+    spacing: Spacing = None,
+    sigmas: Sigmas = None,
     eta: Annotated[float | None, Option(help="Of ddim: 0 deterministic, 1 as ddpm.")] = None,
-    variance_type: Annotated[
-        str | None,
-        Option(
-            help="Of ddpm: fixed_small, fixed_large, learned or learned_range.  "
-            "[default: the model's]"
-        ),
-    ] = None,
-    clip: Annotated[
-        float | None, Option(help="Bound of x0, 0 for none.  [default: the model's]")
-    ] = None,
+    variance_type: VarianceType = None,
+    clip: Clip = None,
     reference: Annotated[
         Path | None,
         Option(help="Real images to compare with.  [default: IDX test images in DATA, else DATA]"),
@@ -72,14 +67,10 @@ def evaluate(
     feature_input: Annotated[
         str, Option(help="What that file takes: uint8, or float (in [-1, 1]).")
     ] = "uint8",
-    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str | None, Option(help="float32, bfloat16 or float16.  [default: by device]")
-    ] = None,
-    batch_size: Annotated[int, Option(help="Images at a time.")] = 64,
-    allow_pickle: Annotated[
-        bool, Option("--allow-pickle", help="Read .bin weights where there are no safetensors.")
-    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    batch_size: BatchSize = 64,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Measure how good a model is, and write a page about it.
 

@@ -15,6 +15,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashddpm.cli_options import with_defaults
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -90,7 +92,7 @@ def parse_labels(labels: str | None, sampler: Sampler, count: int) -> list[int] 
 class Request:
     """The options of the command; ``options`` are those of ``Sampler.sample`` by name.
 
-    Its solver may be None: the model's own.
+    None among these is "not given" (`with_defaults`).
     """
 
     model_dir: Path | None
@@ -214,8 +216,7 @@ def _prepare(request: Request, world: World) -> Job:
         backend=request.backend,
         compile=request.compile if request.compile == "auto" else request.compile == "on",
     )
-    if request.options.get("solver") is None:
-        request = replace(request, options={**request.options, "solver": sampler.defaults.solver})
+    request = replace(request, options=with_defaults(request.options, sampler))
     labels = parse_labels(request.labels, sampler, len(seeds))
     if sampler.shape[0] not in (1, 3):
         raise ValueError(f"model_dir: draws {sampler.shape[0]} channels; pictures have 1 or 3")

@@ -7,8 +7,8 @@
      "neighbours": {...}}
 
 A metric that was not asked for is not there. Where there are real images that the model was not
-trained on, the same is measured of as many training images, under "training": what a perfect model
-would be given, for a set of few images is always some way off.
+trained on, the same is measured of as many training images, with the samples' labels, under
+"training": what a perfect model would be given, for a set of few images is always some way off.
 """
 
 from __future__ import annotations
@@ -108,6 +108,39 @@ def draw(
         )
         parts.append(to_uint8(x).cpu())
     return torch.cat(parts)
+
+
+def counterpart(source: ImageSource, count: int, labels: Sequence[int] | None) -> Tensor | None:
+    """Return as many training images as there are samples, uint8 [count, C, H, W].
+
+    If the samples have labels of the data, so do they: sets that hold the classes in the same
+    numbers compare, while a set drawn over all classes is further off by chance.
+
+    Args:
+        source: labelled, if there are labels.
+        count: of the samples.
+        labels: one a sample, each below the source's ``num_classes``; or None.
+
+    Returns:
+        None if there are too few, of all or of a class.
+    """
+    if count > len(source):
+        return None
+    if labels is None:
+        return source.fetch(chosen(count, len(source)))[0]
+    missing = torch.tensor(labels).bincount().tolist()
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+    found = []
+    for part in order.split(PART):
+        images, classes = source.fetch(part)
+        assert classes is not None
+        for label, wanted in enumerate(missing):
+            index = (classes == label).nonzero().flatten()[:wanted]
+            missing[label] -= len(index)
+            found.append(images[index])
+        if not any(missing):
+            return torch.cat(found)
+    return None
 
 
 def _facts(job: Job, seconds: float | None) -> dict[str, Any]:
@@ -210,8 +243,9 @@ def _of_features(job: Job, drawn: Tensor) -> dict[str, Any]:
     )
     ours = features_of(drawn, extractor)
     known = None
-    if job.held_out and count <= len(job.data):
-        known = features_of(job.data.fetch(chosen(count, len(job.data)))[0], extractor)
+    if job.held_out:
+        images = counterpart(job.data, count, job.labels if job.conditional else None)
+        known = None if images is None else features_of(images, extractor)
     result: dict[str, Any] = {}
     for name, measure in (("frechet", _frechet), ("kernel", _kernel), ("prc", _prc)):
         if name in job.settings.metrics:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashddpm import arguments, inputs, manifest
+from flashddpm.cli_options import with_defaults
 from flashddpm.cli_sample import parse_labels, parse_seeds
 from flashddpm.data import ImageData, ImageSource, load_data
 from flashddpm.evaluation import distances
@@ -45,7 +46,7 @@ class Settings:
             them, else ``data`` itself.
         metrics: of METRICS.
         num_samples, seeds: as for ``flashddpm sample``; by default 1,000 from seed 0.
-        plan: arguments of `Sampler.plan` by name; None is the model's own.
+        plan: arguments of `Sampler.plan` by name; None is "not given" (`with_defaults`).
         guidance: w; 1 is off.
         bound_images: real images that the bound is of; None: 256, or all where there are fewer.
         bound_timesteps: "all", or a number; None: 100, or all where there are fewer.
@@ -186,9 +187,7 @@ def prepare(settings: Settings) -> Job:
     )
     labels = parse_labels(None, sampler, len(seeds))
     inputs.guidance_of(settings.guidance, len(seeds), labels, sampler.conditioning)
-    if settings.plan.get("solver") is None:
-        plan = {**settings.plan, "solver": sampler.defaults.solver}
-        settings = replace(settings, plan=plan)
+    settings = replace(settings, plan=with_defaults(settings.plan, sampler))
     sampler.plan(**settings.plan)
     data, reference, held_out = load_images(settings.data, settings.reference, sampler.shape)
     conditional, labelled = _classes(sampler, data, reference)

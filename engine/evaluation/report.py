@@ -104,9 +104,10 @@ def page(result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     parts = [pages.table(summary(result))]
     parts += [f"<p>{html.escape(line)}</p>" for line in _notes(result)]
     parts.append(
-        "<p>Real images: as many training images beside the same reference, what a perfect model "
-        "would be given; of recognised, the reference itself, and of the nearest training image, "
-        "reference images, whose distances are root mean squared, in levels of 0 to 255.</p>"
+        "<p>Real images: as many training images, of the samples' classes, beside the same "
+        "reference, what a perfect model would be given; of recognised, the reference itself, and "
+        "of the nearest training image, reference images, whose distances are root mean squared, "
+        "in levels of 0 to 255.</p>"
     )
     for name, caption in CAPTIONS.items():
         if name in pictures:

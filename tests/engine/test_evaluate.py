@@ -15,7 +15,7 @@ import flashddpm as fd
 from flashddpm import cli
 from flashddpm.checkpoint import save_model
 from flashddpm.cli_sample import parse_seeds
-from flashddpm.data import load_data
+from flashddpm.data import ImageData, load_data
 from flashddpm.errors import NonFiniteError
 from flashddpm.evaluation import evaluate, job, report
 from flashddpm.evaluation.bound import variational_bound
@@ -414,6 +414,50 @@ def test_a_draw_has_each_number_once(count, more):
 
 def test_a_draw_of_images_by_class_in_turn_has_every_class():
     assert all(70 < n < 130 for n in (chosen(1000, 10000) % 10).bincount().tolist())
+
+
+def source_of(labels):
+    """Images that tell their index, and these labels."""
+    images = torch.arange(len(labels), dtype=torch.uint8).reshape(-1, 1, 1, 1)
+    return ImageData(images, torch.tensor(labels), 3)
+
+
+def test_real_images_beside_samples_have_the_samples_classes(monkeypatch):
+    """A set drawn over all classes is further from any other by chance, so its distance higher."""
+    monkeypatch.setattr(evaluate, "PART", 7)
+    source = source_of([0] * 60 + [1] * 20 + [2] * 20)
+    labels = [0, 1, 2] * 15 + [1, 1]
+    images = evaluate.counterpart(source, len(labels), labels)
+    index = images.flatten().tolist()
+    assert len(set(index)) == len(labels)
+    assert source.labels[index].bincount().tolist() == [15, 17, 15]
+    again = evaluate.counterpart(source, len(labels), labels)
+    assert torch.equal(images, again)
+    assert sorted(index)[:15] != list(range(15))  # not the first of a class
+
+
+def test_the_training_images_measured_have_the_samples_classes(settings, monkeypatch):
+    work, asked, real = prepare(settings(metrics=("frechet",))), [], evaluate.counterpart
+    monkeypatch.setattr(evaluate, "counterpart", lambda *args: asked.append(args) or real(*args))
+    result, _ = evaluate.evaluate(work)
+    [(source, count, labels)] = asked
+    assert source is work.data and (count, labels) == (72, work.labels)
+    assert result["frechet"]["training"] is not None
+
+
+def test_no_real_images_beside_samples_where_there_are_too_few():
+    source = source_of([0] * 60 + [1] * 20)
+    assert evaluate.counterpart(source, 21, [1] * 21) is None
+    assert evaluate.counterpart(source, 1, [2]) is None
+    assert evaluate.counterpart(source, 81, None) is None
+    assert len(evaluate.counterpart(source, 80, None)) == 80
+    assert len(evaluate.counterpart(source, 80, source.labels.tolist())) == 80
+
+
+def test_without_a_solver_the_report_names_the_default(settings, model):
+    """The model's own is ddim; of ddpm see test_cli_options.py."""
+    work = prepare(settings(plan={"solver": None, "num_steps": None, "spacing": None}))
+    assert work.settings.plan == {"solver": "ddim", "num_steps": 20, "spacing": None}
 
 
 @given(st.lists(st.integers(-5, 5), min_size=1, unique=True))
