@@ -20,6 +20,13 @@ from flashddpm.benchmarks.models import Model, model
 RECOMPILE_LIMIT = 64
 """Shapes that one network is compiled for, past which Dynamo would stop."""
 
+MODES = {
+    "graphs": "reduce-overhead",
+    "best": "max-autotune",
+    "graphless": "max-autotune-no-cudagraphs",
+}
+"""Of torch.compile on CUDA, for diffusers' U-Net."""
+
 
 class Side(Protocol):
     """A way to draw a batch."""
@@ -158,21 +165,22 @@ def diffusers_unet(name: str, dtype: torch.dtype, device: str, how: str = "best"
         name: of the model.
         dtype: of the network.
         device: "cpu" or "cuda".
-        how: "eager", or "best": compiled and channels_last, on CUDA also with fused projections and
-            by max-autotune with its own CUDA graphs, or "graphless": the same without those graphs.
+        how: "eager", or compiled and channels_last, which is "best" on the CPU. On CUDA also with
+            fused projections: "graphs" in torch.compile's mode reduce-overhead, "best" in
+            max-autotune, both of which capture CUDA graphs, "graphless" in max-autotune without.
             (cudnn.benchmark is on for every side.)
     """
-    if device == "cpu" and how == "graphless":
+    if device == "cpu" and how not in ("eager", "best"):
         return diffusers_unet(name, dtype, device, "best")
     unet = model(name).diffusers_unet(device, dtype)
     if how == "eager":
         return unet
     unet.to(memory_format=torch.channels_last)
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    mode = None
+    torch._inductor.config.autotune_num_choices_displayed = 0  # a table for each convolution
     if device == "cuda":
         fuse_projections(unet)
-        mode = "max-autotune" if how == "best" else "max-autotune-no-cudagraphs"
+    mode = MODES[how] if device == "cuda" else None
     unet.compile(fullgraph=True, dynamic=False, mode=mode)
     return unet
 

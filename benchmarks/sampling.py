@@ -20,6 +20,7 @@ SEED = 1234  # of the noise that is given to both sides
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PEERS = {
+    "graphs": "diffusers, reduce-overhead, channels_last, fused projections, cudnn.benchmark",
     "best": "diffusers, compiled, channels_last",
     "eager": "diffusers eager",
     "unet": "diffusers' U-Net in our loop",
@@ -27,7 +28,7 @@ PEERS = {
     "tuned": "ours with tune=True",
 }
 """The peers, and what they are called."""
-DIFFUSERS_LOOP = ("best", "eager")
+DIFFUSERS_LOOP = ("graphs", "best", "eager")
 BEST_ON_CUDA = "diffusers, max-autotune, channels_last, fused projections, cudnn.benchmark"
 
 
@@ -139,7 +140,7 @@ def versus(setting: Setting, peer: str) -> Case:
         comparison = compare(mine.timed, other.timed, rounds=setting.rounds)
         yield Result.of(name, called, setting.note, comparison)
 
-    needs = ("diffusers",) if peer in ("best", "eager", "unet") else ()
+    needs = ("diffusers",) if peer in (*DIFFUSERS_LOOP, "unet") else ()
     return Case(name, "sampling", measure, needs)
 
 
@@ -163,11 +164,17 @@ def settings(device: str, name: str, dtype: str, solver: str) -> list[Setting]:
     return [Setting(name, dtype, solver, batch, *sizes[batch]) for batch in sizes]
 
 
+def best(device: str) -> tuple[str, ...]:
+    """Return diffusers' best peers, on CUDA first the one that is quick to compile."""
+    return ("graphs", "best") if device == "cuda" else ("best",)
+
+
 def headline(device: str) -> list[Case]:
     """Return ours against diffusers' best on the cifar10 configuration, the most telling set."""
     dtypes = ("bfloat16",) if device == "cuda" else ("float32", "bfloat16")
     return [
-        versus(setting, "best")
+        versus(setting, peer)
+        for peer in best(device)
         for solver in ("ddim", "ddpm")
         for dtype in dtypes
         for setting in settings(device, "cifar10", dtype, solver)
@@ -179,7 +186,8 @@ def other_models(device: str) -> list[Case]:
     names = ("bundled", "pixels256") if device == "cuda" else ("bundled",)
     dtypes = ("bfloat16", "float32") if device == "cuda" else ("float32", "bfloat16")
     return [
-        versus(setting, "best")
+        versus(setting, peer)
+        for peer in best(device)
         for name in names
         for dtype in dtypes
         for solver in ("ddim", "ddpm")
