@@ -29,10 +29,19 @@ def test_every_equation_has_a_row():
 def test_the_model_card_quotes_the_measured_quality():
     folder = ROOT / "engine" / "models" / "fashion-mnist"
     card = (folder / "README.md").read_text(encoding="utf-8")
-    measured = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
-    for key in ("recognised", "classifier_accuracy"):
-        assert f"| {measured[key]:.1%}" in card
-    for key in ("frechet_distance", "frechet_distance_of_training_images"):
-        assert f"| {measured[key]:.2f}" in card
-    for name in ("recognised_by_class", "classifier_accuracy_by_class"):
-        assert " | ".join(f"{share:.0%}" for share in measured[name]) in card
+    measured = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    recognised, frechet, prc = (measured[key] for key in ("recognised", "frechet", "prc"))
+    rows = [
+        (f"{recognised['overall']:.1%}", f"{recognised['real_overall']:.1%} (10,000 test images)"),
+        (f"{frechet['distance']:.2f}", f"{frechet['training']['distance']:.2f} (1,000 training"),
+        (f"{prc['precision']:.1%}", f"{prc['training']['precision']:.1%} (1,000 training"),
+        (f"{prc['recall']:.1%}", f"{prc['training']['recall']:.1%} (1,000 training"),
+        [f"{of['median']:.1f}" for of in (measured["neighbours"], measured["neighbours"]["real"])],
+        [f"{share:.0%}" for share in recognised["by_class"]],
+        [f"{share:.0%}" for share in recognised["real_by_class"]],
+    ]
+    for cells in rows:
+        assert f"| {' | '.join(cells)}" in card
+    bound = measured["bound"]
+    assert f"| {bound['total']:.3f} ± {bound['total_stderr']:.3f} |" in card
+    assert f"{bound['images']} test\nimages at {len(bound['timesteps'])} of" in card
