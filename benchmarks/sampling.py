@@ -196,12 +196,20 @@ def other_models(device: str) -> list[Case]:
 
 
 def other_peers(device: str) -> list[Case]:
-    """Return every other peer: whence the gain comes."""
+    """Return every other peer: whence the gain comes. On a CPU eager is what most people run."""
     dtype = "bfloat16" if device == "cuda" else "float32"
     peers = ["eager", "unet", "reference", *(["tuned"] if device == "cuda" else [])]
-    return [
+    cases = [
         versus(setting, peer)
         for peer in peers
         for name in ("bundled", "cifar10")
         for setting in settings(device, name, dtype, "ddim")
     ]
+    if device == "cpu":
+        cases += [
+            versus(setting, "eager")
+            for dtype, solver in (("bfloat16", "ddim"), ("float32", "ddpm"), ("bfloat16", "ddpm"))
+            for name in ("bundled", "cifar10")
+            for setting in settings(device, name, dtype, solver)
+        ]
+    return cases

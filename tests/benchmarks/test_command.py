@@ -141,6 +141,18 @@ def test_the_headline_comes_first_and_names_are_unique(device):
         assert chosen and {case.suite for case in chosen} == {suite}
 
 
+def test_a_cpu_is_compared_with_diffusers_eager_and_compiled_throughout():
+    names = {case.name for case in suites.chosen("cpu", "sampling")}
+    for case in product(
+        ("bundled", "cifar10"),
+        ("float32", "bfloat16"),
+        ("ddim", "ddpm"),
+        (1, 16),
+        ("best", "eager"),
+    ):
+        assert "{}-{}-{}-batch-{}-{}".format(*case) in names
+
+
 def test_the_module_is_the_command(monkeypatch):
     from flashddpm.benchmarks import __main__ as module
 
