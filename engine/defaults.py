@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashddpm import arguments
-from flashddpm.solvers import SIGMA_SPACINGS, SPACINGS, VARIANCE_TYPES
+from flashddpm.options import PlanOptions
+from flashddpm.schedule import NoiseSchedule
+from flashddpm.solvers import SIGMA_SPACINGS, SPACINGS, VARIANCE_TYPES, Plan, make_plan
+from flashddpm.timesteps import respaced
 
 SCHEDULERS = {
     "DDPMScheduler": "ddpm",
@@ -78,6 +81,43 @@ class SamplingDefaults:
             threshold,
             algorithm if name == "DPMSolverMultistepScheduler" else solver,
             _sigmas(config),
+        )
+
+    def plan(
+        self,
+        schedule: NoiseSchedule,
+        prediction_type: str,
+        solver: str,
+        num_steps: int,
+        options: PlanOptions,
+    ) -> Plan:
+        """Return the plan of `make_plan`, told by options and, where they are silent, by these.
+
+        Raises:
+            ValueError: an argument that is not allowed.
+        """
+        given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
+        if isinstance(given.get("timesteps"), str):
+            given["timesteps"] = respaced(given["timesteps"], len(schedule))
+        if given.get("threshold"):
+            arguments.number("threshold", given["threshold"], 0, 1)
+            if "clip" not in given and self.clip <= 1:
+                raise ValueError(
+                    f"threshold={given['threshold']!r}: needs clip, the largest threshold, above "
+                    f"1, such as 2; the model's own clip={self.clip:g} would be plain clipping"
+                )
+        own: dict[str, Any] = {
+            "spacing": self.spacing,
+            "steps_offset": self.steps_offset,
+            "clip": self.clip,
+            "threshold": self.threshold,
+        }
+        if solver == "ddpm":
+            own["variance_type"] = self.variance_type
+        if solver == self.solver and "timesteps" not in given:
+            own["sigmas"] = self.sigmas
+        return make_plan(
+            schedule, solver, num_steps, prediction_type=prediction_type, **own | given
         )
 
 

@@ -11,7 +11,11 @@ the faults that `flashddpm.faults` lists, which ``faults="diffusers"`` brings ba
 diffusers rounds x_t after every step; here it stays float32, and pictures differ by that.
 With ``seeds=``, or neither, noise is ours (noise.py): an image depends on its own seed only.
 
-Not here: ``scheduler`` (a sampler has solvers), ``components``, offloading.
+Another scheduler is set as in diffusers, by its class:
+
+pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+
+Not here: callbacks, offloading.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from torch import Tensor, nn
 from flashddpm import arguments
 from flashddpm.images import to_pil
 from flashddpm.networks import Network
+from flashddpm.pretrained import read_live_scheduler
 from flashddpm.sampler import Sampler
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -49,6 +54,17 @@ class PipelineOutput:
 
     def __getitem__(self, key: str | int) -> Any:
         return self.images if key == "images" else (self.images,)[key]  # type: ignore[index]
+
+
+@dataclass(frozen=True)
+class SchedulerSettings:
+    """What a pipeline's scheduler is set to.
+
+    Attributes:
+        config: with diffusers' keys: what ``from_config`` of its schedulers takes.
+    """
+
+    config: dict[str, Any]
 
 
 class Draws:
@@ -138,6 +154,32 @@ class _Pipeline:
         return self.sampler.network
 
     @property
+    def scheduler(self) -> SchedulerSettings:
+        """The settings of the scheduler; set one of diffusers to draw by it, with this network.
+
+        The schedule is then computed in float64, as `from_pretrained` does by default.
+
+        Raises:
+            ValueError: one of another class, or settings that we have no rows for.
+        """
+        return SchedulerSettings(self.sampler.scheduler_config)
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        config, schedule, prediction_type, defaults = read_live_scheduler(scheduler)
+        self.sampler = self.sampler.replace(
+            schedule=schedule,
+            prediction_type=prediction_type,
+            defaults=defaults,
+            scheduler=config,
+        )
+
+    @property
+    def components(self) -> dict[str, Sampler]:
+        """What another pipeline of ours is made of: ``DDIMPipeline(**pipe.components)``."""
+        return {"sampler": self.sampler}
+
+    @property
     def device(self) -> torch.device:
         """Where it runs."""
         return self.sampler.device
@@ -216,7 +258,7 @@ class DDPMPipeline(_Pipeline):
         unet, scheduler: of diffusers, in its place (`Sampler.from_diffusers`).
 
     Attributes:
-        sampler: the one in use; another one after `to`.
+        sampler: the one in use; another one after `to` and after a scheduler is set.
     """
 
     def __call__(
@@ -274,7 +316,7 @@ class DDIMPipeline(_Pipeline):
         unet, scheduler: of diffusers, in its place (`Sampler.from_diffusers`).
 
     Attributes:
-        sampler: the one in use; another one after `to`.
+        sampler: the one in use; another one after `to` and after a scheduler is set.
     """
 
     def __call__(
@@ -347,15 +389,5 @@ def _moved(sampler: Sampler, device: torch.device, dtype: torch.dtype) -> Sample
             f"sampler.network={type(sampler.network).__name__}: only flashddpm's UNet is moved; "
             "make a Sampler of this one where it shall run"
         )
-    return Sampler(
-        copy.deepcopy(sampler.network).to(device, dtype),
-        sampler.schedule,
-        shape=sampler.shape,
-        prediction_type=sampler.prediction_type,
-        conditioning=sampler.conditioning,
-        defaults=sampler.defaults,
-        device=device,
-        backend=sampler.backend,
-        compile=sampler.execution.compile,
-        scheduler=sampler._scheduler,
-    )
+    network = copy.deepcopy(sampler.network).to(device, dtype)
+    return sampler.replace(network=network, device=device, dtype=dtype)

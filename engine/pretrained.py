@@ -34,6 +34,9 @@ from flashddpm.unet import UNet
 from flashddpm.unet_config import UNetConfig
 from flashddpm.weights import mismatches
 
+DEFAULTED = "_use_default_values"
+"""In a live config of diffusers, the keys that nobody has set: another class takes its own."""
+
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -119,12 +122,7 @@ def load_diffusers(
     if scheduler is None:
         raise ValueError("scheduler=None: must be given beside a U-Net")
     arguments.one_of("model", type(unet).__name__, UNETS)
-    name = arguments.one_of("scheduler", type(scheduler).__name__, SCHEDULERS)
-    config = {**_plain(scheduler.config), "_class_name": name}
-    try:
-        schedule, prediction_type, defaults = _read_scheduler(config, tables)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"scheduler: {error}") from error
+    config, schedule, prediction_type, defaults = read_live_scheduler(scheduler, tables)
     try:
         twin = _copy_unet(UNetConfig.from_dict(_plain(unet.config)), unet.state_dict())
         shape = _shape(twin.config)
@@ -132,6 +130,27 @@ def load_diffusers(
         raise ValueError(f"model: {error}") from error
     labels = conditioning or Conditioning(twin.config.num_class_embeds)
     return Pretrained(twin, config, schedule, prediction_type, defaults, shape, labels)
+
+
+def read_live_scheduler(
+    scheduler: Any, tables: str = "float64"
+) -> tuple[dict[str, Any], NoiseSchedule, str, SamplingDefaults]:
+    """Return scheduler, schedule, prediction_type and defaults of Pretrained.
+
+    Args:
+        scheduler: a live one of diffusers.
+        tables: of the schedule, as NoiseSchedule.from_config takes it.
+
+    Raises:
+        ValueError: an object of another class, or settings that we have no rows for.
+    """
+    name = arguments.one_of("scheduler", type(scheduler).__name__, SCHEDULERS)
+    config = {**_plain(scheduler.config), "_class_name": name}
+    config[DEFAULTED] = [*scheduler.config.get(DEFAULTED, ())]
+    try:
+        return config, *_read_scheduler(config, tables)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"scheduler: {error}") from error
 
 
 def save_pretrained(
@@ -153,7 +172,8 @@ def save_pretrained(
         raise ValueError(f"network={kind}: only flashddpm's UNet has a folder's layout")
     if Path(folder).exists() and not Path(folder).is_dir():
         raise ValueError(f"folder={str(folder)!r}: is a file; must be a folder, or nothing yet")
-    save_model(folder, network.config, network.state_dict(), scheduler, labels)
+    stored = {key: value for key, value in scheduler.items() if key != DEFAULTED}
+    save_model(folder, network.config, network.state_dict(), stored, labels)
 
 
 def scheduler_config(

@@ -48,7 +48,7 @@ class Request:
         deadline: seconds from ``submit`` after which the image is not wanted any more.
         spacing, steps_offset, sigmas, timesteps, eta, variance_type, clip, threshold,
             guidance_rescale, guidance_interval, use_clipped_model_output, faults: of the plan, as
-            `sampler.PlanOptions` says; None is the model's own, or none.
+            `options.PlanOptions` says; None is the model's own, or none.
     """
 
     seed: int

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from flashddpm.defaults import SamplingDefaults
 from flashddpm.errors import NonFiniteError
 from flashddpm.execution import BACKENDS, Execution
 from flashddpm.kernels.contract import Purpose
+from flashddpm.options import PlanOptions, RunOptions
 from flashddpm.parameterization import PREDICTION_TYPES
 from flashddpm.pretrained import (
     Pretrained,
@@ -34,55 +35,8 @@ from flashddpm.pretrained import (
 )
 from flashddpm.schedule import NoiseSchedule
 from flashddpm.slots import Slots
-from flashddpm.solvers import Plan, make_plan
-from flashddpm.timesteps import respaced
+from flashddpm.solvers import Plan
 from flashddpm.trajectory import Trajectory, load_trajectory
-
-
-class PlanOptions(TypedDict, total=False):
-    """What a plan may be told besides its solver and number of steps (solvers.make_plan).
-
-    Attributes:
-        spacing: "leading", "linspace" or "trailing".
-        steps_offset: added to leading timesteps.
-        sigmas: "karras", "exponential" or "beta" noise levels.
-        timesteps: a list of one's own, or a respacing string of OpenAI's: "250", "ddim50",
-            "10,20,30".
-        eta: of ddim: 0 is deterministic, 1 as noisy as ddpm.
-        variance_type: of ddpm: "fixed_small", "fixed_large", or "learned" and "learned_range" for a
-            network of 2C channels.
-        clip: bound of x0, 0 for none.
-        threshold: of dynamic thresholding: the quantile of |x0| that an image is clipped to and
-            divided by, held within [1, clip]; 0 for none.
-        guidance_rescale: how far guided outputs are brought back to the deviation of their
-            conditional half, in [0, 1].
-        guidance_interval: (low, high): guide where low < sigma <= high only.
-        use_clipped_model_output: of ddim: derive eps again from the clipped x0.
-        faults: "mended", or "diffusers" to do as it does where we differ (engine/faults.py).
-    """
-
-    spacing: str | None
-    steps_offset: int | None
-    sigmas: str | None
-    timesteps: Sequence[float] | str | None
-    eta: float | None
-    variance_type: str | None
-    clip: float | None
-    threshold: float | None
-    guidance_rescale: float | None
-    guidance_interval: tuple[float, float] | None
-    use_clipped_model_output: bool | None
-    faults: str | None
-
-
-class RunOptions(TypedDict, total=False):
-    """How a sampler runs, as `Sampler` says."""
-
-    backend: str
-    compile: bool | str
-    capture: bool | str
-    tune: bool
-    graph_memory: int | None
 
 
 class Sampler:
@@ -133,6 +87,8 @@ class Sampler:
         graph_memory: int | None = None,
         scheduler: Mapping[str, Any] | None = None,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name != "self"}
+        self._arguments: dict[str, Any] = given
         if not callable(network):
             raise ValueError(f"network={network!r}: must be a module or a function")
         if not isinstance(shape, Sequence) or len(shape) != 3:
@@ -159,7 +115,6 @@ class Sampler:
             tune=tune,
             graph_memory=graph_memory,
         )
-        self._scheduler = scheduler
         self._lock = threading.Lock()
         self._owner: int | None = None
 
@@ -182,6 +137,18 @@ class Sampler:
     def backend(self) -> str:
         """The path: "reference" or "fused"."""
         return self.execution.backend
+
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """Schedule, prediction type and defaults with diffusers' keys, as a folder has them.
+
+        Raises:
+            ValueError: diffusers has no settings for these defaults.
+        """
+        known = self._arguments["scheduler"]
+        if known is not None:
+            return dict(known)
+        return scheduler_config(self.schedule, self.prediction_type, self.defaults)
 
     @classmethod
     def from_pretrained(
@@ -267,10 +234,21 @@ class Sampler:
         Raises:
             ValueError: the network is not ours, or its defaults have no settings in diffusers.
         """
-        scheduler = self._scheduler or scheduler_config(
-            self.schedule, self.prediction_type, self.defaults
-        )
-        save_pretrained(folder, self.network, scheduler, self.conditioning)
+        save_pretrained(folder, self.network, self.scheduler_config, self.conditioning)
+
+    def replace(self, **changes: Any) -> Sampler:
+        """Return a sampler like this one, but for these arguments of the class.
+
+        Nothing compiled is taken over. Unless another network is given both share theirs, so that
+        `update_weights` of one is not for the other to see.
+
+        Raises:
+            TypeError: no such argument.
+            ValueError: one that is not allowed.
+        """
+        if changes.keys() & {"schedule", "prediction_type", "defaults"}:
+            changes = {"scheduler": None, **changes}  # they no longer are what it says
+        return type(self)(**self._arguments | changes)
 
     def initial_noise(self, seeds: int | Iterable[int] | Tensor) -> Tensor:
         """Return the x_T of these seeds, float32 [B, C, H, W]."""
@@ -297,30 +275,7 @@ class Sampler:
                     f"solver: the plan's timesteps must be in 0..{len(self.schedule) - 1}"
                 )
             return solver
-        given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
-        defaults = self.defaults
-        if isinstance(given.get("timesteps"), str):
-            given["timesteps"] = respaced(given["timesteps"], len(self.schedule))
-        if given.get("threshold"):
-            arguments.number("threshold", given["threshold"], 0, 1)
-            if "clip" not in given and defaults.clip <= 1:
-                raise ValueError(
-                    f"threshold={given['threshold']!r}: needs clip, the largest threshold, above "
-                    f"1, such as 2; the model's own clip={defaults.clip:g} would be plain clipping"
-                )
-        own: dict[str, Any] = {
-            "spacing": defaults.spacing,
-            "steps_offset": defaults.steps_offset,
-            "clip": defaults.clip,
-            "threshold": defaults.threshold,
-        }
-        if solver == "ddpm":
-            own["variance_type"] = defaults.variance_type
-        if solver == defaults.solver and "timesteps" not in given:
-            own["sigmas"] = defaults.sigmas
-        return make_plan(
-            self.schedule, solver, num_steps, prediction_type=self.prediction_type, **own | given
-        )
+        return self.defaults.plan(self.schedule, self.prediction_type, solver, num_steps, options)
 
     @torch.inference_mode(False)
     @torch.no_grad()

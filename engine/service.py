@@ -27,8 +27,9 @@ from flashddpm import arguments, inputs
 from flashddpm.desk import Desk
 from flashddpm.flight import Flight
 from flashddpm.loop import Loop
+from flashddpm.options import PlanOptions
 from flashddpm.request import Job, OnStep, Request, Result
-from flashddpm.sampler import PlanOptions, Sampler
+from flashddpm.sampler import Sampler
 from flashddpm.solvers import Plan
 
 CACHED_PLANS = 128

@@ -301,6 +301,60 @@ def test_to_leaves_the_sampler_as_it_was(tiny_sampler):
         DDPMPipeline(foreign).to(torch.float16)
 
 
+@pytest.mark.parametrize("source", ["live", "folder", "folder of few settings"])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (DDIMScheduler, {"beta_end": 0.015, "prediction_type": "sample"}),
+        (DDPMScheduler, {"variance_type": "fixed_large"}),
+        (DPMSolverMultistepScheduler, {}),
+    ],
+)
+def test_a_scheduler_is_set_as_in_diffusers(folder, tmp_path, source, kind, changes):
+    """What nobody has set is the new class's default: there the two spacings differ."""
+    theirs, path = folder(DDPMScheduler(prediction_type="v_prediction", clip_sample_range=0.9))
+    if source == "live":
+        pipe = DDPMPipeline(unet=theirs.unet, scheduler=theirs.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+    else:
+        if source == "folder of few settings":
+            file = path / "scheduler/scheduler_config.json"
+            few = {"_class_name": "DDPMScheduler", "prediction_type": "v_prediction"}
+            file.write_text(json.dumps(few))
+        theirs = diffusers.DDPMPipeline.from_pretrained(path)
+        theirs.set_progress_bar_config(disable=True)
+        pipe = load(DDPMPipeline, path)
+    before = pipe.sampler
+    for one_of in (theirs, pipe):
+        one_of.scheduler = kind.from_config(one_of.scheduler.config, **changes)
+    assert pipe.scheduler.config["_class_name"] == kind.__name__
+    assert pipe.sampler.network is before.network and before.defaults.solver == "ddpm"
+    ask = {"batch_size": 2, "num_inference_steps": 8}
+    assert_same(pipe, theirs, one, CLOSE_BY_EPS, **ask)
+    pipe.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/scheduler/scheduler_config.json").read_text())
+    assert "_use_default_values" not in saved and saved["beta_schedule"] == "linear"
+    assert_same(load(DDPMPipeline, tmp_path / "saved"), theirs, one, CLOSE_BY_EPS, **ask)
+
+
+def test_a_scheduler_that_cannot_be_set_changes_nothing(tiny_sampler):
+    pipe = pipeline(tiny_sampler)
+    before = pipe.sampler
+    for wrong, message in (
+        (3, "scheduler='int'.*DDPMScheduler"),
+        (pipe.scheduler, "scheduler='SchedulerSettings'.*DDPMScheduler"),
+        (DPMSolverMultistepScheduler(solver_order=3), "scheduler: .*solver_order"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe.scheduler = wrong
+    assert pipe.sampler is before
+
+
+def test_components_make_another_pipeline(tiny_sampler):
+    pipe = pipeline(tiny_sampler)
+    assert DDIMPipeline(**pipe.components).sampler is pipe.sampler
+
+
 @pytest.mark.parametrize(
     ("ask", "message"),
     [

@@ -576,6 +576,25 @@ def test_a_plan_of_ones_own(tiny_sampler):
     assert not torch.equal(c, a) and (c - a).abs().max() < 0.5
 
 
+def test_replace_changes_what_is_named(tiny_sampler, tiny_unet):
+    sampler = tiny_sampler(
+        scheduler={"_class_name": "DDIMScheduler"}, graph_memory=7, capture=False, backend="fused"
+    )
+    plain = sampler.replace(backend="reference")
+    assert (plain.backend, sampler.backend) == ("reference", "fused")
+    assert plain.network is sampler.network and plain.scheduler_config == sampler.scheduler_config
+    ask = {"labels": [0, 1], "num_steps": 4}
+    assert (plain.sample([1, 2], **ask) - sampler.sample([1, 2], **ask)).abs().max() <= 1e-4
+    other = sampler.replace(schedule=fd.NoiseSchedule.create("linear", 50))
+    assert other.scheduler_config["num_train_timesteps"] == 50  # not the old config's
+    assert other.conditioning == sampler.conditioning and other.prediction_type == "v_prediction"
+    assert other.execution.graphs._limit == 7
+    with pytest.raises(TypeError, match="colour"):
+        sampler.replace(colour="grey")
+    with pytest.raises(ValueError, match="backend='triton'"):
+        sampler.replace(backend="triton")
+
+
 def test_numpy_arguments(tiny_sampler):
     sampler = tiny_sampler()
     want = sampler.sample([4, 5], [1, 2], [2.0, 1.0], num_steps=2)

@@ -14,7 +14,7 @@ import torch
 
 import flashddpm as fd
 from flashddpm import desk, flight, loop, metrics, service
-from flashddpm.sampler import PlanOptions
+from flashddpm.options import PlanOptions
 
 SHAPE = (1, 3, 5)
 MANY = [
