@@ -38,7 +38,7 @@ def evaluate(
     metrics: Annotated[
         str, Option(help="Comma-separated. frechet, kernel and prc are of features.")
     ] = "bound,frechet,kernel,prc,neighbours",
-    num_samples: Annotated[int | None, Option(help="How many samples.  [default: 1000]")] = None,
+    num_images: Annotated[int | None, Option(help="How many samples.  [default: 1000]")] = None,
     seeds: Seeds = None,
     guidance: Guidance = 1.0,
     solver: Solver = None,
@@ -96,7 +96,7 @@ def evaluate(
         out,
         reference,
         tuple(name.strip() for name in metrics.split(",") if name.strip()),
-        num_samples,
+        num_images,
         seeds,
         plan,
         guidance,

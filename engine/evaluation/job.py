@@ -45,7 +45,7 @@ class Settings:
         reference: real images to compare with; None: the IDX test images in ``data`` where it has
             them, else ``data`` itself.
         metrics: of METRICS.
-        num_samples, seeds: as for ``flashddpm sample``; by default 1,000 from seed 0.
+        num_images, seeds: as for ``flashddpm sample``; by default 1,000 from seed 0.
         plan: arguments of `Sampler.plan` by name; None is "not given" (`with_defaults`).
         guidance: w; 1 is off.
         bound_images: real images that the bound is of; None: 256, or all where there are fewer.
@@ -60,7 +60,7 @@ class Settings:
     out: Path
     reference: Path | None = None
     metrics: Sequence[str] = METRICS
-    num_samples: int | None = None
+    num_images: int | None = None
     seeds: str | None = None
     plan: Mapping[str, Any] = field(default_factory=dict)
     guidance: float = 1.0
@@ -198,7 +198,7 @@ def prepare(settings: Settings) -> Job:
         raise ValueError(f"model: draws {sampler.shape[0]} channels; pictures have 1 or 3")
     if "neighbours" in metrics and len(data) < NEIGHBOURS:
         raise ValueError(f"data: {len(data)} images; neighbours need at least {NEIGHBOURS}")
-    counts = {"num_samples": len(seeds), "reference": len(reference)}
+    counts = {"num_images": len(seeds), "reference": len(reference)}
     extractor, classifier = None, None
     if set(metrics) & set(OF_FEATURES):
         where = str(sampler.device)
@@ -228,12 +228,12 @@ def prepare(settings: Settings) -> Job:
 
 def _seeds(settings: Settings) -> tuple[str | None, int | None]:
     """Return seeds and number of samples as `parse_seeds` wants them: 1,000 unless told."""
-    if settings.num_samples is not None:
-        arguments.integer("num_samples", settings.num_samples, 1)
+    if settings.num_images is not None:
+        arguments.integer("num_images", settings.num_images, 1)
     single = settings.seeds is None or not set(settings.seeds) & set(":,")
-    if settings.num_samples is None and single:
+    if settings.num_images is None and single:
         return settings.seeds, NUM_SAMPLES
-    return settings.seeds, settings.num_samples
+    return settings.seeds, settings.num_images
 
 
 def _check_options(settings: Settings) -> tuple[str, ...]:

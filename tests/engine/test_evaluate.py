@@ -75,7 +75,7 @@ def settings(model, data, tmp_path):
 
     def make(**changes) -> Settings:
         given = {
-            "num_samples": 72, "plan": {"solver": "ddim", "num_steps": 2}, "device": "cpu",
+            "num_images": 72, "plan": {"solver": "ddim", "num_steps": 2}, "device": "cpu",
             "guidance": 2.0, "bound_images": 6, "bound_timesteps": "4", "batch_size": 16,
         }  # fmt: skip
         return Settings(str(model), data, tmp_path / "out.html", **given | changes)
@@ -135,7 +135,7 @@ def draw_test_images(monkeypatch, data):
 def test_a_model_that_draws_the_reference_is_perfect(settings, data, monkeypatch):
     draw_test_images(monkeypatch, data)
     metrics = ("frechet", "kernel", "prc", "neighbours")
-    result, shown = evaluate.evaluate(prepare(settings(num_samples=90, metrics=metrics)))
+    result, shown = evaluate.evaluate(prepare(settings(num_images=90, metrics=metrics)))
     assert result["frechet"]["distance"] == pytest.approx(0, abs=1e-6)
     assert result["frechet"]["training"]["distance"] > 0.01
     # No training image is in another's place: of 90 real and 90 training images some lie apart.
@@ -157,7 +157,7 @@ def test_a_model_that_draws_one_class_is_precise_and_recalls_little(settings, da
         return test.images[CLASSES * torch.tensor(seeds)].float() / 127.5 - 1
 
     monkeypatch.setattr(fd.Sampler, "sample", sample)
-    result, _ = evaluate.evaluate(prepare(settings(num_samples=30, metrics=("prc",))))
+    result, _ = evaluate.evaluate(prepare(settings(num_images=30, metrics=("prc",))))
     assert result["prc"]["precision"] > 0.8
     assert result["prc"]["recall"] < 0.6
     assert result["prc"]["reference_images"] == 30
@@ -165,7 +165,7 @@ def test_a_model_that_draws_one_class_is_precise_and_recalls_little(settings, da
 
 def test_copies_of_training_images_are_found(settings, data, monkeypatch):
     draw_test_images(monkeypatch, data)
-    given = settings(num_samples=30, metrics=("neighbours",), features="none.pt")  # not looked at
+    given = settings(num_images=30, metrics=("neighbours",), features="none.pt")  # not looked at
     result, _ = evaluate.evaluate(prepare(given))
     found = result["neighbours"]
     assert found["duplicates"] == [{"seed": i, "training_image": i} for i in range(COPIES)]
@@ -198,7 +198,7 @@ def test_the_command_writes_a_page_and_json_and_prints_a_table(
     monkeypatch, capfd, model, data, tmp_path
 ):
     out = tmp_path / "deep" / "out.html"
-    line = ["evaluate", model, data, "--num-samples", 72, "--seeds", 5, "--guidance", 2.5,
+    line = ["evaluate", model, data, "--num-images", 72, "--seeds", 5, "--guidance", 2.5,
             "--solver", "dpmpp_2m", "--num-steps", 3, "--sigmas", "karras", "--bound-images", 4,
             "--bound-timesteps", 3, "--device", "cpu", "--out", out]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["flashddpm", *map(str, line)])
@@ -272,7 +272,7 @@ def test_a_reference_may_be_named(settings, data, tmp_path):
 def test_features_of_a_file(settings, script, data, monkeypatch, kind, scale):
     draw_test_images(monkeypatch, data)
     path = script(Rows())
-    given = settings(features=path, feature_input=kind, metrics=("frechet",), num_samples=45)
+    given = settings(features=path, feature_input=kind, metrics=("frechet",), num_images=45)
     result, _ = evaluate.evaluate(prepare(given))
     real = load_data(data / "t10k-images-idx3-ubyte").images.double().mean([1, 3]).numpy()
     means = real[:45].mean(0) - real.mean(0)
@@ -289,10 +289,10 @@ def test_features_of_a_file(settings, script, data, monkeypatch, kind, scale):
     [
         ({"metrics": ("frechet", "fid")}, "metrics='fid': must be one of bound, frechet"),
         ({"metrics": ()}, r"metrics=\[\]: must be at least one of bound"),
-        ({"num_samples": 64}, "num_samples: 64 samples of 64 features.* at least 65"),
-        ({"num_samples": 1, "metrics": ("kernel",)}, "num_samples: 1 samples; subsets.* least 2"),
-        ({"num_samples": 3, "metrics": ("prc",)}, "num_samples: 3 samples.* at least 4"),
-        ({"num_samples": 0}, "num_samples=0: must be at least 1"),
+        ({"num_images": 64}, "num_images: 64 samples of 64 features.* at least 65"),
+        ({"num_images": 1, "metrics": ("kernel",)}, "num_images: 1 samples; subsets.* least 2"),
+        ({"num_images": 3, "metrics": ("prc",)}, "num_images: 3 samples.* at least 4"),
+        ({"num_images": 0}, "num_images=0: must be at least 1"),
         ({"seeds": "a"}, "seeds='a'"),
         ({"bound_images": 91}, r"bound_images=91: must be in 2\.\.90"),
         ({"bound_images": 1}, "bound_images=1"),
