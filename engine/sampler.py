@@ -87,8 +87,8 @@ class Sampler:
         graph_memory: int | None = None,
         scheduler: Mapping[str, Any] | None = None,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name != "self"}
-        self._arguments: dict[str, Any] = given
+        self._arguments: dict[str, Any] = {**locals()}
+        del self._arguments["self"]
         if not callable(network):
             raise ValueError(f"network={network!r}: must be a module or a function")
         if not isinstance(shape, Sequence) or len(shape) != 3:
