@@ -24,7 +24,7 @@ from flashddpm.sampler import Sampler
 
 METRICS = ("bound", "frechet", "kernel", "prc", "neighbours")
 OF_FEATURES = ("frechet", "kernel", "prc")
-NUM_SAMPLES = 1000
+NUM_IMAGES = 1000
 BOUND_IMAGES = 256
 BOUND_TIMESTEPS = 100
 PRC_NEIGHBOUR = 3
@@ -232,7 +232,7 @@ def _seeds(settings: Settings) -> tuple[str | None, int | None]:
         arguments.integer("num_images", settings.num_images, 1)
     single = settings.seeds is None or not set(settings.seeds) & set(":,")
     if settings.num_images is None and single:
-        return settings.seeds, NUM_SAMPLES
+        return settings.seeds, NUM_IMAGES
     return settings.seeds, settings.num_images
 
 
