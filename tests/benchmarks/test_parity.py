@@ -12,6 +12,8 @@ from flashddpm.benchmarks import parity
 
 PAGE = (Path(__file__).parents[2] / "docs" / "parity.md").read_text(encoding="utf-8")
 FEW = parity.pairwise(list(parity.possible()))
+LAST_BITS = 4 * 2.0**-22
+"""Four of them, of float32 numbers from 2 to 4 (x_T): by so much may another processor differ."""
 
 
 def committed():
@@ -46,7 +48,8 @@ def test_any_two_settings_that_can_meet_do_meet():
 def check(case):
     """The committed numbers, of one digit, are those measured here, up to a factor of 2.
 
-    Theirs are of rounding, which the last bit of a logarithm on another machine may move.
+    They are of rounding, which the last bit of a logarithm on another machine may move, and the
+    smallest are one or two last bits of an image.
     """
     row, (float64, tables, restored, remark) = parity.measure(case), ROWS[case.cells()]
     assert (row.restored is None) == (restored == "") == (remark == "")
@@ -54,7 +57,8 @@ def check(case):
     if row.restored is not None:
         pairs.append((row.restored, restored))
     for measured, printed in pairs:
-        assert float(printed) / 2 <= measured <= 2 * float(printed), (case, row)
+        low, high = float(printed) / 2 - LAST_BITS, 2 * float(printed) + LAST_BITS
+        assert low <= measured <= high, (case, row)
 
 
 @pytest.mark.parametrize("scheduler", parity.SCHEDULERS)
