@@ -136,7 +136,7 @@ class _WrongSign(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gain):
         ctx.save_for_backward(gain)
-        return scale(x, gain)
+        return scale(x, gain).clone()  # torch 2.11 compiles no gradient where `to` is the last
 
     @staticmethod
     def backward(ctx, grad):
