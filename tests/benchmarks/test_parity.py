@@ -12,8 +12,8 @@ from flashddpm.benchmarks import parity
 
 PAGE = (Path(__file__).parents[2] / "docs" / "parity.md").read_text(encoding="utf-8")
 FEW = parity.pairwise(list(parity.possible()))
-LAST_BITS = 4 * 2.0**-22
-"""Four of them, of float32 numbers from 2 to 4 (x_T): by so much may another processor differ."""
+LAST_BITS = 4 * 2.0**-23
+"""Four of them, of float32 images that reach 1.9: by so much may another processor differ."""
 
 
 def committed():
