@@ -29,7 +29,7 @@ class Averages:
         }
         device = self._parameters[0].device
         # On the device: a captured step reads what the host writes there before each replay.
-        self._rates = {h: torch.zeros((), device=device) for h in half_lives}
+        self._rates = {h: torch.zeros((), dtype=torch.float32, device=device) for h in half_lives}
 
     def set_rates(self, step: int) -> None:
         """Choose 1 - d for this step."""

@@ -26,6 +26,7 @@ from flashddpm.defaults import SCHEDULERS
 from flashddpm.errors import CheckpointError
 from flashddpm.files import read_json, write_atomic, write_json
 from flashddpm.files import read_tensors as read_tensors  # some look for it here
+from flashddpm.host import isolated
 from flashddpm.networks import LIBRARIES, Network, NetworkConfig, on_meta, read_config
 from flashddpm.weights import INDEX, WEIGHTS, mismatches, read_weights, shards
 
@@ -49,6 +50,7 @@ def find(folder: Path, sub: str, name: str) -> Path:
     return flat if flat.exists() and not nested.exists() else nested
 
 
+@isolated
 def load_unet(
     folder: str | PathLike[str],
     device: torch.device,
@@ -162,6 +164,7 @@ def load_conditioning(folder: str | PathLike[str], config: NetworkConfig) -> Con
     return Conditioning(classes, null, tuple(map(str, names)) if names is not None else None)
 
 
+@isolated
 def save_model(
     folder: str | PathLike[str],
     config: NetworkConfig,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flashddpm import arguments
+from flashddpm.host import ints
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Purpose
 from flashddpm.loader import Draw
@@ -38,7 +39,7 @@ class Draws:
         self.config, self.count = config, count
         self.rank, self.size = rank, size
         self.seed = arguments.seed_list(config.seed)[0]
-        self._last = (-1, torch.empty(0))
+        self._last = (-1, ints([]))
 
     def __call__(self, step: int) -> Draw:
         """Return what a step trains on, on the CPU, each [b]:
@@ -48,13 +49,15 @@ class Draws:
         """
         config, B = self.config, self.config.batch_size
         part = config.part_of(self.size)
-        places = torch.arange(self.rank * part, (self.rank + 1) * part)
+        places = torch.arange(self.rank * part, (self.rank + 1) * part, device="cpu")
         keys = step * B + places
         if config.timestep_sampling == "uniform":
             word = self._words(keys, Purpose.TIMESTEP)
         else:
-            start = self._words(torch.tensor([step]), Purpose.TIMESTEP)
+            start = self._words(ints([step]), Purpose.TIMESTEP)
             word = (start + (places << 32) // B) % WORD
+        # float32, in which torch compares integers with a fraction where no dtype is set.
+        dropout = self._words(keys, Purpose.LABEL_DROPOUT).float()
         return Draw(
             index=self._images(keys),
             flip=(self._words(keys, Purpose.FLIP) < WORD // 2) & config.horizontal_flip,
@@ -62,7 +65,7 @@ class Draws:
                 "t": (word * config.num_train_timesteps) >> 32,
                 "seeds": torch.full_like(keys, self.seed),
                 "keys": keys,
-                "drop": self._words(keys, Purpose.LABEL_DROPOUT) < config.label_dropout * WORD,
+                "drop": dropout < config.label_dropout * WORD,
             },
         )
 
@@ -84,6 +87,7 @@ class Draws:
         known, order = self._last  # read and set as one: a loader's thread may draw beside us
         if known != epoch:
             seed = (self.config.seed + epoch * 0x9E3779B9) % 2**63
-            order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(self.count, generator=generator, device="cpu")
             self._last = (epoch, order)
         return order

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from flashddpm import arguments
+from flashddpm.host import plain_factories
 from flashddpm.rms_unet import RMSUNet, RMSUNetConfig
 from flashddpm.unet import UNet
 from flashddpm.unet_config import UNetConfig
 
 Network = UNet | RMSUNet
 NetworkConfig = UNetConfig | RMSUNetConfig
+
+CLASSES: tuple[type[Network], ...] = (UNet, RMSUNet)
 
 LIBRARIES = {"UNet2DModel": "diffusers", "RMSUNet": "flashddpm"}
 """Each class, and the library that model_index.json says it is of."""
@@ -37,5 +38,5 @@ def on_meta(config: NetworkConfig) -> Network:
     Raises:
         ValueError: it cannot be built.
     """
-    with torch.device("meta"):
+    with plain_factories("meta"):
         return RMSUNet(config) if isinstance(config, RMSUNetConfig) else UNet(config)

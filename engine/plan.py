@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashddpm import arguments
+from flashddpm.host import isolated
 from flashddpm.kernels.contract import Column
 
 Table = NDArray[np.float64]
@@ -41,6 +43,7 @@ class Plan:
     initial: tuple[float, float] = (0.0, 1.0)
     abar: Table | None = None
 
+    @isolated(grad=False)
     def __post_init__(self) -> None:
         rows = np.array(self.rows, np.float64)
         _check_rows(rows)
@@ -63,6 +66,9 @@ class Plan:
                 value.setflags(write=False)
             object.__setattr__(self, name, value)
         object.__setattr__(self, "initial", initial)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.rows, self.noise_keys, self.initial, self.abar)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -129,6 +135,7 @@ class Plan:
             )
         return self.begin_at(n - count)
 
+    @isolated(grad=False)
     def begin_at(self, row: int) -> Plan:
         """Return the plan that begins at ``row``, in 0..S-1, from an image noised to its timestep.
 

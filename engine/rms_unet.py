@@ -258,7 +258,8 @@ class RMSUNet(nn.Module):
         """[B] -> [B, 4 dim]."""
         half = self.config.dim // 2
         step = math.log(self.config.theta) / (half - 1)
-        angles = t.float()[:, None] * torch.exp(torch.arange(half, device=t.device) * -step)
+        exponent = torch.arange(half, dtype=torch.float32, device=t.device) * -step
+        angles = t.float()[:, None] * torch.exp(exponent)
         waves = torch.cat([angles.sin(), angles.cos()], -1)
         return self.time_mlp(waves.to(self.final_conv.weight.dtype))
 
@@ -273,7 +274,8 @@ class RMSUNet(nn.Module):
         Returns:
             [B, C_out, H, W].
         """
-        t = torch.as_tensor(t, device=x_t.device)
+        dtype = torch.float32 if isinstance(t, float) else None
+        t = torch.as_tensor(t, dtype=dtype, device=x_t.device)
         self._check(x_t, t, labels)
         emb = self.embed_time(t.expand(len(x_t)))
         x = first = self.init_conv(x_t)

@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from flashddpm import arguments
+from flashddpm.host import isolated
 
 Table = NDArray[np.float64]
 
@@ -100,6 +101,7 @@ class NoiseSchedule:
 
     betas: Table
 
+    @isolated(grad=False)
     def __post_init__(self) -> None:
         try:
             given = np.asarray(self.betas)
@@ -122,7 +124,11 @@ class NoiseSchedule:
         if not (np.diff(self.alphas_cumprod, prepend=1.0) < 0).all():
             raise ValueError("betas: alphas_cumprod must strictly decrease; some beta is too small")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.betas,)
+
     @classmethod
+    @isolated(grad=False)
     def create(
         cls,
         beta_schedule: str = "linear",
@@ -155,6 +161,7 @@ class NoiseSchedule:
         return cls._rounded(_float32_abar(betas, rescale_betas_zero_snr))
 
     @classmethod
+    @isolated(grad=False)
     def from_config(cls, config: Mapping[str, Any], tables: str = "float64") -> NoiseSchedule:
         """Return the schedule that a diffusers scheduler_config.json describes.
 

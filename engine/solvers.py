@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from flashddpm import arguments
 from flashddpm.faults import FAULTS, restore
+from flashddpm.host import isolated
 from flashddpm.kernels.contract import Column
 from flashddpm.parameterization import LEARNED_VARIANCES, eps_rows, x0_rows
 from flashddpm.plan import Plan, adjust
@@ -294,6 +295,7 @@ FRACTIONAL = ("euler", "euler_ancestral")
 """Solvers whose networks are told timesteps as they fall, not the nearest whole ones."""
 
 
+@isolated(grad=False)
 def make_plan(
     schedule: NoiseSchedule,
     solver: str = "ddim",

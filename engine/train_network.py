@@ -9,6 +9,7 @@ import torch
 from flashddpm.checkpoint import load_scheduler_config, load_unet
 from flashddpm.data import ImageSource
 from flashddpm.errors import CheckpointError
+from flashddpm.host import plain_factories
 from flashddpm.train_config import TrainConfig
 from flashddpm.unet import UNet
 
@@ -22,7 +23,7 @@ def first_network(config: TrainConfig, data: ImageSource) -> UNet:
     """
     if config.init:
         return _given_network(Path(config.init), config, data)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), plain_factories():
         torch.default_generator.manual_seed(config.seed)  # torch.manual_seed reseeds CUDA too
         return UNet(config.unet_config(data.shape, data.num_classes))
 

@@ -74,7 +74,8 @@ class TrainStep:
         self.targets = self._table(self._loss_rows(schedule))
         self.params = dict(unet.named_parameters())
         self.averages = Averages(self.params, config.ema_half_lives)
-        self._rate = torch.zeros((), device=self.device)  # read by captured steps, as the averages'
+        # Read by captured steps, as the averages'.
+        self._rate = torch.zeros((), dtype=torch.float32, device=self.device)
         self.optimizer = torch.optim.AdamW(
             self.params.values(),
             lr=self._rate,
@@ -145,7 +146,9 @@ class TrainStep:
         """Return the mean loss of a batch, a scalar."""
         x0, t, seeds, keys = (inputs[name] for name in ("x0", "t", "seeds", "keys"))
         config = self.config
-        with torch.autocast(self.device.type, torch.bfloat16, config.precision == "bfloat16"):
+        # Without the cache of cast weights: within the caller's autocast it outlives the step.
+        low = config.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, low, cache_enabled=False):
             x_t = self.ops.add_noise(x0, t, seeds, keys, self.noising)
             out = self.network(x_t, t, inputs.get("labels"))
         of = self.ops.hybrid_loss if config.learns_variance else self.ops.diffusion_loss
@@ -156,7 +159,7 @@ class TrainStep:
         """Leave the gradients of a batch's mean loss in the parameters; return the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.config.accumulate
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
         split = {name: value.chunk(parts) for name, value in inputs.items()}
         for i in range(parts):
             last = i == parts - 1

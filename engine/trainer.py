@@ -29,6 +29,7 @@ from flashddpm.defaults import SamplingDefaults
 from flashddpm.draws import Draws
 from flashddpm.errors import CheckpointError, DivergedError
 from flashddpm.files import write_json
+from flashddpm.host import ints, isolated
 from flashddpm.images import save_grid
 from flashddpm.interrupts import held_signals
 from flashddpm.loader import Batch, Loader
@@ -68,6 +69,7 @@ class Trainer:
         CheckpointError: ``init`` names no model, or one that does not fit data and settings.
     """
 
+    @isolated(grad=True)
     def __init__(
         self,
         config: TrainConfig,
@@ -100,7 +102,7 @@ class Trainer:
         )
         self.draws = Draws(config, len(data), self.world.rank, self.world.size)
         self.step = 0
-        self._bad = torch.full((), NEVER, device=self.device)
+        self._bad = torch.full((), NEVER, dtype=torch.int64, device=self.device)
 
     @property
     def conditioning(self) -> Conditioning:
@@ -118,6 +120,7 @@ class Trainer:
             labels["labels"] = torch.where(drop, null, batch.labels)
         return {"x0": batch.x0, **labels, **extra}
 
+    @isolated(grad=True)
     def draw(self, step: int) -> Inputs:
         """Return what a step trains on, read now."""
         with self._loader(step, ahead=0) as loader:
@@ -126,6 +129,7 @@ class Trainer:
     def _loader(self, start: int, ahead: int = AHEAD) -> Loader:
         return Loader(self.data, self.draws, start, self.device, ahead)
 
+    @isolated(grad=True)
     def train_step(self, batch: Batch | None = None) -> Tensor:
         """Take one step and return its loss, a scalar on the device.
 
@@ -139,6 +143,7 @@ class Trainer:
         self.step += 1
         return loss.clone()
 
+    @isolated(grad=True)
     def averaged_unet(self, half_life: int | None = None) -> UNet:
         """Return a U-Net with averaged weights, in evaluation mode.
 
@@ -157,6 +162,7 @@ class Trainer:
             parameter.data.copy_(averages[chosen][name])
         return unet.eval().requires_grad_(False)
 
+    @isolated(grad=True)
     def check_finite(self) -> None:
         """Refuse to go on if anything was not finite so far.
 
@@ -168,6 +174,7 @@ class Trainer:
         if bad != NEVER or not self.stepper.averages.are_finite():
             raise DivergedError(bad if bad != NEVER else self.step)
 
+    @isolated(grad=True)
     def save(self) -> None:
         """Write the run, in the first process: models first, then the state to go on from.
 
@@ -199,6 +206,7 @@ class Trainer:
             scheduler = self.config.scheduler_config()
             save_model(folder, unet.config, unet.state_dict(), scheduler, self.conditioning)
 
+    @isolated(grad=True)
     def state(self) -> State:
         """Return a copy of everything that the run's future depends on, on the CPU."""
         tensors = self.stepper.tensors()
@@ -210,6 +218,7 @@ class Trainer:
     def _machine(self) -> dict[str, object]:
         return train_state.machine(self.device, self.compiled, self.world.size)
 
+    @isolated(grad=True)
     def resume(self, allow: Sequence[str] = ()) -> None:
         """Go on from the newest state in the run's folder that can be read.
 
@@ -239,12 +248,14 @@ class Trainer:
         train_state.report_machine(state.machine, self._machine())
         self.load(state)
 
+    @isolated(grad=True)
     def load(self, state: State) -> None:
         """Take over a state whose tensors fit."""
         self.step = state.step
         self._bad.fill_(NEVER)
         self.stepper.load(state.tensors, state.step)
 
+    @isolated(grad=True)
     def save_samples(self, count: int = 20, num_steps: int = 25) -> None:
         """Write samples/STEP.png: a grid drawn by the averaged weights, from seeds 0, 1, ..."""
         classes = self.data.num_classes
@@ -265,6 +276,7 @@ class Trainer:
         columns = classes and (10 // classes * classes or 10)  # a class a column, or several
         save_grid(x, self.out / "samples" / f"{self.step:06}.png", columns=columns)
 
+    @isolated(grad=True)
     def run(self, progress: bool = True, log_every: int = 50) -> None:
         """Train to ``config.steps``, saving on the way, at the end and on Ctrl-C or SIGTERM.
 
@@ -299,7 +311,7 @@ class Trainer:
     def _train(self, loader: Loader, line: Progress, signals: list[int], log_every: int) -> None:
         """Take steps, with what is due after each, to the last one or a signal."""
         config, first = self.config, self.world.rank == 0
-        total, count = torch.zeros((), device=self.device), 0
+        total, count = torch.zeros((), dtype=torch.float32, device=self.device), 0
         while self.step < config.steps and not self._anyone(bool(signals)):
             total += self.train_step(loader.next())
             count += 1
@@ -328,7 +340,7 @@ class Trainer:
         """Return whether it is so in any process."""
         if self.world.size == 1:
             return value
-        flag = torch.tensor(int(value))  # on the CPU, over gloo: no GPU is waited for
+        flag = ints(int(value))  # on the CPU, over gloo: no GPU is waited for
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 

@@ -154,14 +154,15 @@ def mean_loss(kernel, out: Tensor, x0: Tensor, *arguments, **options: int) -> Te
         options: of its launch.
     """
     if not x0.numel():
-        return torch.full((len(x0),), torch.nan, device=x0.device)  # a mean over nothing is 0 / 0
+        # A mean over nothing is 0 / 0.
+        return x0.new_full((len(x0),), torch.nan, dtype=torch.float32)
     n = x0[0].numel()
     block = block_size(n)
     programs = grid(len(x0), n, block)
     blocks = programs[1] * programs[2]
-    partial = torch.empty(len(x0), blocks, device=x0.device)
+    partial = torch.empty(len(x0), blocks, dtype=torch.float32, device=x0.device)
     launch(kernel, programs, out, partial, out, x0, *arguments, block, **options)
-    loss = torch.empty(len(x0), device=x0.device)
+    loss = torch.empty(len(x0), dtype=torch.float32, device=x0.device)
     width = min(triton.next_power_of_2(blocks), 1024)
     launch(_mean_kernel, (len(x0),), out, loss, partial, n, blocks, width)
     return loss
@@ -189,7 +190,7 @@ def _diffusion_loss(
 
 @_diffusion_loss.register_fake
 def _diffusion_loss_fake(out, x0, t, seeds, keys, rows, loss, delta) -> Tensor:
-    return torch.empty(len(out), device=out.device)
+    return torch.empty(len(out), dtype=torch.float32, device=out.device)
 
 
 @torch.library.custom_op("flashddpm::diffusion_loss_backward", mutates_args=())

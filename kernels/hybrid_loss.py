@@ -210,7 +210,7 @@ def _hybrid_loss(
 
 @_hybrid_loss.register_fake
 def _hybrid_loss_fake(out, x0, t, seeds, keys, rows, loss, delta) -> Tensor:
-    return torch.empty(len(out), device=out.device)
+    return torch.empty(len(out), dtype=torch.float32, device=out.device)
 
 
 @torch.library.custom_op("flashddpm::hybrid_loss_backward", mutates_args=())

@@ -153,7 +153,9 @@ def _philox(seeds: Tensor, keys: Tensor, C: int, H: int, W: int, purpose: int) -
 @_philox.register_fake
 def _philox_fake(seeds: Tensor, keys: Tensor, C: int, H: int, W: int, purpose: int) -> Tensor:
     shape = (len(seeds), C, H, W)
-    return torch.empty(shape, device=seeds.device, memory_format=torch.channels_last)
+    return torch.empty(
+        shape, dtype=torch.float32, device=seeds.device, memory_format=torch.channels_last
+    )
 
 
 def philox(

@@ -200,18 +200,18 @@ def _vlb_terms(
     if not runs_triton(out):
         return reference.vlb_terms(out, x0, t, seeds, keys, rows)
     if not x0.numel():
-        return torch.full((len(x0), 3), torch.nan, device=x0.device)  # a mean over nothing
+        return x0.new_full((len(x0), 3), torch.nan, dtype=torch.float32)  # a mean over nothing
     n, C = x0[0].numel(), x0.shape[1] if out.shape[1] != x0.shape[1] else 0
     block = block_size(n)
     programs = grid(len(x0), n, block)
     blocks = programs[1] * programs[2]
-    partial = torch.empty(len(x0), 3, blocks, device=x0.device)
+    partial = torch.empty(len(x0), 3, blocks, dtype=torch.float32, device=x0.device)
     launch(
         _vlb_terms_kernel, programs, x0,
         partial, channels_last(out), channels_last(x0), t, seeds, keys, rows, n, C, block,
         num_warps=WARPS_2C,
     )  # fmt: skip
-    terms = torch.empty(len(x0), 3, device=x0.device)
+    terms = torch.empty(len(x0), 3, dtype=torch.float32, device=x0.device)
     width = min(triton.next_power_of_2(blocks), 1024)
     launch(_mean_kernel, (terms.numel(),), x0, terms, partial, n, blocks, width)
     return terms
@@ -219,7 +219,7 @@ def _vlb_terms(
 
 @_vlb_terms.register_fake
 def _vlb_terms_fake(out, x0, t, seeds, keys, rows) -> Tensor:
-    return torch.empty(len(x0), 3, device=x0.device)
+    return torch.empty(len(x0), 3, dtype=torch.float32, device=x0.device)
 
 
 def vlb_terms(

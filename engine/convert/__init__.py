@@ -18,12 +18,14 @@ from flashddpm.checkpoint import Conditioning, save_model
 from flashddpm.convert import lucidrains, openai_flags
 from flashddpm.errors import CheckpointError
 from flashddpm.files import read_tensors
+from flashddpm.host import isolated
 from flashddpm.networks import NetworkConfig
 from flashddpm.pickles import read_pickled
 
 SOURCES = (*openai_flags.PROJECTS, "ddpt")
 
 
+@isolated
 def convert(
     checkpoint: str | PathLike[str],
     out: str | PathLike[str],

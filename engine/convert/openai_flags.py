@@ -17,9 +17,9 @@ from torch import Tensor
 from flashddpm import arguments
 from flashddpm.convert.openai import Layout, convert_state, read_layout, unet_config
 from flashddpm.errors import CheckpointError
+from flashddpm.networks import on_meta
 from flashddpm.schedule import MAX_TIMESTEPS, NoiseSchedule
 from flashddpm.timesteps import respaced, timesteps
-from flashddpm.unet import UNet
 from flashddpm.unet_config import UNetConfig
 from flashddpm.weights import mismatches
 
@@ -212,9 +212,7 @@ def convert(
     rescaled_from = flags.diffusion_steps if flags.rescales else None
     config = unet_config(layout, flags.image_size, dims, rescaled_from, flags.dropout)
     converted = convert_state(state, layout, dims, flags.use_new_attention_order)
-    with torch.device("meta"):
-        unet = UNet(config)
-    wrong = mismatches(unet, converted, torch.float32)
+    wrong = mismatches(on_meta(config), converted, torch.float32)
     if wrong:
         raise CheckpointError("; ".join(wrong))
     scheduler = flags.scheduler(layout.out_channels == 2 * layout.in_channels)

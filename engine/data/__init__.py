@@ -16,6 +16,7 @@ from flashddpm.data.npz import load_npz
 from flashddpm.data.pictures import SUFFIXES
 from flashddpm.data.source import ImageData, ImageSource, to_float
 from flashddpm.errors import DataError
+from flashddpm.host import isolated
 
 __all__ = [
     "ImageData",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 
+@isolated(grad=False)
 def load_data(
     path: str | PathLike[str],
     multiple: int = 1,

@@ -15,8 +15,10 @@ from flashddpm import arguments
 from flashddpm.data.pictures import MODES
 from flashddpm.data.source import ImageSource, check_classes, check_index, check_multiple, digest
 from flashddpm.errors import DataError
+from flashddpm.host import ints, isolated
 
 
+@isolated(grad=False)
 def from_dataset(
     dataset: Any, multiple: int = 1, *, labels: bool = True, num_classes: int | None = None
 ) -> ImageSource:
@@ -84,6 +86,7 @@ class _Wrapped:
     def __len__(self) -> int:
         return self._count
 
+    @isolated(grad=False)
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return uint8 [B, C, H, W] and int64 [B] or None, for int64 [B].
 
@@ -104,7 +107,7 @@ class _Wrapped:
             images[row] = pixels
             if self.num_classes is not None:
                 labels.append(self._label(position, label))
-        found = None if self.num_classes is None else torch.tensor(labels, dtype=torch.int64)
+        found = None if self.num_classes is None else ints(labels)
         return torch.from_numpy(images), found
 
     def fingerprint(self) -> str:

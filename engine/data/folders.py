@@ -18,6 +18,7 @@ from flashddpm import arguments
 from flashddpm.data.pictures import MODES, SUFFIXES, Found, look
 from flashddpm.data.source import check_index, check_multiple, digest, listed
 from flashddpm.errors import DataError
+from flashddpm.host import ints, isolated
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class ImageFolder:
         DataError: no picture, or a class without one; broken files; mixed sizes or modes.
     """
 
+    @isolated(grad=False)
     def __init__(
         self,
         folder: str | os.PathLike[str],
@@ -60,14 +62,14 @@ class ImageFolder:
         named = labels and names is not None
         self.class_names = names if named else None
         self.num_classes = len(names) if named and names is not None else None
-        self._labels = torch.tensor(kinds, dtype=torch.int64) if named else None
+        self._labels = ints(kinds) if named else None
         heads = (look(self.folder / file, None)[0] for file in self._files)
         self.shape = next((head for head in heads if not head.error), Found()).shape
         check_multiple(self.folder, *self.shape[1:], multiple)
         size = len(self) * int(np.prod(self.shape))
         self._pixels: Tensor | None = None
         if size <= memory_mb << 20:
-            self._pixels = torch.empty((len(self), *self.shape), dtype=torch.uint8)
+            self._pixels = torch.empty((len(self), *self.shape), dtype=torch.uint8, device="cpu")
         how = "at each fetch" if self._pixels is None else "into memory"
         log.info("%s: decoding %d pictures, %s", self.folder, len(self), how)
         with self._pool() as pool:
@@ -78,6 +80,7 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._files)
 
+    @isolated(grad=False)
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return uint8 [B, C, H, W] and int64 [B] or None, for int64 [B].
 

@@ -13,6 +13,7 @@ import torch
 
 from flashddpm.data.source import ImageData, check_multiple
 from flashddpm.errors import DataError
+from flashddpm.host import isolated
 
 IMAGES, LABELS = "images-idx3", "labels-idx1"
 
@@ -71,6 +72,7 @@ def _labels_beside(path: Path) -> Path | None:
     return next((file for file in (beside, plain, zipped) if file.exists()), None)
 
 
+@isolated(grad=False)
 def load_idx(data: str | PathLike[str], multiple: int = 1, *, labels: bool = True) -> ImageData:
     """Load images, and labels from the file beside them if it exists.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flashddpm.data.source import ImageData, check_multiple
 from flashddpm.errors import DataError
+from flashddpm.host import isolated
 
 IMAGE_NAMES, LABEL_NAMES = ("images", "arr_0"), ("labels", "arr_1")
 CHANNELS = (1, 3)
@@ -24,6 +25,7 @@ MAX_CLASSES = 1 << 20
 CHUNK = 1 << 20
 
 
+@isolated(grad=False)
 def load_npz(
     path: Path, multiple: int = 1, *, labels: bool = True, memory_mb: int = 4096
 ) -> ImageData:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashddpm.errors import DataError
+from flashddpm.host import isolated
 
 LISTED = 10
 
@@ -106,6 +107,7 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.images)
 
+    @isolated(grad=False)
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return copies: uint8 [B, C, H, W] and int64 [B] or None, for int64 [B]."""
         check_index(index, len(self))
@@ -175,4 +177,4 @@ def digest(source: ImageSource, contents: Iterable[bytes | memoryview]) -> str:
 def to_float(images: Tensor) -> Tensor:
     """Return uint8 images as float32 in [-1, 1], with the same bits on every device."""
     # The divisor is a tensor: CUDA multiplies by a number's reciprocal, which rounds otherwise.
-    return images.float() / torch.full((), 127.5, device=images.device) - 1
+    return images.float() / torch.full((), 127.5, dtype=torch.float32, device=images.device) - 1

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flashddpm import arguments, inputs
 from flashddpm.data import to_float
+from flashddpm.host import ints, isolated
 from flashddpm.parameterization import LEARNED_VARIANCES, noising_rows, vlb_rows
 from flashddpm.sampler import Sampler
 from flashddpm.upload import send
@@ -76,6 +77,7 @@ class Bound:
         return {name: plain(value) for name, value in asdict(self).items()}
 
 
+@isolated(grad=False)
 def variational_bound(
     sampler: Sampler,
     images: Tensor,
@@ -154,7 +156,7 @@ class _Terms:
         seed: int,
     ) -> None:
         self.sampler, self.images, self.seed = sampler, images, seed
-        self.labels = None if labels is None else torch.tensor(labels)
+        self.labels = None if labels is None else ints(labels)
         self.learns = variance_type in LEARNED_VARIANCES
         self.variance_type = variance_type
         self.rows, self.noising = (
@@ -162,8 +164,6 @@ class _Terms:
             for table in (rows, noising_rows(sampler.schedule))
         )
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def of(self, steps: NDArray[np.int64], batch: int, progress: bool) -> NDArray[np.float64]:
         """Return what ``vlb_terms`` has for every row of ``steps`` and image, [steps, N, 3].
 
@@ -174,12 +174,12 @@ class _Terms:
         N = len(self.images)
         pairs = len(steps) * N
         batch = min(batch, pairs)
-        found = torch.empty(pairs, 3, device=self.sampler.device)
+        found = torch.empty(pairs, 3, dtype=torch.float32, device=self.sampler.device)
         with tqdm(total=pairs, unit="evaluation", disable=not progress) as bar:
             for start in range(0, pairs, batch):
                 pair = np.minimum(np.arange(start, start + batch), pairs - 1)
                 count = min(batch, pairs - start)
-                step, image = torch.tensor(steps[pair // N]), torch.tensor(pair % N)
+                step, image = ints(steps[pair // N]), ints(pair % N)
                 found[start : start + count] = self._batch(step, image, pairs)[:count]
                 bar.update(count)
         return found.cpu().double().numpy().reshape(len(steps), N, 3)

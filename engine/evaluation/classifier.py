@@ -25,6 +25,7 @@ from flashddpm.bundled import MODELS
 from flashddpm.data import ImageData, load_idx, to_float
 from flashddpm.errors import CheckpointError, DataError
 from flashddpm.files import read_tensors, write_atomic
+from flashddpm.host import isolated, plain_factories
 
 log = logging.getLogger("flashddpm")
 
@@ -56,10 +57,11 @@ class Classifier(nn.Module):
             if side < 4 or side % 4:
                 raise ValueError(f"{name}={side}: must be a positive multiple of 4")
         self.shape = (channels, height, width)
-        self.conv1 = nn.Conv2d(channels, 32, 3, padding=1)
-        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
-        self.hidden = nn.Linear(64 * (height // 4) * (width // 4), FEATURES)
-        self.last = nn.Linear(FEATURES, num_classes)
+        with plain_factories():
+            self.conv1 = nn.Conv2d(channels, 32, 3, padding=1)
+            self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
+            self.hidden = nn.Linear(64 * (height // 4) * (width // 4), FEATURES)
+            self.last = nn.Linear(FEATURES, num_classes)
 
     @property
     def num_classes(self) -> int:
@@ -83,6 +85,7 @@ def make_classifier(images: Tensor, labels: Tensor) -> Classifier:
     return Classifier(C, H, W, int(labels.max()) + 1)
 
 
+@isolated(grad=True)
 def train_classifier(
     images: Tensor, labels: Tensor, seed: int = 0, epochs: int = EPOCHS, progress: bool = False
 ) -> Classifier:
@@ -101,22 +104,22 @@ def train_classifier(
     from tqdm import tqdm
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed reseeds CUDA too
         model = make_classifier(images, labels)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     steps = -(-len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, epochs * steps)
     bar = tqdm(total=epochs * steps, desc="classifier", disable=not progress)
-    for _ in range(epochs):
-        for index in torch.randperm(len(images), generator=generator).split(BATCH):
-            loss = F.cross_entropy(model(images[index]), labels[index])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            bar.update()
-    bar.close()
+    with plain_factories(), bar:  # the optimizer counts its steps in a tensor
+        for _ in range(epochs):
+            for index in torch.randperm(len(images), generator=generator).split(BATCH):
+                loss = F.cross_entropy(model(images[index]), labels[index])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
     return _ready(model, {name: value.half() for name, value in model.state_dict().items()})
 
 
@@ -125,12 +128,14 @@ def _ready(model: Classifier, state: dict[str, Tensor]) -> Classifier:
     return model.eval().requires_grad_(False)
 
 
+@isolated
 def save_classifier(path: Path, model: Classifier) -> None:
     """Write a classifier as float16, whole or not at all."""
     state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     write_atomic(path, save(state))
 
 
+@isolated
 def load_classifier(path: Path, shape: tuple[int, int, int], num_classes: int) -> Classifier:
     """Return the classifier in a file, of images [C, H, W] and so many classes.
 
@@ -150,7 +155,7 @@ def load_classifier(path: Path, shape: tuple[int, int, int], num_classes: int) -
     return model
 
 
-@torch.no_grad()
+@isolated(grad=False)
 def judge(model: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return the classes that the images are taken for, [N], and their features, [N, 64]."""
     features = torch.cat([model.features(part) for part in images.split(500)])

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from flashddpm import arguments
+from flashddpm.host import isolated
 
 EXTRA = "pip install flashddpm[evaluate]"
 NEEDED = "0.4"
@@ -120,6 +121,7 @@ def _features(names: tuple[str, str], a: Tensor, b: Tensor) -> tuple[Tensor, Ten
     return a.detach().cpu().double(), b.detach().cpu().double()
 
 
+@isolated(grad=False)
 def frechet(features_a: Tensor, features_b: Tensor) -> float:
     """Return the Frechet distance of two sets of features, at least 0.
 
@@ -143,6 +145,7 @@ def frechet(features_a: Tensor, features_b: Tensor) -> float:
     return max(float(value), 0.0)  # of equal sets it may be rounded to just below
 
 
+@isolated(grad=False)
 def kernel(
     features_a: Tensor,
     features_b: Tensor,
@@ -176,6 +179,7 @@ def kernel(
     return KernelDistance(found[module.KEY_METRIC_KID_MEAN], found[module.KEY_METRIC_KID_STD])
 
 
+@isolated(grad=False)
 def precision_recall(real: Tensor, drawn: Tensor, k: int = 3) -> PrecisionRecall:
     """Return precision and recall of drawn images.
 

@@ -34,8 +34,10 @@ from flashddpm.evaluation.job import (
     PRC_NEIGHBOUR,
     Job,
     chosen,
+    shuffled,
     subset_size,
 )
+from flashddpm.host import ints, isolated
 from flashddpm.images import to_uint8
 from flashddpm.sampler import Sampler
 
@@ -47,6 +49,7 @@ ROWS = 10
 Evaluation = tuple[dict[str, Any], dict[str, bytes]]
 
 
+@isolated(grad=False)
 def evaluate(job: Job) -> Evaluation:
     """Return the numbers and the pictures of a job that was prepared.
 
@@ -81,6 +84,7 @@ def evaluate(job: Job) -> Evaluation:
     return jsonable(result), shown
 
 
+@isolated(grad=False)
 def draw(
     sampler: Sampler,
     seeds: Sequence[int],
@@ -110,6 +114,7 @@ def draw(
     return torch.cat(parts)
 
 
+@isolated(grad=False)
 def counterpart(source: ImageSource, count: int, labels: Sequence[int] | None) -> Tensor | None:
     """Return as many training images as there are samples, uint8 [count, C, H, W].
 
@@ -128,8 +133,8 @@ def counterpart(source: ImageSource, count: int, labels: Sequence[int] | None) -
         return None
     if labels is None:
         return source.fetch(chosen(count, len(source)))[0]
-    missing = torch.tensor(labels).bincount().tolist()
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+    missing = ints(labels).bincount().tolist()
+    order = shuffled(len(source))
     found = []
     for part in order.split(PART):
         images, classes = source.fetch(part)
@@ -282,10 +287,10 @@ def _recognised(job: Job, classifier: Classifier, drawn: Tensor, real: Tensor) -
         found = last(features.to(last.weight.device, last.weight.dtype)).argmax(1).cpu()
         return share(found, labels, classes)
 
-    overall, by_class = shares(drawn, torch.tensor(job.labels))
+    overall, by_class = shares(drawn, ints(job.labels))
     result: dict[str, Any] = {"overall": overall, "by_class": by_class}
     if job.labelled:
-        parts = torch.arange(len(job.reference)).split(PART)
+        parts = torch.arange(len(job.reference), device="cpu").split(PART)
         labels = [label for part in parts if (label := job.reference.fetch(part)[1]) is not None]
         result["real_overall"], result["real_by_class"] = shares(real, torch.cat(labels))
     names = job.sampler.conditioning.class_names
@@ -323,7 +328,7 @@ def _neighbours(job: Job, drawn: Tensor) -> tuple[dict[str, Any], bytes]:
 
 def _quartiles(distance: Tensor) -> dict[str, float]:
     """Return the smallest, and the quartiles, of distances to the nearest training image."""
-    at = torch.tensor([0, 0.25, 0.5, 0.75], dtype=distance.dtype)
+    at = distance.new_tensor([0, 0.25, 0.5, 0.75])
     names = ("smallest", "lower_quartile", "median", "upper_quartile")
     return dict(zip(names, torch.quantile(distance, at).tolist(), strict=True))
 

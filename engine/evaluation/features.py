@@ -29,6 +29,7 @@ from flashddpm.data import ImageSource, to_float
 from flashddpm.errors import CheckpointError
 from flashddpm.evaluation.classifier import Classifier
 from flashddpm.files import read_tensors, require_file, write_atomic
+from flashddpm.host import isolated
 
 log = logging.getLogger("flashddpm")
 
@@ -48,7 +49,7 @@ def fetch(images: Images, start: int, stop: int) -> Tensor:
     if isinstance(images, Tensor):
         part = images[start:stop]
     else:
-        part, _ = images.fetch(torch.arange(start, stop))
+        part, _ = images.fetch(torch.arange(start, stop, device="cpu"))
     if part.ndim != 4 or part.dtype is not torch.uint8:
         raise ValueError(
             f"images of shape {tuple(part.shape)}, {part.dtype}: must be uint8 [N, C, H, W]"
@@ -72,7 +73,7 @@ class Features:
     fingerprint: str
     device: torch.device = torch.device("cpu")
 
-    @torch.no_grad()
+    @isolated(grad=False)
     def __call__(self, images: Tensor) -> Tensor:
         """Return the features of uint8 [B, C, H, W], float32 [B, D] on the CPU.
 
@@ -106,6 +107,7 @@ class Features:
         return found
 
     @classmethod
+    @isolated
     def of_classifier(
         cls, classifier: Classifier, name: str = "classifier", device: str = "cpu"
     ) -> Features:
@@ -115,6 +117,7 @@ class Features:
         return cls(classifier.features, name, _fingerprint(classifier, "features"), where)
 
     @classmethod
+    @isolated
     def of_module(
         cls, module: nn.Module, name: str, images: str = "uint8", device: str = "cpu"
     ) -> Features:
@@ -138,6 +141,7 @@ class Features:
         return cls(_taking(module, images), name, _fingerprint(module, f"{name} {images}"), where)
 
     @classmethod
+    @isolated
     def of_torchscript(
         cls, path: str | PathLike[str], images: str = "uint8", device: str = "cpu"
     ) -> Features:
@@ -204,6 +208,7 @@ def fingerprint_of(images: Tensor) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+@isolated(grad=False)
 def features_of(
     images: Images, extractor: Features, batch_size: int = BATCH, progress: bool = False
 ) -> Tensor:
@@ -239,6 +244,7 @@ def features_of(
     return torch.cat(found)
 
 
+@isolated(grad=False)
 def cached_features(
     images: Images,
     extractor: Features,
@@ -283,7 +289,7 @@ def _digest(key: str, features: Tensor) -> Tensor:
     """Return uint8 [32]: a file that was damaged, or renamed, does not hold its own."""
     digest = hashlib.sha256(key.encode())
     _hash_tensor(digest, features)
-    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8, device="cpu")
 
 
 def _read(path: Path, key: str) -> Tensor:

@@ -18,6 +18,7 @@ from flashddpm.data import ImageData, ImageSource, load_data
 from flashddpm.evaluation import distances
 from flashddpm.evaluation.classifier import FEATURES, Classifier, classifier_for
 from flashddpm.evaluation.features import INPUTS, Features
+from flashddpm.host import isolated
 from flashddpm.hub import locate
 from flashddpm.parameterization import vlb_rows
 from flashddpm.sampler import Sampler
@@ -115,8 +116,13 @@ def chosen(count: int, total: int) -> Tensor:
         ValueError: more than there are.
     """
     arguments.integer("count", count, 1, total)
+    return shuffled(total)[:count].sort().values
+
+
+def shuffled(count: int) -> Tensor:
+    """Return the numbers 0..count-1 in an order that is random but always the same."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randperm(total, generator=generator)[:count].sort().values
+    return torch.randperm(count, generator=generator, device="cpu")
 
 
 def load_images(
@@ -167,9 +173,10 @@ def everything(source: ImageSource) -> tuple[Tensor, Tensor | None]:
     """Return all images and labels of a source, in memory."""
     if isinstance(source, ImageData):
         return source.images, source.labels
-    return source.fetch(torch.arange(len(source)))
+    return source.fetch(torch.arange(len(source), device="cpu"))
 
 
+@isolated(grad=False)
 def prepare(settings: Settings) -> Job:
     """Check the settings and load what they name; a classifier may be trained, at the end.
 
@@ -205,7 +212,7 @@ def prepare(settings: Settings) -> Job:
         if settings.features == AUTO:  # known before a classifier is trained
             _check_counts(metrics, counts, FEATURES)
         extractor, classifier = features_for(settings.features, settings.feature_input, data, where)
-        probe, _ = reference.fetch(torch.arange(min(2, len(reference))))
+        probe, _ = reference.fetch(torch.arange(min(2, len(reference)), device="cpu"))
         _check_counts(metrics, counts, extractor(probe).shape[1])
     return Job(
         settings,

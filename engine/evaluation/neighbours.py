@@ -20,6 +20,7 @@ from torch import Tensor
 from flashddpm import arguments
 from flashddpm.data import to_float
 from flashddpm.evaluation.features import Features, Images, features_of, fetch
+from flashddpm.host import ints, isolated
 from flashddpm.images import make_grid
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Neighbours:
     duplicate: Tensor
 
 
+@isolated(grad=False)
 def nearest(
     samples: Tensor,
     training: Images,
@@ -81,8 +83,8 @@ def nearest(
     tile = _tile(max(math.prod(shape) // 8, queries.shape[1]), max_bytes)
     keys = list(_keys(samples))
     first: dict[bytes, int] = {}
-    index = torch.full((len(samples), k), -1)
-    squares = torch.full((len(samples), k), torch.inf, dtype=torch.float64)
+    index = torch.full((len(samples), k), -1, dtype=torch.int64, device="cpu")
+    squares = torch.full((len(samples), k), torch.inf, dtype=torch.float64, device="cpu")
     for start in range(0, len(training), tile):
         part = fetch(training, start, min(start + tile, len(training)))
         for offset, key in enumerate(_keys(part)):
@@ -96,7 +98,7 @@ def nearest(
             both = torch.cat((index[these], where + start), 1)
             squares[these] = merged.values[:, :k]
             index[these] = both.gather(1, merged.indices[:, :k])
-    duplicate = torch.tensor([first.get(key, -1) for key in keys])
+    duplicate = ints([first.get(key, -1) for key in keys])
     return Neighbours(index, squares.sqrt(), duplicate)
 
 
@@ -125,6 +127,7 @@ def _keys(images: Tensor) -> Iterator[bytes]:
         yield hashlib.sha256(image).digest()
 
 
+@isolated(grad=False)
 def picture(
     samples: Tensor,
     training: Images,

@@ -35,7 +35,7 @@ def philox_words(
         first: number of the first call.
     """
     # The mask changes nothing, but Inductor would fold the first product into arange's step, int32.
-    calls = torch.arange(first, first + groups, device=seeds.device) & MASK
+    calls = torch.arange(first, first + groups, dtype=torch.int64, device=seeds.device) & MASK
     c0 = calls.expand(len(seeds), groups)
     c1 = torch.full_like(c0, purpose)
     c2 = (keys & MASK)[:, None].expand_as(c0)
