@@ -188,6 +188,7 @@ def _prepare(request: Request, world: World) -> Job:
     import flashddpm as fd
     from flashddpm import arguments
     from flashddpm.hub import locate
+    from flashddpm.images import CHANNELS
 
     out, trajectory = request.out, request.trajectory
     if out.suffix:
@@ -218,8 +219,8 @@ def _prepare(request: Request, world: World) -> Job:
     )
     request = replace(request, options=with_defaults(request.options, sampler))
     labels = parse_labels(request.labels, sampler, len(seeds))
-    if sampler.shape[0] not in (1, 3):
-        raise ValueError(f"model_dir: draws {sampler.shape[0]} channels; pictures have 1 or 3")
+    if sampler.shape[0] not in CHANNELS:
+        raise ValueError(f"model_dir: draws {sampler.shape[0]} channels; pictures have 1 to 4")
     # One process hands a picture's images, which it keeps anyway, to the sampler all at once.
     whole = trajectory is not None or (bool(out.suffix) and world.size == 1)
     step = len(seeds) if whole else batch

@@ -14,37 +14,48 @@ from torch import Tensor
 
 from flashddpm import arguments
 from flashddpm.files import write_atomic
+from flashddpm.host import isolated
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+CHANNELS = (1, 2, 3, 4)
+"""Those of a picture: grey (L), grey and alpha (LA), RGB, or RGBA."""
 MARGIN = 2
 FONT_SIZE = 12
 
 
+@isolated(grad=False)
 def to_uint8(x: Tensor) -> Tensor:
     """Return round(clamp(x / 2 + 0.5, 0, 1) 255), as diffusers does, uint8 of the same shape."""
     return ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+@isolated(grad=False)
 def to_pil(x: Tensor) -> list[Image]:
-    """Return one picture for each image of [B, 1 or 3, H, W] in [-1, 1].
+    """Return one picture for each image of [B, 1..4, H, W] in [-1, 1], as diffusers does.
+
+    Returns:
+        Of mode L, LA, RGB or RGBA, by the number of channels.
 
     Raises:
         ValueError: another number of channels.
     """
     from PIL import Image
 
-    if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(f"x of shape {tuple(x.shape)}: must be [B, 1 or 3, H, W]")
+    if x.ndim != 4 or x.shape[1] not in CHANNELS:
+        raise ValueError(f"x of shape {tuple(x.shape)}: must be [B, 1..4, H, W]")
     array = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in array]
 
 
+@isolated(grad=False)
 def make_grid(
     x: Tensor, columns: int | None = None, captions: Sequence[str] | None = None, zoom: int = 2
 ) -> Image:
-    """Return the images of [B, 1 or 3, H, W] in a grid, row by row.
+    """Return the images of [B, 1..4, H, W] in a grid, row by row.
+
+    The grid is RGB and white; where an image has alpha, the white shows through.
 
     Args:
         x: in [-1, 1].
@@ -75,7 +86,9 @@ def make_grid(
     for i, picture in enumerate(pictures):
         left = MARGIN + i % columns * cell_w
         top = MARGIN + i // columns * cell_h
-        grid.paste(picture.resize((w, h), Image.Resampling.NEAREST), (left, top + text))
+        tile = picture.resize((w, h), Image.Resampling.NEAREST)
+        alpha = tile.getchannel("A") if "A" in tile.mode else None
+        grid.paste(tile.convert("RGB"), (left, top + text), alpha)
         if captions is not None:
             caption = captions[i]
             while caption and draw.textlength(caption, font) > w:
@@ -84,6 +97,7 @@ def make_grid(
     return grid
 
 
+@isolated(grad=False)
 def save_grid(
     x: Tensor,
     path: str | PathLike[str],
@@ -101,6 +115,7 @@ def save_grid(
     grid.save(path)
 
 
+@isolated(grad=False)
 def save_folder(x: Tensor, folder: str | PathLike[str], seeds: Sequence[int]) -> int:
     """Write each image as FOLDER/SEED.png, whole or not at all; a file that is there stays.
 

@@ -5,11 +5,14 @@ from flashddpm import DDPMPipeline  # instead of: from diffusers import DDPMPipe
 pipe = DDPMPipeline.from_pretrained("folder").to("cuda")
 image = pipe(generator=torch.manual_seed(0)).images[0]
 
-With ``generator=`` noise is drawn as diffusers draws it: x_T in the network's dtype, then once a
-step, wherever its scheduler would draw. In float32 the pictures are diffusers' to rounding, up to
-the faults that `flashddpm.faults` lists, which ``faults="diffusers"`` brings back. In 16 bits
-diffusers rounds x_t after every step; here it stays float32, and pictures differ by that.
-With ``seeds=``, or neither, noise is ours (noise.py): an image depends on its own seed only.
+Noise is drawn as diffusers draws it, from ``generator=`` or else from torch's default generator of
+the pipeline's device: x_T in the network's dtype, then once a step, wherever its scheduler would
+draw. In float32 the pictures are diffusers' to rounding, up to the faults that `flashddpm.faults`
+lists, which ``faults="diffusers"`` brings back. In 16 bits diffusers rounds x_t after every step;
+here it stays float32, and pictures differ by that.
+
+With ``seeds=`` noise is ours (noise.py), and nothing is drawn from torch: an image depends on its
+own seed only, whatever the batch, and noisy steps too are captured on a GPU, which is faster.
 
 Another scheduler is set as in diffusers, by its class:
 
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, Self
 
@@ -30,14 +33,16 @@ import torch
 from torch import Tensor, nn
 
 from flashddpm import arguments
-from flashddpm.images import to_pil
+from flashddpm.defaults import SamplingDefaults
+from flashddpm.host import isolated
+from flashddpm.images import CHANNELS, to_pil
 from flashddpm.networks import Network
+from flashddpm.options import PlanOptions
+from flashddpm.plan import Plan
 from flashddpm.pretrained import read_live_scheduler
 from flashddpm.sampler import Sampler
 
 OUTPUT_TYPES = ("pil", "np", "pt")
-CLIPPING = ("ddpm", "ddim")
-"""Solvers whose scheduler configs say how x0 is clipped."""
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -71,7 +76,8 @@ class Draws:
     """Standard normal noise, drawn one call after another from generators as diffusers does.
 
     Args:
-        generator: one for the batch, or one an image; a single one in a list is one for the batch.
+        generator: one for the batch, or one an image; a single one in a list is one for the batch;
+            None for torch's default one of the device.
         shape: (B, C, H, W).
         device: where noise is wanted; of a CPU generator it is drawn on the CPU, for any device.
 
@@ -80,8 +86,12 @@ class Draws:
     """
 
     def __init__(
-        self, generator: Generators, shape: tuple[int, int, int, int], device: torch.device
+        self, generator: Generators | None, shape: tuple[int, int, int, int], device: torch.device
     ) -> None:
+        self.generators: Sequence[torch.Generator | None] = [None]
+        self.shape, self.device = shape, device
+        if generator is None:  # torch.randn then draws from the default one
+            return
         several = [generator] if isinstance(generator, torch.Generator) else generator
         if not isinstance(several, (list, tuple)) or not all(
             isinstance(one, torch.Generator) for one in several
@@ -98,13 +108,13 @@ class Draws:
             raise ValueError(
                 f"generator: of {', '.join(kinds)}; must all be of cpu or {device.type}"
             )
-        self.generators, self.shape, self.device = several, shape, device
+        self.generators = several
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
         """Return noise [B, C, H, W] of this dtype on the device."""
         size = (self.shape[0] // len(self.generators), *self.shape[1:])
         drawn = [
-            torch.randn(size, generator=one, device=one.device, dtype=dtype)
+            torch.randn(size, generator=one, device=one.device if one else self.device, dtype=dtype)
             for one in self.generators
         ]
         return torch.cat(drawn).to(self.device)
@@ -165,6 +175,7 @@ class _Pipeline:
         return SchedulerSettings(self.sampler.scheduler_config)
 
     @scheduler.setter
+    @isolated(grad=False)
     def scheduler(self, scheduler: Any) -> None:
         config, schedule, prediction_type, defaults = read_live_scheduler(scheduler)
         self.sampler = self.sampler.replace(
@@ -189,6 +200,7 @@ class _Pipeline:
         """The dtype of the network."""
         return self.sampler.dtype
 
+    @isolated(grad=False)
     def to(self, *where: str | torch.device | torch.dtype) -> Self:
         """Move to a device, a dtype or both; return the pipeline, with a new sampler.
 
@@ -211,11 +223,15 @@ class _Pipeline:
         """Show a bar while steps are taken, or not."""
         self._progress = not arguments.boolean("disable", disable)
 
+    def _defaults(self) -> SamplingDefaults:
+        """Return what the scheduler's config says to this pipeline."""
+        return self.sampler.defaults
+
+    @isolated(grad=False)
     def _run(
         self,
-        solver: str,
         num_steps: int,
-        options: dict[str, Any],
+        options: PlanOptions,
         batch_size: int | None,
         generator: Generators | None,
         seeds: int | Iterable[int] | Tensor | None,
@@ -225,24 +241,23 @@ class _Pipeline:
         return_dict: bool,
     ) -> PipelineOutput | tuple[Any]:
         """Sample by a plan of these options; return what was asked for."""
-        sampler = self.sampler
+        sampler, defaults = self.sampler, self._defaults()
         arguments.one_of("output_type", output_type, OUTPUT_TYPES)
         arguments.boolean("return_dict", return_dict)
+        if output_type == "pil" and sampler.shape[0] not in CHANNELS:
+            raise ValueError(
+                f"output_type='pil': must be np or pt for images of {sampler.shape[0]} channels; "
+                "pictures have 1 to 4"
+            )
         if generator is not None and seeds is not None:
             raise ValueError("seeds: must not be given beside generator")
-        plan = sampler.plan(solver, num_steps, **options)
+        solver = defaults.solver
+        plan = defaults.plan(sampler.schedule, sampler.prediction_type, solver, num_steps, options)
         seed = _seeds(batch_size, seeds)
         noise: dict[str, Any] = {}
-        if generator is not None:
+        if seeds is None:
             draws = Draws(generator, (len(seed), *sampler.shape), sampler.device)
-            eta, dtype = options.get("eta", 0.0), sampler.dtype
-
-            def step_noise(i: int) -> Tensor | None:
-                kind = _drawn(solver, eta, plan.timesteps[i], dtype)
-                return None if kind is None else draws(kind)
-
-            noise["initial_noise"], noise["step_noise"] = draws(dtype), step_noise
-            noise["batch_size"] = len(seed)  # step_noise is for one batch
+            noise = _noise(draws, solver, plan, options.get("eta") or 0.0, sampler.dtype)
         x = sampler.sample(seed, labels, guidance, plan, progress=self._progress, **noise)
         images: Any = to_pil(x) if output_type == "pil" else (x / 2 + 0.5).clamp(0, 1)
         if output_type == "np":
@@ -278,13 +293,14 @@ class DDPMPipeline(_Pipeline):
 
         Args:
             batch_size: how many; by default 1, or as many as seeds.
-            generator: of the noise, drawn as by diffusers; or one for each image.
+            generator: of the noise, drawn as by diffusers; or one for each image; by default
+                torch's own of the pipeline's device, which torch.manual_seed sets.
             num_inference_steps: 1..T.
             output_type: "pil"; "np", float32 [B, H, W, C] in [0, 1]; or "pt", float32
                 [B, C, H, W] in [0, 1] on the pipeline's device.
             return_dict: False for a tuple of one.
-            seeds: of our noise, one an image. Without generator and seeds, they are drawn from
-                torch's default generator, which torch.manual_seed sets.
+            seeds: of our noise, one an image, in place of a generator: the way to images that
+                depend on neither the batch nor what was drawn before, and that are drawn faster.
             class_labels: one, or one for each image; None asks for the null class.
             guidance_scale: w of out = uncond + w (cond - uncond), one or one for each image.
             faults: "diffusers" for its pictures where we hold them for wrong, too
@@ -295,7 +311,6 @@ class DDPMPipeline(_Pipeline):
             NonFiniteError: the network's output turned NaN or infinite.
         """
         return self._run(
-            self.sampler.defaults.solver,
             num_inference_steps,
             {"faults": faults},
             batch_size,
@@ -310,6 +325,8 @@ class DDPMPipeline(_Pipeline):
 
 class DDIMPipeline(_Pipeline):
     """Draws by ddim, whatever the model's own solver is.
+
+    As in diffusers the settings are those that a DDIMScheduler takes from the model's config.
 
     Args:
         sampler: what to draw with.
@@ -339,15 +356,14 @@ class DDIMPipeline(_Pipeline):
         Args:
             eta: 0 is deterministic, 1 as noisy as ddpm.
             use_clipped_model_output: take eps from the clipped x0, not from the output.
+
+        Raises:
+            ValueError: the model's config has settings of DDIMScheduler that we have no rows for.
         """
-        options: dict[str, Any] = {"faults": faults, "eta": eta}
+        options: PlanOptions = {"faults": faults, "eta": eta}
         if use_clipped_model_output is not None:
             options["use_clipped_model_output"] = use_clipped_model_output
-        defaults = self.sampler.defaults
-        if defaults.solver not in CLIPPING and not defaults.threshold:
-            options["clip"] = 1.0  # the default of diffusers' DDIMScheduler, made of that config
         return self._run(
-            "ddim",
             num_inference_steps,
             options,
             batch_size,
@@ -358,6 +374,27 @@ class DDIMPipeline(_Pipeline):
             output_type,
             return_dict,
         )
+
+    def _defaults(self) -> SamplingDefaults:
+        try:
+            config = self.sampler.scheduler_config
+        except ValueError:  # a sampler made by hand, with what no scheduler of diffusers can say
+            return replace(self.sampler.defaults, solver="ddim", sigmas=None)
+        return SamplingDefaults.from_config(config, "DDIMScheduler")
+
+
+def _noise(draws: Draws, solver: str, plan: Plan, eta: float, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what `Sampler.sample` is to take for the noise that diffusers draws."""
+    kinds = [_drawn(solver, eta, timestep, dtype) for timestep in plan.timesteps]
+
+    def step_noise(i: int) -> Tensor | None:
+        kind = kinds[i]
+        return None if kind is None else draws(kind)
+
+    noise: dict[str, Any] = {"initial_noise": draws(dtype)}
+    if any(kinds):  # given to every step, it would keep them from being captured
+        noise |= {"step_noise": step_noise, "batch_size": draws.shape[0]}  # which is for one batch
+    return noise
 
 
 def _drawn(solver: str, eta: float, timestep: float, dtype: torch.dtype) -> torch.dtype | None:
@@ -372,10 +409,10 @@ def _drawn(solver: str, eta: float, timestep: float, dtype: torch.dtype) -> torc
 
 
 def _seeds(batch_size: int | None, seeds: int | Iterable[int] | Tensor | None) -> list[int]:
-    """Return one seed an image, of torch's default generator if none are given."""
+    """Return one seed an image; where noise is not ours, they are of no effect."""
     count = None if batch_size is None else arguments.integer("batch_size", batch_size, 1)
     if seeds is None:
-        return torch.randint(-(2**63), 2**63 - 1, (count or 1,), device="cpu").tolist()
+        return list(range(count or 1))
     seed = arguments.seed_list(seeds)
     if count not in (None, len(seed)):
         raise ValueError(f"batch_size={count}: must be {len(seed)}, one image a seed, or left out")

@@ -5,6 +5,7 @@ What Sampler.from_pretrained, Sampler.from_diffusers and Sampler.save_pretrained
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashddpm import arguments
 from flashddpm.checkpoint import (
@@ -24,18 +25,19 @@ from flashddpm.checkpoint import (
     load_unet,
     save_model,
 )
-from flashddpm.defaults import MULTISTEP, SCHEDULERS, SamplingDefaults
+from flashddpm.defaults import DEFAULTED, MULTISTEP, SCHEDULERS, SamplingDefaults, settings_of
 from flashddpm.errors import CheckpointError
+from flashddpm.host import plain_factories
 from flashddpm.hub import locate
 from flashddpm.networks import Network, NetworkConfig
 from flashddpm.parameterization import PREDICTION_TYPES
 from flashddpm.schedule import TABLES, NoiseSchedule
+from flashddpm.touched import altered, has_hooks
 from flashddpm.unet import UNet
 from flashddpm.unet_config import UNetConfig
 from flashddpm.weights import mismatches
 
-DEFAULTED = "_use_default_values"
-"""In a live config of diffusers, the keys that nobody has set: another class takes its own."""
+log = logging.getLogger("flashddpm")
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,32 @@ class Pretrained:
     """What a sampler is made of.
 
     Attributes:
-        unet: the network, in evaluation mode.
+        unet: the network: ours, or diffusers' own where it is more than its weights and config.
         scheduler: the config that the rest is read from, with diffusers' keys and ``_class_name``.
         schedule, prediction_type, defaults: what that config says.
         shape: (C, H, W) of an image.
         conditioning: what labels the network takes.
     """
 
-    unet: Network
+    unet: Network | DiffusersUNet
     scheduler: dict[str, Any]
     schedule: NoiseSchedule
     prediction_type: str
     defaults: SamplingDefaults
     shape: tuple[int, int, int]
     conditioning: Conditioning
+
+
+class DiffusersUNet(nn.Module):
+    """A UNet2DModel of diffusers, called as our networks are."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """[B, C, H, W], [B], int64 [B] or None -> [B, C or 2C, H, W]."""
+        return self.unet(x_t, t, class_labels=labels).sample
 
 
 def load_pretrained(
@@ -106,30 +120,45 @@ def load_diffusers(
 
     Args:
         model: the pipeline or the U-Net; its weights are copied, on their device, in their dtype.
+            A U-Net with hooks, or otherwise not as its config builds it, is called itself.
         scheduler: diffusers', needed beside a U-Net; beside a pipeline, in place of its own.
         conditioning: what labels the network takes; by default every embedding is a class.
         tables: of the schedule, as NoiseSchedule.from_config takes it.
 
     Raises:
-        ValueError: objects of other classes, subclasses with code of their own among them, or
-            settings that we have no rows or layers for.
+        ValueError: objects of other classes, or settings that we have no rows or layers for.
     """
     arguments.one_of("tables", tables, TABLES)
-    unet = getattr(model, "unet", model)
-    unet = getattr(unet, "_orig_mod", unet)  # torch.compile wraps it
+    whole = getattr(model, "unet", model)
+    unet = getattr(whole, "_orig_mod", whole)  # torch.compile wraps it
     if scheduler is None:
         scheduler = getattr(model, "scheduler", None)
     if scheduler is None:
         raise ValueError("scheduler=None: must be given beside a U-Net")
     arguments.one_of("model", type(unet).__name__, UNETS)
     config, schedule, prediction_type, defaults = read_live_scheduler(scheduler, tables)
+    network: Network | DiffusersUNet
     try:
-        twin = _copy_unet(UNetConfig.from_dict(_plain(unet.config)), unet.state_dict())
-        shape = _shape(twin.config)
+        settings = UNetConfig.from_dict(_plain(unet.config))
+        shape = _shape(settings)
+        change = "has hooks" if whole is not unet and has_hooks(whole) else _alteration(unet)
+        if change is None:
+            network = _copy_unet(settings, unet.state_dict())
+        else:
+            log.info("the U-Net %s: it is called itself, not made one of ours", change)
+            network = DiffusersUNet(whole)
     except (TypeError, ValueError) as error:
         raise ValueError(f"model: {error}") from error
-    labels = conditioning or Conditioning(twin.config.num_class_embeds)
-    return Pretrained(twin, config, schedule, prediction_type, defaults, shape, labels)
+    labels = conditioning or Conditioning(settings.num_class_embeds)
+    return Pretrained(network, config, schedule, prediction_type, defaults, shape, labels)
+
+
+def _alteration(unet: Any) -> str | None:
+    """Return how a UNet2DModel differs from what diffusers builds of its config, if it does."""
+    from diffusers import UNet2DModel
+
+    with plain_factories("meta"):
+        return altered(unet, UNet2DModel.from_config(_plain(unet.config)))
 
 
 def read_live_scheduler(
@@ -218,10 +247,10 @@ def scheduler_config(
 def _read_scheduler(
     config: Mapping[str, Any], tables: str
 ) -> tuple[NoiseSchedule, str, SamplingDefaults]:
-    kind = config.get("prediction_type", "epsilon")
+    settings = settings_of(config)
     return (
-        NoiseSchedule.from_config(config, tables=tables),
-        arguments.one_of("prediction_type", kind, PREDICTION_TYPES),
+        NoiseSchedule.from_config(settings, tables=tables),
+        arguments.one_of("prediction_type", settings["prediction_type"], PREDICTION_TYPES),
         SamplingDefaults.from_config(config),
     )
 
@@ -252,7 +281,7 @@ def _plain(config: Any) -> dict[str, Any]:
 
 def _copy_unet(config: UNetConfig, state: Mapping[str, Tensor]) -> UNet:
     """Return our U-Net with copies of these weights."""
-    with torch.device("meta"):
+    with plain_factories("meta"):
         unet = UNet(config)
     kinds = {(value.device, value.dtype) for value in state.values()}
     if len(kinds) != 1:

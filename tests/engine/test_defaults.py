@@ -14,6 +14,7 @@ from diffusers import (
 
 import flashddpm as fd
 from flashddpm.checkpoint import load_scheduler_config
+from flashddpm.defaults import KEYS
 
 SCHEDULERS = (
     (DDPMScheduler, {}, "ddpm"),
@@ -23,6 +24,9 @@ SCHEDULERS = (
     (EulerDiscreteScheduler, {}, "euler"),
     (EulerAncestralDiscreteScheduler, {}, "euler_ancestral"),
 )
+
+
+SIGMA_CLASSES = ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler")
 
 
 def read(name="DDPMScheduler", **config):
@@ -81,8 +85,12 @@ def test_sigmas(tmp_path, cls, kind):
     ],
 )
 def test_what_we_have_no_rows_for_is_refused_by_name(config):
-    for name in ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler"):
-        with pytest.raises(ValueError, match=next(iter(config))):
+    """By each class that has the setting; tests/engine/test_scheduler_keys.py has the others."""
+    key = next(iter(config))
+    names = [name for name in SIGMA_CLASSES if key in KEYS[name] or key == "_class_name"]
+    assert names
+    for name in names:
+        with pytest.raises(ValueError, match=key):
             fd.SamplingDefaults.from_config({"_class_name": name} | config)
 
 
@@ -96,6 +104,8 @@ def test_variance_types_by_logarithm():
     assert read(variance_type="fixed_small_log").variance_type == "fixed_small"
     with pytest.raises(ValueError, match="variance_type='fixed_large_log'.*NaN.*fixed_large"):
         read(variance_type="fixed_large_log")
+    multistep = read("DPMSolverMultistepScheduler", variance_type="fixed_large_log")
+    assert multistep.variance_type == "fixed_small"  # that class draws by neither
     scheduler = DDPMScheduler(variance_type="fixed_large_log")
     scheduler.set_timesteps(10)
     x = torch.zeros(1, 1, 2, 2)

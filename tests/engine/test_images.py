@@ -1,4 +1,5 @@
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 from PIL import Image
 
 import flashddpm as fd
-from flashddpm import images
+from flashddpm import cli, images
 
 
 def test_to_uint8_is_diffusers_rule():
@@ -51,6 +52,55 @@ def test_colour_and_files(tmp_path):
     assert Image.open(tmp_path / "t.gif").n_frames == 3
 
 
+def test_alpha_is_kept_in_files_and_lets_the_grid_show(tmp_path):
+    """A pixel of LA and RGBA: transparent, half, opaque; on a grid over its white."""
+    grey = torch.tensor([[[[-1.0, -1.0, -1.0]], [[-1.0, 0.0, 1.0]]]]).reshape(1, 2, 1, 3)
+    red = torch.cat([-grey[:, :1], grey[:, :1], grey[:, :1], grey[:, 1:]], 1)
+    (la,), (rgba,) = fd.to_pil(grey), fd.to_pil(red)
+    assert (la.mode, rgba.mode) == ("LA", "RGBA")
+    assert np.asarray(la)[0].tolist() == [[0, 0], [0, 128], [0, 255]]
+    assert np.asarray(rgba)[0].tolist() == [[255, 0, 0, a] for a in (0, 128, 255)]
+    for x, shown in (
+        (grey, [[255, 255, 255], [127, 127, 127], [0, 0, 0]]),
+        (red, [[255, 255, 255], [255, 127, 127], [255, 0, 0]]),
+    ):
+        images.save_folder(x, tmp_path / str(x.shape[1]), [7])
+        assert np.array_equal(Image.open(tmp_path / str(x.shape[1]) / "7.png"), fd.to_pil(x)[0])
+        for suffix in ("png", "jpg"):
+            fd.save_grid(x, tmp_path / f"grid.{suffix}", zoom=1)
+        grid = np.asarray(Image.open(tmp_path / "grid.png"))
+        assert grid.shape == (5, 7, 3) and grid[2, 2:5].tolist() == shown
+        assert (grid[:2] == 255).all() and (grid[:, 5:] == 255).all()
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(2, "LA"), (4, "RGBA"), (5, None)])
+def test_the_command_writes_or_refuses_them(
+    tiny_unet, tmp_path, monkeypatch, capfd, channels, mode
+):
+    """What is no picture is refused before the network is called."""
+    unet = tiny_unet(in_channels=channels, out_channels=channels)
+    schedule = fd.NoiseSchedule.create("linear", 20)
+    fd.Sampler(unet, schedule, shape=(channels, 8, 8), device="cpu").save_pretrained(tmp_path / "m")
+    called = []
+    monkeypatch.setattr(fd.UNet, "body", _counted(fd.UNet.body, called))
+    out = tmp_path / "out"
+    command = ["sample", tmp_path / "m", "--seeds", "7", "--num-steps", "2", "--out", out,
+               "--device", "cpu", "--compile", "off"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["flashddpm", *map(str, command)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    if mode is None:
+        error = "model_dir: draws 5 channels; pictures have 1 to 4"
+        assert end.value.code == 2 and error in capfd.readouterr().err
+        assert not called and not out.exists()
+    else:
+        assert called and Image.open(out / "7.png").mode == mode
+
+
+def _counted(call, calls):
+    return lambda *arguments, **options: calls.append(1) or call(*arguments, **options)
+
+
 def test_more_bad_pictures_are_refused(tmp_path):
     for arguments in ({"columns": 0}, {"columns": 1.5}, {"zoom": 0}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
@@ -76,7 +126,8 @@ def test_an_image_is_written_whole_or_not_at_all(tmp_path, monkeypatch, broken):
 @pytest.mark.parametrize(
     ("x", "captions", "message"),
     [
-        (torch.zeros(2, 2, 4, 4), None, "1 or 3"),
+        (torch.zeros(2, 5, 4, 4), None, "1..4"),
+        (torch.zeros(2, 0, 4, 4), None, "1..4"),
         (torch.zeros(1, 4, 4), None, "must be"),
         (torch.zeros(0, 1, 4, 4), None, "no image"),
         (torch.zeros(2, 1, 4, 4), ["a"], "captions: 1 for 2"),

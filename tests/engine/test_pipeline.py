@@ -61,8 +61,8 @@ def folder(tmp_path):
     return make
 
 
-def load(kind, path):
-    pipe = kind.from_pretrained(path)
+def load(kind, path, **options):
+    pipe = kind.from_pretrained(path, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -128,6 +128,102 @@ def test_ddim(folder, config, eta, clipped, generator):
     want = assert_same(pipe, theirs, generator, CLOSE_BY_EPS, **ask, **clip)
     raw = theirs(generator=generator(), output_type="np", **ask).images
     assert (np.abs(want - raw).max() > 1e-3) == bool(clipped and not config)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "ask"),
+    [
+        ("DDPMPipeline", DDPMScheduler(), {}),
+        ("DDPMPipeline", DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), {}),
+        ("DDIMPipeline", DDIMScheduler(), {}),
+        ("DDIMPipeline", DDIMScheduler(), {"eta": 0.6}),
+    ],
+)
+def test_torchs_own_generator(folder, name, scheduler, ask):
+    """Given, as torch.manual_seed returns it, or used because none is; from there it goes on."""
+    theirs, path = folder(scheduler, getattr(diffusers, name))
+    pipe = load(getattr(fd, name), path, compile=False)
+    ask = {"batch_size": 3, "num_inference_steps": 5, "output_type": "np", **ask}
+    results = []
+    for one_of in (theirs, pipe):
+        default = torch.manual_seed(0)
+        calls = [one_of(**ask, **given).images for given in ({"generator": default}, {})]
+        results.append((np.stack(calls), torch.get_rng_state()))
+    (want, state), (got, ours) = results
+    assert np.abs(got - want).max() <= CLOSE_BY_EPS and torch.equal(ours, state)
+    assert np.abs(want[0] - want[1]).max() > 0.1 and np.abs(want[0, 0] - want[0, 1]).max() > 0.1
+    torch.manual_seed(0)
+    assert np.abs(pipe(**ask).images - want[0]).max() <= CLOSE_BY_EPS
+
+
+@pytest.mark.parametrize(
+    "ask", [{"generator": one()}, {"generator": three()}, {"seeds": [1, 2, 3]}]
+)
+@pytest.mark.parametrize("kind", [DDPMPipeline, DDIMPipeline])
+def test_torchs_own_generator_is_left_alone_otherwise(tiny_sampler, kind, ask):
+    pipe = pipeline(tiny_sampler, kind)
+    state = torch.get_rng_state()
+    pipe(batch_size=3, num_inference_steps=3, **ask)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_noise_is_of_the_dtype_and_device_asked_for(given):
+    """Whatever the host program's defaults are."""
+    generator = torch.manual_seed(0)
+    want = torch.randn(2, 1, 3, 3, device="cpu", dtype=torch.float32)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            draws = Draws(generator if given else None, (2, 1, 3, 3), torch.device("cpu"))
+            got = draws(torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("eta", "ask", "drawn"),
+    [
+        (0.0, {}, {"initial_noise"}),
+        (0.0, {"generator": one()}, {"initial_noise"}),
+        (0.5, {}, {"initial_noise", "step_noise"}),
+        (0.5, {"seeds": 1}, set()),
+    ],
+)
+def test_steps_that_draw_nothing_are_given_nothing(tiny_sampler, monkeypatch, eta, ask, drawn):
+    """Else they would not be captured on a GPU."""
+    pipe, seen = pipeline(tiny_sampler, DDIMPipeline), []
+    sample = pipe.sampler.sample
+    monkeypatch.setattr(
+        pipe.sampler, "sample", lambda *args, **noise: seen.append(noise) or sample(*args, **noise)
+    )
+    pipe(num_inference_steps=2, eta=eta, **ask)
+    assert {name for name in seen[0] if name.endswith("noise")} == drawn
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_pictures_with_alpha(folder, channels):
+    """The modes and levels that diffusers gives: LA and RGBA."""
+    theirs, path = folder(DDPMScheduler(), in_channels=channels, out_channels=channels)
+    ask = {"batch_size": 2, "num_inference_steps": 4}
+    assert_same(load(DDPMPipeline, path, compile=False), theirs, one, **ask)
+
+
+def test_what_is_no_picture_is_refused_before_the_first_step(folder):
+    theirs, path = folder(DDIMScheduler(), in_channels=5, out_channels=5)
+    ask = {"batch_size": 2, "num_inference_steps": 4}
+    for kind in (DDPMPipeline, DDIMPipeline):
+        pipe, called = load(kind, path, compile=False), []
+        pipe.unet.conv_in.register_forward_pre_hook(lambda *_, seen=called: seen.append(True))
+        for generator in ({"generator": one()}, {"seeds": [1, 2]}, {}):
+            with pytest.raises(ValueError, match="output_type='pil': must be np or pt.*5 channels"):
+                pipe(**ask, **generator)
+        assert not called
+        want = theirs(generator=one(), output_type="np", **ask).images
+        got = pipe(generator=one(), output_type="np", **ask).images
+        assert np.abs(got - want).max() <= CLOSE_BY_EPS and len(called) == 4
 
 
 def test_ddim_of_other_schedulers(folder):
@@ -259,16 +355,6 @@ def test_seeds_are_the_samplers(tiny_sampler):
     options = {"eta": 0.5, "use_clipped_model_output": True}
     want = pipe.sampler.sample([7, 8, 9], None, 1.0, "ddim", 5, **options)
     assert torch.equal(noisy.images, (want / 2 + 0.5).clamp(0, 1))
-
-
-def test_torchs_seed_decides_where_nothing_is_given(tiny_sampler):
-    pipe = pipeline(tiny_sampler)
-    ask = {"batch_size": 2, "num_inference_steps": 3, "output_type": "pt"}
-    torch.manual_seed(5)
-    first, second = pipe(**ask).images, pipe(**ask).images
-    torch.manual_seed(5)
-    assert torch.equal(pipe(**ask).images, first)
-    assert (first - second).abs().max() > 0.1 and (first[0] - first[1]).abs().max() > 0.1
 
 
 def test_outputs(tiny_sampler):
