@@ -11,7 +11,7 @@ from flashddpm import kernels
 from flashddpm.bundled import bundled
 from flashddpm.checkpoint import Conditioning
 from flashddpm.defaults import SamplingDefaults
-from flashddpm.errors import CheckpointError, DataError, NonFiniteError
+from flashddpm.errors import CheckpointError, CompilationError, DataError, NonFiniteError
 from flashddpm.images import make_grid, save_grid, to_pil, to_uint8
 from flashddpm.pipeline import DDIMPipeline, DDPMPipeline
 from flashddpm.request import (
@@ -34,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "CompilationError",
     "Conditioning",
     "DDIMPipeline",
     "DDPMPipeline",

@@ -26,6 +26,7 @@ class Occupant:
         label: of its conditional lane; null_label: of the other. Both None without labels.
         guidance: w; with 1 it has one lane.
         row: that it is at; last: of its plan.
+        index: its place among the images that were asked for, which a network may be told.
     """
 
     seed: int
@@ -34,6 +35,7 @@ class Occupant:
     guidance: float
     row: int
     last: int
+    index: int = 0
 
     @property
     def lanes(self) -> int:
@@ -92,6 +94,7 @@ class Batch:
             parts["lane_uncond"][s] = lane
         n = len(present) + len(guided)
         parts["lane_slot"][:n] = [s for s, _ in (*present, *guided)]
+        parts["lane_index"][:n] = [o.index for _, o in (*present, *guided)]
         if slots.lane_label is not None:
             labels = [o.label or 0 for _, o in present] + [o.null_label or 0 for _, o in guided]
             parts["lane_label"][:n] = labels
@@ -117,7 +120,7 @@ class PlanTable:
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
-        self._plans: dict[bytes, tuple[int, int]] = {}  # content -> start, length; oldest first
+        self._plans: dict[bytes, tuple[int, Plan]] = {}  # content -> start, plan; oldest first
         self._users: dict[bytes, int] = {}
 
     def acquire(self, plan: Plan) -> int | None:
@@ -135,7 +138,7 @@ class PlanTable:
             if start is None:
                 return None
             self.slots.load_plan(plan, start)
-            self._plans[key] = (start, len(plan))
+            self._plans[key] = (start, plan)
         self._plans[key] = self._plans.pop(key)  # the newest now
         self._users[key] = self._users.get(key, 0) + 1
         return self._plans[key][0]
@@ -147,15 +150,20 @@ class PlanTable:
         if not self._users[key]:
             del self._users[key]
 
+    def reload(self) -> None:
+        """Put every plan into its rows again: what the network is told there has changed."""
+        for start, plan in self._plans.values():
+            self.slots.load_plan(plan, start)
+
     def _place(self, length: int) -> int | None:
         """Return the first row of a gap, letting go of unused plans, the oldest first."""
         unused = [key for key in self._plans if key not in self._users]
         while True:
             row = 1
-            for start, count in sorted(self._plans.values()):
+            for start, plan in sorted(self._plans.values(), key=lambda placed: placed[0]):
                 if start - row >= length:
                     return row
-                row = start + count
+                row = start + len(plan)
             if len(self.slots.rows) - row >= length:
                 return row
             if not unused:

@@ -30,6 +30,7 @@ from flashddpm.cli_options import (
     VarianceType,
 )
 from flashddpm.cli_train import train
+from flashddpm.errors import CompilationError
 
 app = typer.Typer(
     help="Sample and train denoising diffusion models.",
@@ -52,7 +53,7 @@ def main() -> None:
     except SystemExit as end:
         _leave_torchrun(end.code if isinstance(end.code, int) else 0)
         raise
-    except (ValueError, FloatingPointError, OSError, MemoryError) as error:
+    except (ValueError, FloatingPointError, OSError, MemoryError, CompilationError) as error:
         _fail(" ".join(str(error).split()), USAGE)
 
 

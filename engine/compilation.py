@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from flashddpm.caches import keep_compiled_code
+from flashddpm.errors import CompilationError
 from flashddpm.slots import Network, Slots, evaluate
 
 log = logging.getLogger("flashddpm")
@@ -29,6 +32,29 @@ def repays(flops: float) -> tuple[bool, str]:
     return chosen, (
         f"about {seconds:.0f} s of work {verb} about {COMPILE_SECONDS:.0f} s of compiling"
     )
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Turn whatever the compiler raises into one error of one line.
+
+    Raises:
+        CompilationError: the compiler failed; its cause is the compiler's own error.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
+
+    try:
+        yield
+    except (TorchDynamoException, CppCompileError, InvalidCxxCompiler) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        said = next((line for line in lines if " error: " in line), lines[0])  # g++'s, if any
+        traced = isinstance(error, TorchDynamoException) and not isinstance(error, InductorError)
+        hint = "" if traced else "is there a working C++ compiler (g++)? "
+        raise CompilationError(
+            f"could not compile ({type(error).__name__}: {said:.200}); "
+            f"{hint}compile=False does without"
+        ) from error
 
 
 class CompiledNetwork:
@@ -56,10 +82,10 @@ class CompiledNetwork:
         log.info("compiling the network (%s)", mode or "default")
         compiled = torch.compile(self._predict, fullgraph=True, dynamic=False, mode=mode)
 
-        def call(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        def call(x_t: Tensor, told: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
             # At every call: Dynamo guards more than shapes, the number of threads, say.
-            with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
-                return compiled(x_t, t, labels)
+            with compiling(), torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
+                return compiled(x_t, told, labels, index)
 
         return call
 
@@ -70,7 +96,7 @@ class CompiledNetwork:
             evaluate(slots, self.network, fractional)
             self.shapes.add(shape)
 
-    def prove_exact(self, image: Tensor, L: int, labelled: bool) -> None:
+    def prove_exact(self, image: Tensor, told: Tensor, L: int, labelled: bool) -> None:
         """Refuse exact mode where the network's bits depend on the lane: try.
 
         They do on the CPU for some odd sizes, where loops over the whole batch end in tails that
@@ -78,12 +104,14 @@ class CompiledNetwork:
 
         Args:
             image: [1, C, H, W], which is run in every lane.
+            told: [1] or [1, E], what the network is told of time.
             L: lanes.
             labelled: whether the network takes labels.
         """
-        t = torch.zeros(L, dtype=torch.int64, device=image.device)
+        index = torch.zeros(L, dtype=torch.int64, device=image.device)
         x = image.expand(L, -1, -1, -1).contiguous(memory_format=torch.channels_last)
-        out = self.network(x, t, torch.zeros_like(t) if labelled else None)
+        told = told.expand(L, *told.shape[1:]).contiguous()
+        out = self.network(x, told, torch.zeros_like(index) if labelled else None, index)
         if not torch.equal(out, out[:1].expand_as(out)):
             raise ValueError(
                 f"exact=True: on this machine the compiled network gives other bits in other lanes "

@@ -6,15 +6,20 @@ import math
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import WeakSet
 
 from flashddpm.metrics import Metrics
 from flashddpm.request import DeadlineExceeded, EngineClosed, Job, QueueFull, RequestFailed, Result
 
 Outcome = Result | Exception | None
 """How a job ends; None where it was cancelled."""
+
+
+FORKED = "the engine is in the process that this one was forked from; make one here"
 
 
 class Desk:
@@ -29,11 +34,13 @@ class Desk:
     def __init__(self, size: int) -> None:
         self.size = size
         self._changed = threading.Condition()  # guards all below
+        self._held = 0  # by how many; then nobody leaves the queue for a slot
         self._queue: OrderedDict[Job, None] = OrderedDict()
         self._open: set[Job] = set()  # in the queue or in flight
+        self._futures: WeakSet[Future[Result]] = WeakSet()  # that somebody may still ask
         self._next_deadline = math.inf  # no waiting request has an earlier one
         self._metrics = Metrics()
-        self._closing = False
+        self._closing, self._why = False, "the engine was shut down"
         self._cause: BaseException | None = None
 
     def accept(self, job: Job) -> None:
@@ -45,11 +52,12 @@ class Desk:
         """
         with self._changed:
             if self._closing:
-                raise EngineClosed("the engine was shut down") from self._cause
+                raise EngineClosed(self._why) from self._cause
             if len(self._queue) >= self.size:
                 self._metrics.totals["rejected"] += 1
                 raise QueueFull(f"queue_size={self.size}: as many requests are waiting")
             self._metrics.totals["submitted"] += 1
+            self._futures.add(job.future)
             self._queue[job] = None
             self._open.add(job)
             self._next_deadline = min(self._next_deadline, job.deadline)
@@ -62,9 +70,36 @@ class Desk:
             self.end(job, None)
 
     def first(self) -> Job | None:
-        """Return the job that has waited longest."""
+        """Return the job that has waited longest; None too while the queue is held."""
         with self._changed:
-            return next(iter(self._queue), None)
+            return None if self._held else next(iter(self._queue), None)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let no job enter the batch within the context."""
+        with self._changed:
+            self._held += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= 1
+                self._changed.notify_all()
+
+    @property
+    def in_flight(self) -> int:
+        """How many jobs have left the queue and have not ended."""
+        return len(self._open) - len(self._queue)
+
+    def wait_until_empty(self) -> None:
+        """Wait until no job is in flight."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self.in_flight)
+
+    def take(self, job: Job) -> bool:
+        """Take a job out of the queue, for a slot; False if it has left, or the queue is held."""
+        with self._changed:
+            return not self._held and self.withdraw(job)
 
     def withdraw(self, job: Job) -> bool:
         """Take a job out of the queue; False if it has left already."""
@@ -110,7 +145,13 @@ class Desk:
     def wait_for_work(self) -> bool:
         """Wait until some job is open; False if none is and none will be."""
         with self._changed:
-            self._changed.wait_for(lambda: self._open or self._closing)
+            self._changed.wait_for(
+                lambda: (
+                    self.in_flight
+                    or (self._queue and not self._held)
+                    or (self._closing and not self._open)
+                )
+            )
             return bool(self._open)
 
     @property
@@ -143,12 +184,42 @@ class Desk:
             with suppress(BaseException):  # a callback's SystemExit keeps nobody else waiting
                 self.end(job, error)
 
+    def after_fork(self) -> None:
+        """In a forked child, where nobody turns: fail what is open, and accept nothing.
+
+        The parent's threads may have been at any line of this file.
+        """
+        self._changed = threading.Condition()
+        self._held = 0
+        self._closing, self._why = True, FORKED
+        now = time.monotonic()
+        for job in self._open:
+            self._metrics.end("failed", now - job.submitted)
+        self._queue.clear()
+        self._open.clear()
+        for future in list(self._futures):
+            _end_in_child(future)
+
     def metrics(self) -> dict[str, Any]:
         """Return what was counted, as `Engine.metrics` says."""
         with self._changed:
             waiting = len(self._queue)
             active = len(self._open) - waiting
             return {"queue_depth": waiting, "active": active, **self._metrics.summary()}
+
+
+def _end_in_child(future: Future[Result]) -> None:
+    """Fail a future unless it has ended; either way whoever asks it does not wait.
+
+    Its lock may be held by a thread that is not here, as those who wait and those who are called
+    back are not.
+    """
+    vars(future).update(_condition=threading.Condition(), _waiters=[], _done_callbacks=[])
+    if future.cancelled():
+        with suppress(RuntimeError):  # that was noted already
+            future.set_running_or_notify_cancel()
+    elif not future.done():
+        future.set_exception(EngineClosed(FORKED))
 
 
 def failure(stage: str, cause: BaseException) -> RequestFailed:

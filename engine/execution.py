@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,15 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flashddpm import arguments, kernels, networks, noise
+from flashddpm import arguments, host, kernels, networks, noise
 from flashddpm.checkpoint import Conditioning
 from flashddpm.compilation import CompiledNetwork, repays
+from flashddpm.derived import CHANGED, Derived, Glimpse
+from flashddpm.errors import CompilationError
 from flashddpm.graph import CapturedSteps, Card, Graphs, Key, Resting, Step
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Purpose
-from flashddpm.network import HoistedUNet, flops_per_image
+from flashddpm.modes import module_of
+from flashddpm.network import HoistedUNet, flops_per_image, unhoistable
 from flashddpm.noise import CompiledNoise
 from flashddpm.slots import (
+    Call,
     Network,
     Slots,
     check_output,
@@ -32,6 +37,7 @@ from flashddpm.slots import (
     update,
 )
 from flashddpm.solvers import Plan
+from flashddpm.touched import hanging
 from flashddpm.unet import UNet
 from flashddpm.upload import send
 from flashddpm.weights import mismatches
@@ -49,13 +55,14 @@ class Execution:
         compile: True, False or "auto".
         capture: whether the step becomes a CUDA graph.
         compiled: the compiled network.
+        modules: those that run, as far as can be told.
         ops: the module whose operations a step calls.
     """
 
     def __init__(
         self,
         network: nn.Module | Callable[..., Tensor],
-        call: Network | None,
+        call: Call | None,
         *,
         shape: tuple[int, int, int],
         num_timesteps: int,
@@ -88,32 +95,38 @@ class Execution:
         own = network if isinstance(network, networks.Network) and call is None else None
         if own is not None:
             _check_unet(own, shape, conditioning)
-            own.eval()
-        self.compile = compile if fused and (own or compile is True) else False
-        self.capture = fused and cuda and (bool(own) if capture == "auto" else bool(capture))
+        self._hanging = hanging(network)
+        # What hangs on a network may be any code: it runs as a network of the user's own does.
+        plain = own is not None and not self._hanging and type(own) in networks.CLASSES
+        self.compile = compile if fused and (plain or compile is True) else False
+        self.capture = fused and cuda and (plain if capture == "auto" else bool(capture))
         self.ops = kernels if fused and cuda else reference
         if graph_memory is not None:
             arguments.integer("graph_memory", graph_memory, 0)
         self.device, self.shape = device, shape
         self.num_timesteps = num_timesteps
         self.labelled = conditioning.num_classes is not None
+        self.modules = [m for m in map(module_of, (network, call)) if m is not None]
         self.network = network.to(device) if isinstance(network, nn.Module) else network
         stored = _dtype_of(network)
         self.dtype = arguments.resolve_dtype(dtype, stored)
         if own and self.dtype is not stored:
             raise ValueError(f"dtype={self.dtype}: the network's is {stored}; convert it first")
-        self._hoisted: HoistedUNet | None = None
         if fused and own is not None:
             own.to(memory_format=torch.channels_last)
-            if isinstance(own, UNet):
-                with torch.inference_mode(False), torch.no_grad():
-                    self._hoisted = HoistedUNet(own, num_timesteps)
-        self._predict: Network = self._hoisted or call or _positional(network)
+        self._hoisted: HoistedUNet | None = None
+        self._derived: Derived | None = None
+        if fused and isinstance(own, UNet) and unhoistable(own) is None:
+            self._hoisted = HoistedUNet(own)
+            self._derived = Derived(self._hoisted.sources, self._hoisted.refresh)
+        self._predict: Network = self._hoisted or (_by(call) if call else _positional(network))
+        self._stored = _stored(network)
         log.info("runs on %s in %s, %s backend", device, self.dtype, self.backend)
         self.compiled = CompiledNetwork(self._predict, arguments.boolean("tune", tune))
         self._compiled_noise = CompiledNoise()
         self.graphs = Graphs(Card(device), graph_memory)
         self._addresses: tuple[int, ...] | None = None
+        self._not_compiled: str | None = None  # why "auto" goes on without
         self._slots: Slots | None = None
         self._launched: torch.cuda.Event | None = None
         if cuda:
@@ -144,13 +157,13 @@ class Execution:
             return z
         x0 = torch.zeros_like(z) if image is None else image
         t = torch.zeros(len(seeds), dtype=torch.int64, device=self.device)
-        rows = send(torch.tensor([plan.initial], dtype=torch.float32), self.device)
-        seed = send(torch.tensor(seeds), self.device)
+        rows = send(host.floats([plan.initial]), self.device)
+        seed = send(host.ints(seeds), self.device)
         return self.ops.add_noise(x0, t, seed, t, rows, Purpose.INITIAL)
 
     def draw(self, seeds: Sequence[int], key: int, purpose: Purpose) -> Tensor:
         """Return the noise of these seeds under one key, float32 [B, C, H, W]."""
-        seed = send(torch.tensor(seeds), self.device)
+        seed = send(host.ints(seeds), self.device)
         return self.ops.philox(seed, torch.full_like(seed, key), self.shape, purpose)
 
     def compiles(self, evaluations: int, lanes: int) -> bool:
@@ -191,7 +204,8 @@ class Execution:
 
     def service_slots(self, S: int, L: int, R: int) -> Slots:
         """Return new buffers for S slots, L lanes and R rows of plans, the rest row included."""
-        return Slots(S, L, self.shape, R, self.dtype, self.device, self.labelled)
+        embed = self._hoisted.embed if self._hoisted else None
+        return Slots(S, L, self.shape, R, self.dtype, self.device, self.labelled, embed)
 
     def slots(self, S: int, L: int, most: tuple[int, int]) -> Slots:
         """Return buffers for S slots and L lanes, the same ones while they fit.
@@ -227,8 +241,7 @@ class Execution:
         """
         prefixes = sorted(prefixes, key=lambda slots: -len(slots.lane_slot))
         for slots in prefixes:
-            if compiled:
-                self.compiled.prepare(slots, fractional=False)
+            compiled = compiled and self._prepared(slots, fractional=False)
             if self.capture:
                 self.graphs.warm(*self._step(slots, compiled, False))
         for slots in prefixes:
@@ -248,8 +261,7 @@ class Execution:
         Returns:
             The network's output, to be read before the next step.
         """
-        if compiled:
-            self.compiled.prepare(slots, fractional)
+        compiled = compiled and self._prepared(slots, fractional)
         graph = self._graph(slots, compiled, fractional)
         if graph is not None:
             return graph()
@@ -280,10 +292,9 @@ class Execution:
                 is captured then.
         """
         self.check_plan(plan)
-        self.check_weights()
-        if compiled:
-            self.compiled.prepare(slots, plan.fractional)
-        graph = None if given else self._graph(slots, compiled, plan.fractional)
+        fractional = self.tells_floats(plan)
+        compiled = compiled and self._prepared(slots, fractional)
+        graph = None if given else self._graph(slots, compiled, fractional)
         if graph is not None and not previews:
             yield from self._replay(slots, plan, compiled, graph)
             return
@@ -295,7 +306,7 @@ class Execution:
             if graph is not None:
                 out = graph()
             else:
-                out = evaluate(slots, network, plan.fractional)
+                out = evaluate(slots, network, fractional)
                 if stats:
                     measure(slots, out, self.ops)
                 update(slots, out, self.ops, next(drawn))
@@ -307,7 +318,7 @@ class Execution:
         self, slots: Slots, plan: Plan, compiled: bool, one: CapturedSteps
     ) -> Iterator[None]:
         """Take every step of the plan, as many in a graph as pay."""
-        many = self.graphs.best(*self._step(slots, compiled, plan.fractional)) or one
+        many = self.graphs.best(*self._step(slots, compiled, self.tells_floats(plan))) or one
         left = len(plan)
         while left:
             graph = many if left >= many.count else one
@@ -317,6 +328,10 @@ class Execution:
             left -= graph.count
             yield from [None] * graph.count
 
+    def tells_floats(self, plan: Plan) -> bool:
+        """Return whether the network is told timesteps between the integers, and so as floats."""
+        return plan.fractional and self._hoisted is None
+
     def check_plan(self, plan: Plan) -> None:
         """Refuse a plan that our U-Net has not the channels for; others show when they are run."""
         if isinstance(self.network, networks.Network):
@@ -324,12 +339,14 @@ class Execution:
 
     def check_exact(self, plan: Plan) -> None:
         """Refuse what has no bits to promise: a network that is not compiled, or compiled twice."""
+        if self._not_compiled is not None:
+            raise CompilationError(self._not_compiled)
         if self.compile is False:
             raise ValueError(
                 f"exact=True: needs a compiled network; this sampler, with backend="
                 f"{self.backend!r} and compile=False, has none"
             )
-        if plan.fractional:
+        if self.tells_floats(plan):
             raise ValueError(
                 "exact=True: the plan has timesteps between the integers, for which the network "
                 "is compiled apart; must be integers"
@@ -339,7 +356,9 @@ class Execution:
         """Refuse exact mode where the compiled network's bits depend on the lane: try, once."""
         if L not in self.compiled.exact:
             image = self.draw([0], 0, Purpose.INITIAL).to(self.dtype)
-            self.compiled.prove_exact(image, L, self.labelled)
+            t = torch.zeros(1, dtype=torch.int64, device=self.device)
+            told = self._hoisted.embed(t) if self._hoisted else t
+            self.compiled.prove_exact(image, told, L, self.labelled)
 
     def check_variance(self, plan: Plan, channels: int) -> None:
         """Refuse a plan that learns its variance for a network without channels for it."""
@@ -349,13 +368,50 @@ class Execution:
                 f"{channels} channels; a learned variance takes {2 * self.shape[0]}"
             )
 
+    def _prepared(self, slots: Slots, fractional: bool) -> bool:
+        """Compile for the lanes of these buffers; return False where "auto" goes on without."""
+        if self.compile is False:
+            return False
+        lanes = len(slots.lane_slot)
+        try:
+            self._note_hooks()
+            self.compiled.prepare(slots, fractional)
+        except CompilationError as error:
+            self._give_up_compiling(error, lanes)
+        return self.compile is not False
+
+    def _note_hooks(self) -> None:
+        """Note what hangs on the network when it is first compiled: that is compiled with it."""
+        if not (self.capture or self.compiled.shapes):
+            self._hanging = hanging(self.network)
+
+    def _give_up_compiling(self, error: CompilationError, lanes: int) -> None:
+        """Go on without compiling if nobody asked for it, and say so once.
+
+        Raises:
+            CompilationError: compile=True asked for it, or exact images are drawn on so many lanes.
+        """
+        if self.compile != "auto" or lanes in self.compiled.exact:
+            raise error
+        log.warning("goes on without compiling: %s", error)
+        self.compile, self._not_compiled = False, str(error)
+
     def _network(self, compiled: bool) -> Network:
         return self.compiled.network if compiled else self._predict
 
     def predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None, evaluations: int) -> Tensor:
         """Return the output for any images; arguments are those of ``Sampler.predict``."""
+        x_t, told = x_t.to(self.dtype), self._hoisted.embed(t) if self._hoisted else t
+        index = torch.arange(len(x_t), dtype=torch.int64, device=x_t.device)
+        given = (x_t, told, labels, index)
         compiled = self.compiles(evaluations, len(x_t))
-        out = self._network(compiled)(x_t.to(self.dtype), t, labels)
+        try:
+            if compiled:
+                self._note_hooks()
+            out = self._network(compiled)(*given)
+        except CompilationError as error:
+            self._give_up_compiling(error, len(x_t))
+            compiled, out = False, self._predict(*given)
         if compiled:
             self.compiled.shapes.add((len(x_t), False))
         check_output(out, x_t.shape)
@@ -376,21 +432,54 @@ class Execution:
         self.graphs.forget(slots.token)
         self.graphs.sweep()
 
-    def check_weights(self) -> None:
-        """Refuse to go on with graphs of weights that are not there any more.
+    def renew(self) -> int:
+        """Make all that was derived from the network's weights follow them, once a call.
+
+        Returns:
+            Their version: embeddings that slots hold for their rows are old at another one.
 
         Raises:
-            RuntimeError: the network's parameters were moved or replaced.
+            RuntimeError: the network was changed in a way that cannot be followed: moved, or under
+                graphs given other parameters, or, where that would be skipped, hooks.
         """
-        if not (self.capture and isinstance(self.network, nn.Module)):
-            return
-        now = tuple(parameter.data_ptr() for parameter in self.network.parameters())
-        self._addresses = self._addresses or now
-        if now != self._addresses:
+        if not isinstance(self.network, nn.Module):
+            return 0
+        now = _stored(self.network)
+        if now != self._stored:
             raise RuntimeError(
-                "the network's parameters were moved or replaced under its graphs: use "
-                "update_weights, or make a new Sampler"
+                f"network: its parameters were {self._stored} and are {now}; make a new Sampler"
             )
+        if self.capture:
+            addresses = tuple(parameter.data_ptr() for parameter in self.network.parameters())
+            self._addresses = self._addresses or addresses
+            if addresses != self._addresses:
+                raise RuntimeError(
+                    "the network's parameters were moved or replaced under its graphs: use "
+                    "update_weights, or make a new Sampler"
+                )
+        skipped = unhoistable(self._hoisted.unet) if self._hoisted else None
+        if (self.capture or self.compiled.shapes) and hanging(self.network) != self._hanging:
+            skipped = skipped or "it has other hooks, or another forward, than when it was compiled"
+        if skipped:
+            raise RuntimeError(f"network: {skipped}; make a new Sampler, which heeds that")
+        return self._derived.renew() if self._derived else 0
+
+    def unchanged(self) -> Callable[[], None]:
+        """Return a function that raises RuntimeError if weights have changed between the calls."""
+        glimpse = Glimpse(self.modules)
+        before = glimpse.take()
+
+        def check() -> None:
+            after = glimpse.take()
+            if before is not None and after is not None and not torch.equal(before, after):
+                raise RuntimeError(CHANGED)
+
+        return check
+
+    @property
+    def version(self) -> int:
+        """The version of what was derived from the weights, as the latest `renew` returned it."""
+        return self._derived.version if self._derived else 0
 
     @property
     def _draws_ahead(self) -> bool:
@@ -403,16 +492,19 @@ class Execution:
             return noise.ahead(slots, plan, self._compiled_noise if compiled else reference.philox)
         return repeat(None)
 
-    def update_weights(self, state: dict[str, Tensor]) -> None:
-        """Copy weights into our U-Net and derive again what depends on them, all in place."""
+    def check_state(self, state: dict[str, Tensor]) -> None:
+        """Refuse a state dict that `update_weights` cannot load."""
         if not isinstance(self.network, networks.Network):
             raise ValueError("update_weights: the network is not flashddpm's own")
         wrong = mismatches(self.network, state)
         if wrong:
             raise ValueError("state: does not match the network: " + "; ".join(wrong))
+
+    def update_weights(self, state: dict[str, Tensor]) -> None:
+        """Copy weights into our U-Net, in place; the next call renews what depends on them."""
+        self.check_state(state)
+        assert isinstance(self.network, networks.Network)
         self.network.load_state_dict(state)
-        if self._hoisted is not None:
-            self._hoisted.refresh()
 
 
 @contextmanager
@@ -452,8 +544,42 @@ def _dtype_of(network: Any) -> torch.dtype:
     return torch.float32
 
 
-def _positional(network: Callable[..., Tensor]) -> Network:
-    def call(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+def _stored(network: Any) -> str:
+    """Return where a network's first parameter is, and its dtype, in words."""
+    first = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    return "none" if first is None else f"{first.dtype} on {first.device}"
+
+
+def _positional(network: Call) -> Network:
+    def predict(x_t: Tensor, t: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
         return network(x_t, t) if labels is None else network(x_t, t, labels)
 
-    return call
+    return predict
+
+
+def _by(call: Call) -> Network:
+    def predict(x_t: Tensor, t: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
+        return call(x_t, t, labels)
+
+    def predict_by_index(x_t: Tensor, t: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
+        return call(x_t, t, labels, index=index)
+
+    return predict_by_index if _takes_index(call) else predict
+
+
+def _takes_index(function: Callable[..., Any]) -> bool:
+    """Return whether a function has a parameter ``index`` that may be given by its name."""
+    if isinstance(function, partial) and "index" in function.keywords:
+        return False  # it is given already
+    called = function.forward if isinstance(function, nn.Module) else function
+    for through in (False, True):  # what wraps a function, then the function, if that gets them all
+        try:
+            parameters = inspect.signature(called, follow_wrapped=through).parameters
+        except (TypeError, ValueError):  # a built-in function
+            return False
+        index = parameters.get("index")
+        if index is not None:
+            return index.kind is not inspect.Parameter.POSITIONAL_ONLY
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            return False
+    return False

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from flashddpm import arguments
 from flashddpm.batch import Batch, Occupant, PlanTable
+from flashddpm.derived import CHANGED, Glimpse
+from flashddpm.errors import NonFiniteError
 from flashddpm.execution import Execution
 from flashddpm.kernels.contract import REST, Purpose
 from flashddpm.request import Job
@@ -67,6 +69,10 @@ class Flight:
         self._exact = exact
         self.buckets = self._choose(buckets)
         self._changed = False
+        self._version = 0  # of what the rows of plans were embedded by
+        self._glimpse = Glimpse(execution.modules)
+        self._weights: Tensor | None = None  # as seen when images last entered
+        self._weights_now: Tensor | None = None  # as seen since the last step
         self._channels: int | None = None  # that the network returns
         self._pace = Pace(execution.device)
         # Only noted, for this may be while something is captured; nobody waits for it at exit.
@@ -115,6 +121,18 @@ class Flight:
         """Give up what `reserve` gave."""
         self.table.release(job.plan)
 
+    def follow_weights(self) -> None:
+        """Have jobs that enter now drawn by the network as it is now; call it before they do.
+
+        Raises:
+            RuntimeError: it was changed in a way that cannot be followed (`Execution.renew`).
+        """
+        self._weights = self._glimpse.take()  # first: what changes meanwhile shows at the end
+        version = self.execution.renew()
+        if version != self._version:
+            self.table.reload()
+            self._version = version
+
     def draw(self, jobs: Sequence[Job]) -> Tensor:
         """Return what these jobs begin at, float32 [B, C, H, W]."""
         x = self.execution.draw([job.seed for job in jobs], 0, Purpose.INITIAL)
@@ -125,6 +143,7 @@ class Flight:
 
     def admit(self, job: Job, x: Tensor) -> None:
         """Put a job that holds a reservation into a free slot, started from x [C, H, W]."""
+        job.weights, job.version = self._weights, self._version
         slot = self.batch.admit(
             Occupant(
                 seed=job.seed,
@@ -133,6 +152,7 @@ class Flight:
                 guidance=job.guidance,
                 row=job.start,
                 last=job.start + len(job.plan) - 1,
+                index=job.index,
             ),
             x,
         )
@@ -155,7 +175,6 @@ class Flight:
             [C, H, W].
         """
         if self._changed:
-            self.execution.check_weights()
             self.batch.upload()
             self._changed = False
         jobs = self.jobs.values()
@@ -167,6 +186,7 @@ class Flight:
         if self._exact:
             self.execution.prove_exact(self.max_lanes)
         self._pace.wait()
+        self._weights_now = None
         out = self.execution.take_step(
             self.slots.prefix(self.max_batch, self.lanes),
             self.compiled,
@@ -191,8 +211,19 @@ class Flight:
             self.execution.check_variance(job.plan, self._channels)
         slot = self._slot_of[job]
         image = self.slots.x[slot].clone(memory_format=torch.contiguous_format)
-        flag = self.slots.nonfinite[slot : slot + 1]
-        return Landing(job, image, flag.to("cpu", non_blocking=True), self._pace.event())
+        flags = [self.slots.nonfinite[slot]]
+        if self._weights_now is None:
+            self._weights_now = self._glimpse.take()
+        if job.weights is not None and self._weights_now is not None:
+            flags.append((job.weights != self._weights_now).any())
+        there = torch.stack([flag.to(torch.int32) for flag in flags]).to("cpu", non_blocking=True)
+        same = job.version == self.execution.version
+        return Landing(job, image, there, same, self._pace.event())
+
+    def after_fork(self) -> None:
+        """Forget every job: nobody takes their steps in a forked child."""
+        self.jobs.clear()
+        self._slot_of.clear()
 
     def close(self) -> None:
         """Let go of the graphs; they are dropped when next somebody may."""
@@ -216,21 +247,33 @@ class Landing:
     Attributes:
         job: whose.
         image: float32 [C, H, W].
-        flag: int32 [1], on the host: the row that was first not finite, or 0.
+        flags: int32 [1 or 2], on the host: the row that was first not finite, or 0; and, where
+            weights can be seen, whether they are others than when the image entered.
+        same: whether what is derived from the weights is what it was when the image entered.
         event: after which both are there; None where they are already.
     """
 
     job: Job
     image: Tensor
-    flag: Tensor
+    flags: Tensor
+    same: bool
     event: torch.cuda.Event | None
 
-    def wait(self) -> tuple[Tensor, int | None]:
-        """Return the image, and the step that was first not finite or None; wait for both."""
+    def wait(self) -> Tensor:
+        """Return the image; wait for it.
+
+        Raises:
+            RuntimeError: steps of two networks drew it.
+            NonFiniteError: the network's output turned NaN or infinite.
+        """
         if self.event is not None:
             self.event.synchronize()
-        row = int(self.flag)
-        return self.image, row - self.job.start if row else None
+        row, *others = self.flags.tolist()
+        if any(others) or not self.same:
+            raise RuntimeError(CHANGED)
+        if row:
+            raise NonFiniteError(self.job.seed, row - self.job.start, len(self.job.plan))
+        return self.image
 
 
 class Pace:

@@ -7,15 +7,15 @@ admission, in ``on_step`` and in the harvest one job, in the step those that too
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from contextlib import suppress
 
-import torch
-
 from flashddpm.desk import Desk, Outcome, failure
 from flashddpm.errors import NonFiniteError
 from flashddpm.flight import Flight, Landing
+from flashddpm.host import isolated
 from flashddpm.request import DeadlineExceeded, Job, Result, Timings
 from flashddpm.sampler import Sampler
 
@@ -38,19 +38,23 @@ class Loop:
     ) -> None:
         self.desk, self.flight, self.sampler = desk, flight, sampler
         self.max_batch, self.max_failures = max_batch, max_failures
+        self.turning: int | None = None  # the thread that takes a turn now
         self._failures = 0
         self._landing: deque[Landing] = deque()
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @isolated(grad=False)
     def turn(self) -> bool:
         """Admit, step and harvest, once; return whether work is left."""
-        with self.sampler.execution.on_device():
-            self._drop_unwanted()
-            self._admit()
-            if self.flight:
-                self._step()
-            self._harvest()
+        self.turning = threading.get_ident()
+        try:
+            with self.sampler.execution.on_device():
+                self._drop_unwanted()
+                self._admit()
+                if self.flight:
+                    self._step()
+                self._harvest()
+        finally:
+            self.turning = None
         return self.desk.busy
 
     def run(self) -> None:
@@ -75,6 +79,11 @@ class Loop:
         with suppress(RuntimeError), self.sampler._exclusive():  # not from a callback of its own
             self.sampler.execution.graphs.sweep()
 
+    def after_fork(self) -> None:
+        """Forget what is under way: nobody turns in a forked child."""
+        self._landing.clear()
+        self.flight.after_fork()
+
     def _drop_unwanted(self) -> None:
         """Let go of what is too late, waiting or in a slot, and of what was cancelled in one."""
         now = time.monotonic()
@@ -91,6 +100,8 @@ class Loop:
         if not entering:
             return
         try:
+            with self.sampler._exclusive():
+                self.flight.follow_weights()
             starts = self.flight.draw(entering)
         except Exception as error:
             for job in entering:
@@ -115,9 +126,9 @@ class Loop:
             except Exception as error:
                 self._end(job, failure("admission", error))
                 continue
-            if self.desk.withdraw(job):
+            if self.desk.take(job):
                 entering.append(job)
-            else:  # cancelled just now
+            else:  # cancelled just now, or to wait for new weights
                 self.flight.release(job)
         return entering
 
@@ -177,12 +188,12 @@ class Loop:
         """Resolve the future of a finished image."""
         job = landing.job
         try:
-            image, broken = landing.wait()
+            image = landing.wait()
+        except NonFiniteError as error:
+            self._end(job, error)
+            return
         except Exception as error:
             self._end(job, failure("harvest", error))
-            return
-        if broken is not None:
-            self._end(job, NonFiniteError(job.seed, broken, len(job.plan)))
             return
         now = time.monotonic()
         timings = Timings(job.admitted - job.submitted, now - job.admitted)

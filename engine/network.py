@@ -2,55 +2,88 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashddpm.host import plain_factories
 from flashddpm.networks import NetworkConfig, on_meta
+from flashddpm.touched import touched
 from flashddpm.unet import UNet
+from flashddpm.unet_blocks import TimestepEmbedding
 
 
 class HoistedUNet(nn.Module):
-    """A U-Net whose time embeddings are looked up and whose time projections are one product.
+    """A U-Net that is given time embeddings, and whose time projections are one product.
+
+    The embeddings are computed once for the rows of a plan (`embed`), not once a step. The packed
+    projections are copies of the U-Net's: `refresh` must follow any change of `sources`.
 
     Args:
-        unet: the network, in evaluation mode.
-        num_timesteps: timesteps are 0..num_timesteps-1.
+        unet: the network.
     """
 
-    table: Tensor
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, unet: UNet, num_timesteps: int) -> None:
+    def __init__(self, unet: UNet) -> None:
         super().__init__()
         self.unet = unet
-        self.register_buffer("table", unet.time_table(num_timesteps), persistent=False)
         weight, bias = unet.packed_projection()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
-    def refresh(self) -> None:
-        """Derive table, weight and bias again, in place, after the U-Net's weights changed."""
-        self.table.copy_(self.unet.time_table(len(self.table)))
-        for buffer, value in zip(
-            (self.weight, self.bias), self.unet.packed_projection(), strict=True
-        ):
-            buffer.copy_(value)
+    def sources(self) -> Iterator[Tensor]:
+        """Yield the parameters that embeddings and packed projections are computed from."""
+        yield from self.unet.time_embedding.parameters()
+        for block in self.unet.resnets():
+            yield from block.time_emb_proj.parameters()
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """[L, C, H, W], int64 or float32 [L], int64 [L] or None -> [L, C or 2C, H, W]."""
-        emb = self.unet.embed_time(t) if t.is_floating_point() else self.table[t]
+    def refresh(self) -> None:
+        """Pack the projections again, in place."""
+        weight, bias = self.unet.packed_projection()
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+
+    def embed(self, t: Tensor) -> Tensor:
+        """Return the time embedding of integer or fractional timesteps, [B] -> [B, E]."""
+        return self.unet.embed_time(t)
+
+    def forward(
+        self, x_t: Tensor, emb: Tensor, labels: Tensor | None, index: Tensor | None = None
+    ) -> Tensor:
+        """[L, C, H, W], [L, E] from `embed`, int64 [L] or None -> [L, C or 2C, H, W].
+
+        The images' places among those that were asked for, ``index``, are of no use to it.
+        """
         if labels is not None:
             emb = emb + self.unet.class_embedding(labels)
         return self.unet.body(x_t, F.linear(F.silu(emb), self.weight, self.bias))
+
+
+def unhoistable(unet: UNet) -> str | None:
+    """Return what a `HoistedUNet` would skip of a U-Net: a hook, say; None for nothing."""
+    bypassed: list[tuple[str, nn.Module, type[nn.Module]]] = [("the U-Net", unet, UNet)]
+    if type(unet) is UNet:
+        mlp = unet.time_embedding
+        bypassed.append(("time_embedding", mlp, TimestepEmbedding))
+        bypassed += [(f"time_embedding.{name}", m, nn.Linear) for name, m in mlp.named_children()]
+        bypassed += [("time_emb_proj", block.time_emb_proj, nn.Linear) for block in unet.resnets()]
+    for name, module, kind in bypassed:
+        problem = touched(module, kind)
+        if problem is not None:
+            return f"{name} {problem}"
+    return None
 
 
 def flops_per_image(config: NetworkConfig, shape: tuple[int, int, int]) -> int:
     """Return the floating-point operations of one evaluation of one image, counted by PyTorch."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        labels = None if config.num_class_embeds is None else torch.zeros(1).long()
-        on_meta(config)(torch.zeros(1, *shape), torch.zeros(1), labels)
+    network = on_meta(config)
+    with plain_factories("meta"), FlopCounterMode(display=False) as counter:
+        labels = None if config.num_class_embeds is None else torch.zeros(1, dtype=torch.int64)
+        network(torch.zeros(1, *shape), torch.zeros(1), labels)
     return counter.get_total_flops()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from flashddpm import host
+from flashddpm.compilation import compiling
+from flashddpm.errors import CompilationError
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Column, Purpose
 from flashddpm.plan import Plan
 from flashddpm.slots import Slots
+
+log = logging.getLogger("flashddpm")
 
 NOISE_BYTES = 16 << 20
 """Most memory that noise drawn ahead may hold, unless one step needs more."""
@@ -26,6 +32,9 @@ class CompiledNoise:
     (Inductor cannot cast bits on the CPU; hence pieces.) Compiled at the first call.
     """
 
+    def __init__(self) -> None:
+        self._broken = False
+
     @cached_property
     def _pieces(self) -> tuple:
         return tuple(torch.compile(piece, dynamic=True) for piece in reference.PIECES)
@@ -34,7 +43,14 @@ class CompiledNoise:
         self, seeds: Tensor, keys: Tensor, shape: tuple[int, int, int], purpose: int
     ) -> Tensor:
         """Return standard normal noise, float32 [B, C, H, W], as ``reference.philox`` does."""
-        return reference.philox_in_pieces(self._pieces, seeds, keys, shape, purpose)
+        if not self._broken:
+            try:
+                with compiling():
+                    return reference.philox_in_pieces(self._pieces, seeds, keys, shape, purpose)
+            except CompilationError as error:  # that of the network lies in a cache, say
+                log.warning("noise is drawn without compiling: %s", error)
+                self._broken = True
+        return reference.philox(seeds, keys, shape, purpose)  # the same bits
 
 
 def ahead(slots: Slots, plan: Plan, draw: Draw) -> Iterator[Tensor | None]:
@@ -45,7 +61,7 @@ def ahead(slots: Slots, plan: Plan, draw: Draw) -> Iterator[Tensor | None]:
     S, C, H, W = slots.x.shape
     many = max(1, NOISE_BYTES // (4 * slots.x.numel()))
     for start in range(0, len(plan), many):
-        keys = torch.tensor(plan.noise_keys[start : start + many])
+        keys = host.ints(plan.noise_keys[start : start + many])
         if not plan.rows[start : start + many, Column.SIGMA].any():
             yield from [None] * len(keys)
             continue

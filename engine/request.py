@@ -9,22 +9,23 @@ from typing import Any
 
 from torch import Tensor
 
+from flashddpm.errors import Portable
 from flashddpm.solvers import Plan
 
 
-class QueueFull(RuntimeError):
+class QueueFull(Portable, RuntimeError):
     """The queue holds as many requests as it may; nothing was queued. Try again later."""
 
 
-class EngineClosed(RuntimeError):
+class EngineClosed(Portable, RuntimeError):
     """The engine was shut down, or closed itself after failures (its cause): no image comes."""
 
 
-class DeadlineExceeded(TimeoutError):
+class DeadlineExceeded(Portable, TimeoutError):
     """The request's deadline passed before its image was finished."""
 
 
-class RequestFailed(RuntimeError):
+class RequestFailed(Portable, RuntimeError):
     """Admission, a step, ``on_step`` or the harvest of the image failed.
 
     Its ``__cause__`` is what was raised.
@@ -45,6 +46,7 @@ class Request:
         num_steps: 1..T; of no effect beside a Plan.
         image: float [C, H, W] in [-1, 1] to begin at, noised; copied by ``submit``.
         strength: in (0, 1], beside an image: the share of the steps that is taken.
+        index: a number that a network's ``call`` is told if it asks for it (`Sampler`).
         deadline: seconds from ``submit`` after which the image is not wanted any more.
         spacing, steps_offset, sigmas, timesteps, eta, variance_type, clip, threshold,
             guidance_rescale, guidance_interval, use_clipped_model_output, faults: of the plan, as
@@ -58,6 +60,7 @@ class Request:
     num_steps: int = 50
     image: Tensor | None = None
     strength: float | None = None
+    index: int = 0
     deadline: float | None = None
     spacing: str | None = None
     steps_offset: int | None = None
@@ -119,11 +122,13 @@ class Job:
         plan: its rows.
         needs_stats: whether one of them asks for ``sample_stats``.
         fractional: whether one of them has a timestep between the integers.
-        seed, label, null_label, guidance: as the batch takes them.
+        seed, label, null_label, guidance, index: as the batch takes them.
         image: float32 [1, C, H, W] on the device, a copy, or None.
         on_step: called after each step with its x0, or None.
         submitted, deadline, admitted: times by the engine's clock; infinity for no deadline.
         start: where its rows stand in the table.
+        version: of what was derived from the network's weights then.
+        weights: what was seen of the network's parameters when it entered; None where they cannot.
         future: of its `Result`.
     """
 
@@ -135,10 +140,13 @@ class Job:
     label: int | None
     null_label: int | None
     guidance: float
+    index: int
     image: Tensor | None
     on_step: OnStep | None
     submitted: float
     deadline: float
     admitted: float = 0.0
     start: int = 0
+    weights: Tensor | None = None
+    version: int = 0
     future: Future[Result] = field(default_factory=Future)

@@ -8,11 +8,14 @@ steps drawn in one call; on both, the time half of our U-Net hoisted and the res
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from os import PathLike
-from typing import Any, Unpack
+from types import SimpleNamespace
+from typing import Any, Protocol, Unpack
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +26,9 @@ from flashddpm.checkpoint import Conditioning
 from flashddpm.defaults import SamplingDefaults
 from flashddpm.errors import NonFiniteError
 from flashddpm.execution import BACKENDS, Execution
+from flashddpm.host import isolated
 from flashddpm.kernels.contract import Purpose
+from flashddpm.modes import evaluating
 from flashddpm.options import PlanOptions, RunOptions
 from flashddpm.parameterization import PREDICTION_TYPES
 from flashddpm.pretrained import (
@@ -33,10 +38,18 @@ from flashddpm.pretrained import (
     save_pretrained,
     scheduler_config,
 )
+from flashddpm.processes import check_picklable, renewed_in_child
 from flashddpm.schedule import NoiseSchedule
 from flashddpm.slots import Slots
 from flashddpm.solvers import Plan
 from flashddpm.trajectory import Trajectory, load_trajectory
+
+
+class Guest(Protocol):
+    """Who draws images with a sampler over many of its calls."""
+
+    def emptied(self) -> AbstractContextManager[None]:
+        """Finish the images under way; within the context start no others."""
 
 
 class Sampler:
@@ -48,7 +61,9 @@ class Sampler:
         shape: (C, H, W) of an image.
         prediction_type: "epsilon", "sample" or "v_prediction".
         call: how to call a network of another signature: (x_t, t, labels) -> out, with x_t
-            [L, C, H, W] in the network's dtype, t int64 [L], labels int64 [L] or None.
+            [L, C, H, W] in the network's dtype, t int64 [L], labels int64 [L] or None. If it has a
+            parameter ``index`` it is given that by name, int64 [L]: each lane's place in ``seeds``,
+            or its `Request.index`, by which to find conditions that are kept outside.
         conditioning: what labels the network takes.
         defaults: what ``sample`` does unless told otherwise: spacing, offset, clipping, variance.
         device: "auto", "cpu", "cuda" or "cuda:N"; a foreign module is moved there.
@@ -68,6 +83,7 @@ class Sampler:
         ValueError: an argument that is not allowed.
     """
 
+    @isolated(grad=False)
     def __init__(
         self,
         network: nn.Module | Callable[..., Tensor],
@@ -87,8 +103,23 @@ class Sampler:
         graph_memory: int | None = None,
         scheduler: Mapping[str, Any] | None = None,
     ) -> None:
-        self._arguments: dict[str, Any] = {**locals()}
-        del self._arguments["self"]
+        self._arguments: dict[str, Any] = {
+            "network": network,
+            "schedule": schedule,
+            "shape": shape,
+            "prediction_type": prediction_type,
+            "call": call,
+            "conditioning": conditioning,
+            "defaults": defaults,
+            "device": device,
+            "dtype": dtype,
+            "backend": backend,
+            "compile": compile,
+            "capture": capture,
+            "tune": tune,
+            "graph_memory": graph_memory,
+            "scheduler": scheduler,
+        }
         if not callable(network):
             raise ValueError(f"network={network!r}: must be a module or a function")
         if not isinstance(shape, Sequence) or len(shape) != 3:
@@ -115,8 +146,36 @@ class Sampler:
             tune=tune,
             graph_memory=graph_memory,
         )
+        self._guests: WeakSet[Guest] = WeakSet()
+        self.after_fork()
+        renewed_in_child(self)
+
+    def after_fork(self) -> None:
+        """Make the lock anew, for whoever held it is not in a forked child."""
         self._lock = threading.Lock()
         self._owner: int | None = None
+
+    def __copy__(self) -> Sampler:
+        return self.replace()
+
+    @isolated
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sampler:
+        return type(self)(**copy.deepcopy(self._arguments, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle arguments and weights; what was compiled or captured is made anew elsewhere.
+
+        Raises:
+            TypeError: an argument, such as the network or its call, cannot be pickled.
+        """
+        for name, value in self._arguments.items():
+            check_picklable(
+                name,
+                value,
+                "make the Sampler in the other process, of what can be sent: the network's "
+                "state_dict, a folder, a function of a module",
+            )
+        return _rebuild, (type(self), self._arguments)
 
     @property
     def network(self) -> nn.Module | Callable[..., Tensor]:
@@ -151,6 +210,7 @@ class Sampler:
         return scheduler_config(self.schedule, self.prediction_type, self.defaults)
 
     @classmethod
+    @isolated(grad=False)
     def from_pretrained(
         cls,
         source: str | PathLike[str],
@@ -185,6 +245,7 @@ class Sampler:
         return cls._of(model, options)
 
     @classmethod
+    @isolated(grad=False)
     def from_diffusers(
         cls,
         model: Any,
@@ -196,6 +257,10 @@ class Sampler:
     ) -> Sampler:
         """Take over live objects of diffusers; their weights are copied, where and as they are.
 
+        A U-Net that is more than its weights and config, with hooks, a forward or an attention
+        processor of its own, say, is called itself, as any network of one's own is: not copied,
+        and not compiled unless asked.
+
         Args:
             model: a DDPMPipeline or DDIMPipeline, or a UNet2DModel.
             scheduler: needed beside a UNet2DModel; beside a pipeline, in place of its own.
@@ -204,8 +269,7 @@ class Sampler:
             options: backend, compile, capture, tune and graph_memory, as for the class.
 
         Raises:
-            ValueError: other classes, subclasses among them, or settings that we have no rows or
-                layers for.
+            ValueError: other classes, or settings that we have no rows or layers for.
         """
         return cls._of(load_diffusers(model, scheduler, conditioning, tables), options)
 
@@ -225,6 +289,7 @@ class Sampler:
             **options,
         )
 
+    @isolated(grad=False)
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write a folder that diffusers loads, and ``from_pretrained`` too.
 
@@ -239,8 +304,8 @@ class Sampler:
     def replace(self, **changes: Any) -> Sampler:
         """Return a sampler like this one, but for these arguments of the class.
 
-        Nothing compiled is taken over. Unless another network is given both share theirs, so that
-        `update_weights` of one is not for the other to see.
+        Nothing compiled is taken over. Unless another network is given both share theirs, and
+        follow its weights, whoever changes them.
 
         Raises:
             TypeError: no such argument.
@@ -250,10 +315,12 @@ class Sampler:
             changes = {"scheduler": None, **changes}  # they no longer are what it says
         return type(self)(**self._arguments | changes)
 
+    @isolated(grad=False)
     def initial_noise(self, seeds: int | Iterable[int] | Tensor) -> Tensor:
         """Return the x_T of these seeds, float32 [B, C, H, W]."""
         return self.execution.draw(arguments.seed_list(seeds), 0, Purpose.INITIAL)
 
+    @isolated(grad=False)
     def step_noise(self, seeds: int | Iterable[int] | Tensor, key: int) -> Tensor:
         """Return the z of the step with noise key ``key``, float32 [B, C, H, W].
 
@@ -262,6 +329,7 @@ class Sampler:
         key = arguments.integer("key", key, -(2**63), 2**63 - 1)
         return self.execution.draw(arguments.seed_list(seeds), key, Purpose.REVERSE_STEP)
 
+    @isolated(grad=False)
     def plan(
         self, solver: str | Plan = "ddim", num_steps: int = 50, **options: Unpack[PlanOptions]
     ) -> Plan:
@@ -277,8 +345,7 @@ class Sampler:
             return solver
         return self.defaults.plan(self.schedule, self.prediction_type, solver, num_steps, options)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @isolated(grad=False)
     def sample(
         self,
         seeds: int | Iterable[int] | Tensor,
@@ -331,6 +398,7 @@ class Sampler:
         Raises:
             ValueError: an argument that is not allowed.
             NonFiniteError: the network's output turned NaN or infinite.
+            RuntimeError: the network's weights were changed meanwhile, by another thread.
         """
         batch = arguments.integer("batch_size", batch_size, 1)
         seed, label, scale = self._images(seeds, labels, guidance)
@@ -348,9 +416,11 @@ class Sampler:
                 f"step_noise: {len(seed)} seeds must be one batch, of at most batch_size={batch}"
             )
 
-        result = torch.empty(shape, device=self.device)
+        result = torch.empty(shape, dtype=torch.float32, device=self.device)
         chunks = range(0, len(seed), batch)
         with self._exclusive(), _bar(progress, len(chunks) * len(plan)) as bar:
+            unchanged = self.execution.unchanged()
+            self.execution.renew()
             if exact and L:
                 self.execution.prove_exact(L)
             for start in chunks:
@@ -359,9 +429,7 @@ class Sampler:
                 buffers = self.execution.slots(count, width, (batch, most))
                 buffers.load_plan(plan)
                 x = self.execution.start(seed[part], plan, _part(begin, part), _part(z, part))
-                self._admit(
-                    Batch(buffers), x, seed[part], _part(label, part), scale[part], len(plan)
-                )
+                self._admit(Batch(buffers), x, start, seed, label, scale, len(plan))
                 slots = buffers.prefix(min(len(buffers.idx), width), width)
                 given = step_noise and inputs.spread(step_noise, slots, count, plan)
                 steps = self.execution.run(slots, plan, compiled, on_step is not None, given)
@@ -371,10 +439,10 @@ class Sampler:
                         on_step(i, x0[:count])
                 self._check_finite(slots, seed[part], len(plan))
                 result[part] = slots.x[:count]
+            unchanged()
         return result
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @isolated(grad=False)
     def trajectory(
         self,
         seeds: int | Iterable[int] | Tensor,
@@ -396,8 +464,7 @@ class Sampler:
         x = self.execution.start(seed, plan, begin)
         return Trajectory(self, plan, x, seed, label, scale)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @isolated(grad=False)
     def resume(self, path: str | PathLike[str]) -> Trajectory:
         """Return the trajectory that ``Trajectory.save`` wrote, to go on from.
 
@@ -406,8 +473,7 @@ class Sampler:
         """
         return load_trajectory(self, path)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @isolated(grad=False)
     def predict(
         self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, *, evaluations: int = 0
     ) -> Tensor:
@@ -427,6 +493,7 @@ class Sampler:
             ValueError: the network returns another shape.
         """
         with self._exclusive():
+            self.execution.renew()
             return self.execution.predict(x_t, t, labels, evaluations)
 
     def _images(
@@ -485,16 +552,17 @@ class Sampler:
         self,
         batch: Batch,
         x: Tensor,
+        start: int,
         seeds: Sequence[int],
         labels: Sequence[int] | None,
         guidance: Sequence[float],
         length: int,
     ) -> None:
-        """Start every image at row 1 of a plan of this length."""
-        for i, seed in enumerate(seeds):
+        """Start the images from number ``start`` on, one for each of x, at row 1 of a plan."""
+        null = self.conditioning.null_label
+        for x_T, i in zip(x, range(start, start + len(x)), strict=True):
             label = None if labels is None else labels[i]
-            null = self.conditioning.null_label
-            batch.admit(Occupant(seed, label, null, guidance[i], row=1, last=length), x[i])
+            batch.admit(Occupant(seeds[i], label, null, guidance[i], 1, length, i), x_T)
         batch.upload()
 
     def _check_finite(self, slots: Slots, seeds: Sequence[int], num_steps: int) -> None:
@@ -502,31 +570,48 @@ class Sampler:
             if row:
                 raise NonFiniteError(seed, row - 1, num_steps)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @isolated(grad=False)
     def update_weights(self, state: dict[str, Tensor]) -> None:
-        """Copy new weights into our U-Net, in place, and derive again what depends on them.
+        """Copy new weights into our U-Net, in place; every call follows them.
+
+        Engines of this sampler first finish the images that they are at, and start no others
+        meanwhile, so that every image is of one network.
 
         Args:
             state: a state dict with diffusers' keys.
 
         Raises:
+            RuntimeError: called by a callback of an engine's, or of the sampler's own.
             ValueError: the network is not our UNet, or the state is not one of its finite,
                 matching state dicts; then nothing was changed.
         """
-        with self._exclusive():
-            self.execution.update_weights(state)
+        self.execution.check_state(state)
+        self._check_not_within()
+        with ExitStack() as emptied:
+            for guest in list(self._guests):
+                emptied.enter_context(guest.emptied())
+            with self._exclusive():
+                self.execution.update_weights(state)
+
+    def welcome(self, guest: Guest) -> None:
+        """Have whoever draws images over many calls, such as an `Engine`, empty at new weights."""
+        self._guests.add(guest)
+
+    def _check_not_within(self) -> None:
+        if self._owner == threading.get_ident():
+            raise RuntimeError("a callback called the sampler that it is called by")
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """Let one call at a time have the buffers; others wait, but a call from within cannot."""
-        me = threading.get_ident()
-        if self._owner == me:
-            raise RuntimeError("a callback called the sampler that it is called by")
+        """Let one call at a time have the buffers, with the network in evaluation mode.
+
+        Others wait, but a call from within cannot.
+        """
+        self._check_not_within()
         with self._lock:
-            self._owner = me
+            self._owner = threading.get_ident()
             try:
-                with self.execution.turn():
+                with evaluating(self.execution.modules), self.execution.turn():
                     yield
             finally:
                 self._owner = None
@@ -536,7 +621,14 @@ def _part(whole: Any, part: slice) -> Any:
     return None if whole is None else whole[part]
 
 
-def _bar(progress: bool, total: int) -> Any:
+def _bar(progress: bool, total: int) -> AbstractContextManager[Any]:
+    """Return a bar with ``update()``, or one that shows nothing."""
+    if not progress:
+        return nullcontext(SimpleNamespace(update=lambda: None))
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="step", disable=not progress)
+    return tqdm(total=total, unit="step")
+
+
+def _rebuild(kind: type[Sampler], given: dict[str, Any]) -> Sampler:
+    return kind(**given)

@@ -14,9 +14,9 @@ import atexit
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -26,8 +26,10 @@ from torch import Tensor
 from flashddpm import arguments, inputs
 from flashddpm.desk import Desk
 from flashddpm.flight import Flight
+from flashddpm.host import isolated
 from flashddpm.loop import Loop
 from flashddpm.options import PlanOptions
+from flashddpm.processes import renewed_in_child
 from flashddpm.request import Job, OnStep, Request, Result
 from flashddpm.sampler import Sampler
 from flashddpm.solvers import Plan
@@ -39,8 +41,9 @@ class Engine:
     """Draws images for many callers at once, in one batch that never waits to be full.
 
     Args:
-        sampler: whose network, schedule and device; its own ``sample`` and ``update_weights`` take
-            turns with the engine's steps.
+        sampler: whose network, schedule and device; its own ``sample`` takes turns with the
+            engine's steps. An image that enters is drawn by the network as it is then; if weights
+            change on its way, other than by ``update_weights``, its future fails.
         max_batch: images at a time.
         exact: run the compiled network on one bucket always, so that an image's bits do not
             depend on load, slot or neighbours.
@@ -56,7 +59,7 @@ class Engine:
         ValueError: an argument that is not allowed; exact for a sampler that does not compile.
     """
 
-    @torch.inference_mode(False)
+    @isolated(grad=False)
     def __init__(
         self,
         sampler: Sampler,
@@ -95,11 +98,14 @@ class Engine:
         self._plan_names = ("solver", "num_steps", *PlanOptions.__annotations__)
         self._cached_plan = lru_cache(CACHED_PLANS, typed=True)(self._make_plan)
         self._thread: threading.Thread | None = None
+        sampler.welcome(self)
+        renewed_in_child(self)
         if arguments.boolean("threaded", threaded):
             self._thread = threading.Thread(target=self._loop.run, name="flashddpm", daemon=True)
             self._thread.start()
             atexit.register(self._at_exit)
 
+    @isolated(grad=False)
     def submit(self, request: Request, on_step: OnStep | None = None) -> Future[Result]:
         """Queue a request; it enters the batch at the next step boundary with a free slot.
 
@@ -123,8 +129,7 @@ class Engine:
         self._desk.accept(job)
         return job.future
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @isolated(grad=False)
     def warm(self) -> None:
         """Compile and capture for every bucket now, so that no request waits for it.
 
@@ -162,6 +167,38 @@ class Engine:
             yield future.result()
         finally:
             future.cancel()
+
+    def update_weights(self, state: dict[str, Tensor]) -> None:
+        """Copy new weights into the sampler's network, once the images under way are finished.
+
+        Requests that wait, and those of other engines of the sampler, wait for that and are drawn
+        by the new network. Without a thread of the engine's own it turns here.
+
+        Args:
+            state: as for `Sampler.update_weights`, which does the same.
+
+        Raises:
+            ValueError: as there.
+            RuntimeError: called on the engine's thread, by a callback.
+        """
+        self.sampler.update_weights(state)
+
+    @contextmanager
+    def emptied(self) -> Iterator[None]:
+        """Let the images under way be finished; within the context no request enters.
+
+        Raises:
+            RuntimeError: called on the engine's thread, by a callback.
+        """
+        if self._loop.turning == threading.get_ident():
+            raise RuntimeError("update_weights: a callback called it, for which its image waits")
+        with self._desk.held():
+            if self._thread is None:
+                while self._desk.in_flight:
+                    self._loop.turn()
+            else:
+                self._desk.wait_until_empty()
+            yield
 
     def metrics(self) -> dict[str, Any]:
         """Return what was counted; rates, occupancy and percentiles over the latest 1024.
@@ -218,6 +255,15 @@ class Engine:
             raise RuntimeError("turn: this engine has a thread of its own (threaded=True)")
         return self._loop.turn()
 
+    def __reduce__(self) -> Any:
+        raise TypeError("an Engine: must not be pickled; send its sampler, and make one there")
+
+    def after_fork(self) -> None:
+        """In a forked child, be closed: the thread that turns is not there."""
+        self._thread = None
+        self._loop.after_fork()
+        self._desk.after_fork()
+
     def _at_exit(self) -> None:
         self.shutdown(cancel=True)
 
@@ -233,6 +279,7 @@ class Engine:
         seeds, labels, guidance = sampler._images(request.seed, request.label, request.guidance)
         if len(seeds) != 1:
             raise ValueError(f"seed={request.seed!r}: must be one integer; a Request is one image")
+        index = arguments.integer("index", request.index, 0, 2**63 - 1)
         after = request.deadline
         if after is not None:
             after = arguments.number("deadline", after, 0)
@@ -254,11 +301,12 @@ class Engine:
             request=request,
             plan=plan,
             needs_stats=plan.needs_stats,
-            fractional=plan.fractional,
+            fractional=sampler.execution.tells_floats(plan),
             seed=seeds[0],
             label=None if labels is None else labels[0],
             null_label=sampler.conditioning.null_label,
             guidance=guidance[0],
+            index=index,
             image=image,
             on_step=on_step,
             submitted=now,

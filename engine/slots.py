@@ -16,15 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashddpm import host
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import REST, Column
 from flashddpm.solvers import Plan
 from flashddpm.upload import fill
 
-Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Call = Callable[..., Tensor]
 """(x_t [L, C, H, W], t int64 [L], labels int64 [L] or None) -> out [L, C, H, W].
 
 t is float32 where a plan in the batch has timesteps between the integers.
+"""
+
+Network = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+"""(x_t [L, C, H, W], told, labels int64 [L] or None, index int64 [L]) -> out [L, C, H, W].
+
+What it is told of time is t, int64 or float32 [L], or its embedding [L, E] where the slots hold
+those of their rows; index is each lane's image among those that were asked for.
 """
 
 ALIGNMENT = 64  # bytes: kernels are compiled for pointers that are multiples of 16
@@ -32,7 +40,10 @@ OF_SLOTS = (
     *("idx", "seeds", "guidance", "lane_cond", "lane_uncond"),
     *("x", "hist", "bounds", "factors", "nonfinite"),
 )
-OF_LANES = ("net_in", "lane_slot", "lane_label", "lane_row", "t", "t_float")
+OF_LANES = (
+    *("net_in", "lane_slot", "lane_label", "lane_index"),
+    *("lane_row", "t", "t_float", "lane_embedding"),
+)
 
 
 class Slots:
@@ -43,11 +54,13 @@ class Slots:
         net_in: [L, C, H, W] in the network's dtype, channels-last.
         control: uint8, what the host writes before a step, in one piece; its parts are
             idx, seeds: int64 [S]; guidance: float32 [S]; lane_cond, lane_uncond: int32 [S];
-            lane_slot: int64 [L]; lane_label: int64 [L] or None.
+            lane_slot, lane_index: int64 [L]; lane_label: int64 [L] or None.
         bounds, factors: float32 [S]. nonfinite: int32 [S].
-        lane_row, t: int64 [L], t_float: float32 [L]: of each lane in the step under way.
+        lane_row, t: int64 [L], t_float: float32 [L], lane_embedding: [L, E] or None: of each lane
+            in the step under way.
         rows: float32 [R, len(Column)]. keys, next: int64 [R].
-        timesteps: float32 [R], whole: int64 [R]: what the network is told.
+        timesteps: float32 [R], whole: int64 [R]: what the network is told, unless it is told
+        embeddings: [R, E] in the network's dtype, those of the rows' timesteps; or None.
         token: what stands for these buffers, and for every prefix of them, in a dictionary.
     """
 
@@ -57,6 +70,7 @@ class Slots:
     lane_cond: Tensor
     lane_uncond: Tensor
     lane_slot: Tensor
+    lane_index: Tensor
     lane_label: Tensor | None
 
     def __init__(
@@ -68,17 +82,18 @@ class Slots:
         dtype: torch.dtype,
         device: torch.device,
         labelled: bool,
+        embed: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         C, H, W = shape
         stride = -(-C * H * W // 16) * 16
 
-        def state() -> Tensor:
-            return torch.zeros(S * stride, device=device).as_strided(
-                (S, C, H, W), (stride, 1, W * C, C)
-            )
-
         def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
+
+        def state() -> Tensor:
+            return zeros(S * stride, dtype=torch.float32).as_strided(
+                (S, C, H, W), (stride, 1, W * C, C)
+            )
 
         self.x, self.hist = state(), state()
         self.net_in = zeros(L, H, W, C, dtype=dtype).permute(0, 3, 1, 2)
@@ -95,6 +110,12 @@ class Slots:
         self.rows = zeros(R, len(Column), dtype=torch.float32)
         self.timesteps, self.whole = zeros(R, dtype=torch.float32), zeros(R)
         self.keys, self.next = zeros(R), zeros(R)
+        self._embed = embed
+        self.embeddings = self.lane_embedding = None
+        if embed is not None:
+            width = embed(self.timesteps[:1]).shape[1]
+            self.embeddings = zeros(R, width, dtype=dtype)
+            self.lane_embedding = zeros(L, width, dtype=dtype)
         self.token = object()
         self._prefixes: dict[tuple[int, int], Slots] = {}
 
@@ -124,16 +145,20 @@ class Slots:
         """Put a plan into rows start..start + len(plan) - 1; the last leads to rest."""
         n = len(plan)
         part = slice(start, start + n)
-        fill(self.rows[part], torch.tensor(plan.rows, dtype=torch.float32))
-        fill(self.timesteps[part], torch.tensor(plan.timesteps, dtype=torch.float32))
-        fill(self.whole[part], torch.tensor(plan.timesteps).long())
-        fill(self.keys[part], torch.tensor(plan.noise_keys))
-        fill(self.next[part], torch.tensor([*range(start + 1, start + n), REST]))
+        fill(self.rows[part], host.floats(plan.rows))
+        fill(self.timesteps[part], host.floats(plan.timesteps))
+        fill(self.whole[part], host.ints(plan.timesteps))
+        fill(self.keys[part], host.ints(plan.noise_keys))
+        fill(self.next[part], host.ints([*range(start + 1, start + n), REST]))
+        if self.embeddings is not None:
+            assert self._embed is not None
+            self.embeddings[part].copy_(self._embed(self.timesteps[part]))
 
 
 def _layout(S: int, L: int, labelled: bool) -> list[tuple[str, torch.dtype, int, int]]:
     """Return name, dtype, length and padded bytes of each part of ``control``."""
-    parts = [("idx", torch.int64, S), ("seeds", torch.int64, S), ("lane_slot", torch.int64, L)]
+    parts = [("idx", torch.int64, S), ("seeds", torch.int64, S)]
+    parts += [("lane_slot", torch.int64, L), ("lane_index", torch.int64, L)]
     parts += [("lane_label", torch.int64, L)] if labelled else []
     parts += [("guidance", torch.float32, S)]
     parts += [("lane_cond", torch.int32, S), ("lane_uncond", torch.int32, S)]
@@ -157,10 +182,13 @@ def evaluate(slots: Slots, network: Network, fractional: bool = False) -> Tensor
         ValueError: the network returns anything but a tensor of its input's shape, or of twice its
             channels.
     """
-    told, t = (slots.timesteps, slots.t_float) if fractional else (slots.whole, slots.t)
+    rows, told = (slots.timesteps, slots.t_float) if fractional else (slots.whole, slots.t)
+    if slots.embeddings is not None:
+        assert slots.lane_embedding is not None
+        rows, told = slots.embeddings, slots.lane_embedding
     torch.index_select(slots.idx, 0, slots.lane_slot, out=slots.lane_row)
-    torch.index_select(told, 0, slots.lane_row, out=t)
-    out = network(slots.net_in, t, slots.lane_label)
+    torch.index_select(rows, 0, slots.lane_row, out=told)
+    out = network(slots.net_in, told, slots.lane_label, slots.lane_index)
     check_output(out, slots.net_in.shape)
     return out
 

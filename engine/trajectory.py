@@ -21,10 +21,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from flashddpm import arguments
+from flashddpm import arguments, host
 from flashddpm.batch import Batch, Occupant
 from flashddpm.errors import CheckpointError, NonFiniteError
 from flashddpm.files import read_tensors, write_atomic
+from flashddpm.host import isolated
 from flashddpm.plan import Plan
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Trajectory:
         if not (self._compiled or execution.capture):
             L = lanes
         with sampler._exclusive():
+            self._version = execution.renew()
             self._slots = execution.service_slots(len(seeds), L, len(plan) + 1)
             self._slots.load_plan(plan)
             self._slots.x.copy_(x)
@@ -85,7 +87,7 @@ class Trajectory:
         null, row = self.sampler.conditioning.null_label, self.position + 1
         for i, seed in enumerate(self.seeds):
             label = None if self.labels is None else self.labels[i]
-            occupant = Occupant(seed, label, null, self.guidance[i], row, len(self))
+            occupant = Occupant(seed, label, null, self.guidance[i], row, len(self), i)
             self._batch.admit(occupant, x[i])
         self._batch.upload()
 
@@ -99,51 +101,62 @@ class Trajectory:
         return self.position == len(self)
 
     @property
+    @isolated(grad=False)
     def x(self) -> Tensor:
         """A copy of x_t, float32 [B, C, H, W]; the images, once it is done."""
         with self.sampler._exclusive():
             return self._slots.x.clone(memory_format=torch.contiguous_format)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @isolated(grad=False)
     def step(self, count: int = 1) -> None:
-        """Take so many steps, or as many as are left.
+        """Take so many steps, or as many as are left, by the network as it is now.
 
         Raises:
             ValueError: count is not an integer of at least 1.
             NonFiniteError: the network's output turned NaN or infinite.
+            RuntimeError: the network's weights were changed meanwhile, by another thread.
         """
         count = min(arguments.integer("count", count, 1), len(self) - self.position)
         plan = self.plan
+        fractional = self._execution.tells_floats(plan)
         with self.sampler._exclusive():
+            unchanged = self._execution.unchanged()
+            version = self._execution.renew()
+            if version != self._version:
+                self._slots.load_plan(plan)
+                self._version = version
             for _ in range(count):
-                self._execution.take_step(
-                    self._slots, self._compiled, plan.needs_stats, plan.fractional
-                )
+                self._execution.take_step(self._slots, self._compiled, plan.needs_stats, fractional)
                 self._batch.advance()
                 self.position += 1
+            unchanged()
         for seed, row in zip(self.seeds, self._slots.nonfinite.tolist(), strict=True):
             if row:
                 raise NonFiniteError(seed, row - 1, len(self))
 
+    @isolated(grad=False)
     def run(self) -> Tensor:
         """Take every step that is left; return the images, float32 [B, C, H, W]."""
         if not self.done:
             self.step(len(self) - self.position)
         return self.x
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a Trajectory: must not be pickled; save() it, and resume() it elsewhere")
+
+    @isolated(grad=False)
     def save(self, path: str | PathLike[str]) -> None:
         """Write the state as a safetensors file, atomically."""
         tensors = {
             "x": self.x,
             "hist": self._slots.hist.clone(memory_format=torch.contiguous_format),
-            "seeds": torch.tensor(self.seeds),
-            "guidance": torch.tensor(self.guidance, dtype=torch.float64),
-            "rows": torch.tensor(self.plan.rows),
-            "noise_keys": torch.tensor(self.plan.noise_keys),
+            "seeds": host.ints(self.seeds),
+            "guidance": torch.tensor(self.guidance, dtype=torch.float64, device="cpu"),
+            "rows": torch.tensor(self.plan.rows, dtype=torch.float64, device="cpu"),
+            "noise_keys": host.ints(self.plan.noise_keys),
         }
         if self.labels is not None:
-            tensors["labels"] = torch.tensor(self.labels)
+            tensors["labels"] = host.ints(self.labels)
         metadata = {
             "format": FORMAT,
             "position": str(self.position),

@@ -6,7 +6,7 @@ The forward pass is split at the time embedding, since that half depends on (t, 
     projections = silu(emb) W + b, all residual blocks' projections packed   [B, P]
     out         = body(x_t, projections)                                     [B, C_out, H, W]
 
-so a sampler looks ``emb`` up in a table over t and does one matrix product a step.
+so a sampler computes ``emb`` once for the rows of a plan, and does one matrix product a step.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flashddpm import arguments
 from flashddpm.errors import CheckpointError
+from flashddpm.touched import touched
 from flashddpm.unet_blocks import (
     Attention,
     Downsample,
@@ -134,11 +135,6 @@ class UNet(nn.Module):
         for block in cast(Iterable[Level], [*self.down_blocks, self.mid_block, *self.up_blocks]):
             yield from block.residual()
 
-    def time_table(self, num_timesteps: int) -> Tensor:
-        """Return the time embedding of t = 0..num_timesteps-1, [num_timesteps, E]."""
-        device = self.conv_in.weight.device
-        return self.embed_time(torch.arange(num_timesteps, device=device))
-
     def embed_time(self, t: Tensor) -> Tensor:
         """[B] -> [B, E]."""
         config = self.config
@@ -151,6 +147,13 @@ class UNet(nn.Module):
         """Return the weight [P, E] and bias [P] of all residual blocks' time projections."""
         layers = [block.time_emb_proj for block in self.resnets()]
         return torch.cat([m.weight for m in layers]), torch.cat([m.bias for m in layers])
+
+    def project(self, emb: Tensor) -> Tensor:
+        """Return all residual blocks' time projections, [B, E] -> [B, P]."""
+        emb, layers = F.silu(emb), [block.time_emb_proj for block in self.resnets()]
+        if any(touched(layer, nn.Linear) for layer in layers):  # hooks, say, which are to run
+            return torch.cat([layer(emb) for layer in layers], 1)
+        return F.linear(emb, *self.packed_projection())
 
     def body(self, x: Tensor, projections: Tensor) -> Tensor:
         """The convolutional half: [B, C_in, H, W], [B, P] -> [B, C_out, H, W]."""
@@ -198,12 +201,13 @@ class UNet(nn.Module):
         Returns:
             [B, C_out, H, W].
         """
-        t = torch.as_tensor(t, device=x_t.device)
+        dtype = torch.float32 if isinstance(t, float) else None
+        t = torch.as_tensor(t, dtype=dtype, device=x_t.device)
         self._check(x_t, t, labels)
         emb = self.embed_time(t.expand(len(x_t)))
         if labels is not None:
             emb = emb + self.class_embedding(labels)
-        return self.body(x_t, F.linear(F.silu(emb), *self.packed_projection()))
+        return self.body(x_t, self.project(emb))
 
     def _check(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> None:
         multiple = self.config.multiple

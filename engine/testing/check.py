@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
+from flashddpm.errors import Portable, portable
 from flashddpm.testing import rules, strategies
 from flashddpm.testing.battery import CHECKS, PER_CASE, PER_DTYPE, Check, Judge
 from flashddpm.testing.gates import ARCHITECTURES, KernelCode, code_faults
@@ -26,7 +27,7 @@ Failures = dict[str, tuple[Case | None, Exception]]
 RAN, NOT_RUN = "ran", "not run: "
 
 
-class CheckFailed(AssertionError):
+class CheckFailed(Portable, AssertionError):
     """Checks failed; the message has the first lines of each failure and the last.
 
     Attributes:
@@ -45,6 +46,11 @@ class CheckFailed(AssertionError):
             lines += [f"    with {case}"] if case else []
         lines += [f"{name}: not run, for a red zone was written" for name in not_run]
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        sent = {name: (case, portable(error)) for name, (case, error) in self.failures.items()}
+        rebuild, (kind, args, attributes, causes) = super().__reduce__()
+        return rebuild, (kind, args, attributes | {"failures": sent}, causes)
 
 
 def _short(text: str, width: int = 300) -> str:

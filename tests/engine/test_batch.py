@@ -181,7 +181,7 @@ def test_a_bucket_runs_on_the_first_lanes_only(lanes):
     batch.upload()
     seen = []
 
-    def network(x_t, t, labels):
+    def network(x_t, t, labels, index):
         seen.append((len(x_t), t.tolist(), labels.tolist()))
         return x_t
 

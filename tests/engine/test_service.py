@@ -63,6 +63,7 @@ def ask(seed=0, label=1, **options):
 def draw(sampler, request, **more):
     options = vars(request) | more
     options.pop("deadline")
+    options.pop("index")
     return sampler.sample(options.pop("seed"), options.pop("label"), **options)[0]
 
 
@@ -162,7 +163,9 @@ class TestImages:
             engine.turn()
             future = engine.submit(request, on_step=seen.append)
             engine.drain()
-            keep = {k: v for k, v in vars(request).items() if k not in ("deadline", "seed")}
+            keep = {
+                k: v for k, v in vars(request).items() if k not in ("deadline", "index", "seed")
+            }
             labels = keep.pop("label")
             image = sampler.sample(
                 4, labels, on_step=lambda i, x, to=wanted: to.append(x[0]), **keep
@@ -241,8 +244,9 @@ class TestExact:
         engine.submit(ask(1, guidance=2.0))
         engine.drain()
         assert taken == [(6, True)] * 3
-        with pytest.raises(ValueError, match="between the integers"):
-            engine.submit(ask(solver="euler", timesteps=[20.5, 3.25]))
+        engine.submit(ask(solver="euler", timesteps=[20.5, 3.25]))  # of embeddings by row
+        engine.drain()
+        assert taken == [(6, True)] * 5
 
     def test_a_request_fails_where_bits_depend_on_the_lane(self, compiled, monkeypatch):
         """Tried before the first step; no image is handed out as exact that is not."""
@@ -260,7 +264,7 @@ class TestExact:
     def test_lanes_are_tried_once(self, compiled, monkeypatch):
         network, tried = compiled.execution.compiled, []
 
-        def prove(image, L, labelled):
+        def prove(image, told, L, labelled):
             tried.append(L)
             network.exact.add(L)
 
@@ -331,10 +335,10 @@ class TestAdmission:
             *("seeds", "labels", "batch_size", "bucket", "exact", "progress", "on_step", "options"),
             *("initial_noise", "step_noise"),
         }
-        single = {"seed", "label", "deadline"}
+        single = {"seed", "label", "index", "deadline"}
         assert set(request) - single == {*sample, *PlanOptions.__annotations__} - of_many
         for name, parameter in request.items():
-            if name != "seed":
+            if name not in ("seed", "index"):
                 default = sample[name].default if name in sample else None
                 assert parameter.default == default
 

@@ -33,7 +33,9 @@ WANTED: dict[tuple, torch.Tensor] = {}
 
 def wanted(request):
     """The image that ``Sampler.sample`` draws."""
-    options = {name: value for name, value in vars(request).items() if name != "deadline"}
+    options = {
+        name: value for name, value in vars(request).items() if name not in ("deadline", "index")
+    }
     key = tuple(options.values())
     if key not in WANTED:
         seed, label = options.pop("seed"), options.pop("label")

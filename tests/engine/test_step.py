@@ -46,7 +46,7 @@ class Network:
         self.out = torch.empty(lanes, *SHAPE, device=device, memory_format=torch.channels_last)
         self.scale = torch.empty(lanes, 1, 1, 1, device=device)
 
-    def __call__(self, x_t, t, labels):
+    def __call__(self, x_t, t, labels, index):
         out, scale = self.out[: len(x_t)], self.scale[: len(x_t)]
         torch.add(t.reshape(-1, 1, 1, 1), labels.reshape(-1, 1, 1, 1), out=scale)
         return torch.mul(x_t, scale.mul_(0.001).add_(0.5), out=out)

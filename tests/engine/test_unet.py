@@ -199,15 +199,15 @@ def test_a_rescaled_network_is_told_timesteps_of_1000() -> None:
     x, _, labels = inputs(TINY, 3)
     t = torch.tensor([3996, 0, 1806])
     assert torch.equal(scaled(x, t, labels), plain(x, t / 4, labels))
-    table = scaled.time_table(4000)[::4]
-    torch.testing.assert_close(table, plain.time_table(1000), rtol=0, atol=2e-6)
+    table = scaled.embed_time(torch.arange(4000))[::4]
+    torch.testing.assert_close(table, plain.embed_time(torch.arange(1000)), rtol=0, atol=2e-6)
 
 
 def test_sinusoids_may_have_more_channels_than_the_first_block() -> None:
     unet = make({**TINY, "time_embedding_channels": 16, "time_embedding_dim": 32})
     assert unet.time_embedding.linear_1.in_features == 16
     waves = sinusoids(torch.arange(5), 16, 0, True)
-    assert torch.equal(unet.time_table(5), unet.time_embedding(waves))
+    assert torch.equal(unet.embed_time(torch.arange(5)), unet.time_embedding(waves))
 
 
 def test_heads_may_differ_by_level() -> None:
@@ -279,7 +279,7 @@ def test_sinusoids_are_those_of_diffusers_bit_for_bit(
 def test_forward_is_the_body_on_a_row_of_the_table() -> None:
     unet = make(TINY)
     x, t, labels = inputs(TINY, 3)
-    table = unet.time_table(1000)
+    table = unet.embed_time(torch.arange(1000))
     assert table.shape == (1000, 32)
     emb = table[t] + unet.class_embedding(labels)
     projections = F.linear(F.silu(emb), *unet.packed_projection())
