@@ -12,7 +12,7 @@ NEEDS_GPU = $(BIN)/python -c "import sys, torch; \
 	sys.exit(None if torch.cuda.is_available() else '$@ needs an NVIDIA GPU: torch sees none')"
 
 .DEFAULT_GOAL := help
-.PHONY: help sample test test-gpu lint bench bench-gpu clean
+.PHONY: help sample test test-slow test-gpu lint bench bench-gpu clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -32,6 +32,9 @@ sample: $(VENV)/installed-base ## draw samples.png with the bundled model
 
 test: $(VENV)/installed-test ## install and run the whole suite (no GPU needed)
 	$(BIN)/pytest -m "not gpu and not slow" $(ARGS)
+
+test-slow: $(VENV)/installed-test ## what is too long for every run (no GPU needed)
+	$(BIN)/pytest -m "slow and not gpu" $(ARGS)
 
 test-gpu: $(VENV)/installed-test ## the suite on an NVIDIA GPU, gpu-marked tests included
 	@$(NEEDS_GPU)
