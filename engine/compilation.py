@@ -19,6 +19,9 @@ log = logging.getLogger("flashddpm")
 MAX_SHAPES = 128
 """Where Dynamo by itself stops at 8, with one warning."""
 
+GUARDED = {"recompile_limit": MAX_SHAPES, "skip_nnmodule_hook_guards": False}
+"""Dynamo by itself runs code that was compiled before a hook was set, without the hook."""
+
 # compile="auto" on the CPU: compiling takes about a minute and saves about a quarter of the time
 # of eager convolutions, which run at some 20 GFLOP/s a core. Rough figures; only the order counts.
 COMPILE_SECONDS, SAVED, FLOPS_PER_CORE = 60.0, 0.25, 20e9
@@ -84,7 +87,7 @@ class CompiledNetwork:
 
         def call(x_t: Tensor, told: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
             # At every call: Dynamo guards more than shapes, the number of threads, say.
-            with compiling(), torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
+            with compiling(), torch._dynamo.config.patch(GUARDED):
                 return compiled(x_t, told, labels, index)
 
         return call

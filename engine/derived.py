@@ -16,11 +16,6 @@ from torch import Tensor, nn
 CHUNK = 1 << 18
 """Elements of one sum: few enough that its products stay in a processor's cache."""
 
-CHANGED = (
-    "the network's weights were changed while the image was under way; use update_weights of "
-    "this sampler or its engine, which lets such images end first"
-)
-
 GLIMPSED = 64
 """Words of a parameter that are looked at, spread evenly over it."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from flashddpm import arguments, host, kernels, networks, noise
+from flashddpm.calls import by_call, positional
 from flashddpm.checkpoint import Conditioning
 from flashddpm.compilation import CompiledNetwork, repays
-from flashddpm.derived import CHANGED, Derived, Glimpse
 from flashddpm.errors import CompilationError
+from flashddpm.follower import Follower
 from flashddpm.graph import CapturedSteps, Card, Graphs, Key, Resting, Step
 from flashddpm.kernels import reference
 from flashddpm.kernels.contract import Purpose
@@ -55,7 +55,7 @@ class Execution:
         compile: True, False or "auto".
         capture: whether the step becomes a CUDA graph.
         compiled: the compiled network.
-        modules: those that run, as far as can be told.
+        follower: what sees changes of the network, and follows them.
         ops: the module whose operations a step calls.
     """
 
@@ -95,9 +95,8 @@ class Execution:
         own = network if isinstance(network, networks.Network) and call is None else None
         if own is not None:
             _check_unet(own, shape, conditioning)
-        self._hanging = hanging(network)
         # What hangs on a network may be any code: it runs as a network of the user's own does.
-        plain = own is not None and not self._hanging and type(own) in networks.CLASSES
+        plain = own is not None and not hanging(own) and type(own) in networks.CLASSES
         self.compile = compile if fused and (plain or compile is True) else False
         self.capture = fused and cuda and (plain if capture == "auto" else bool(capture))
         self.ops = kernels if fused and cuda else reference
@@ -106,7 +105,6 @@ class Execution:
         self.device, self.shape = device, shape
         self.num_timesteps = num_timesteps
         self.labelled = conditioning.num_classes is not None
-        self.modules = [m for m in map(module_of, (network, call)) if m is not None]
         self.network = network.to(device) if isinstance(network, nn.Module) else network
         stored = _dtype_of(network)
         self.dtype = arguments.resolve_dtype(dtype, stored)
@@ -115,17 +113,15 @@ class Execution:
         if fused and own is not None:
             own.to(memory_format=torch.channels_last)
         self._hoisted: HoistedUNet | None = None
-        self._derived: Derived | None = None
         if fused and isinstance(own, UNet) and unhoistable(own) is None:
             self._hoisted = HoistedUNet(own)
-            self._derived = Derived(self._hoisted.sources, self._hoisted.refresh)
-        self._predict: Network = self._hoisted or (_by(call) if call else _positional(network))
-        self._stored = _stored(network)
+        self._predict: Network = self._hoisted or (by_call(call) if call else positional(network))
+        modules = [m for m in map(module_of, (network, call)) if m is not None]
+        self.follower = Follower(self.network, modules, self._hoisted, self.capture)
         log.info("runs on %s in %s, %s backend", device, self.dtype, self.backend)
         self.compiled = CompiledNetwork(self._predict, arguments.boolean("tune", tune))
         self._compiled_noise = CompiledNoise()
         self.graphs = Graphs(Card(device), graph_memory)
-        self._addresses: tuple[int, ...] | None = None
         self._not_compiled: str | None = None  # why "auto" goes on without
         self._slots: Slots | None = None
         self._launched: torch.cuda.Event | None = None
@@ -374,16 +370,10 @@ class Execution:
             return False
         lanes = len(slots.lane_slot)
         try:
-            self._note_hooks()
             self.compiled.prepare(slots, fractional)
         except CompilationError as error:
             self._give_up_compiling(error, lanes)
         return self.compile is not False
-
-    def _note_hooks(self) -> None:
-        """Note what hangs on the network when it is first compiled: that is compiled with it."""
-        if not (self.capture or self.compiled.shapes):
-            self._hanging = hanging(self.network)
 
     def _give_up_compiling(self, error: CompilationError, lanes: int) -> None:
         """Go on without compiling if nobody asked for it, and say so once.
@@ -406,8 +396,6 @@ class Execution:
         given = (x_t, told, labels, index)
         compiled = self.compiles(evaluations, len(x_t))
         try:
-            if compiled:
-                self._note_hooks()
             out = self._network(compiled)(*given)
         except CompilationError as error:
             self._give_up_compiling(error, len(x_t))
@@ -431,55 +419,6 @@ class Execution:
         """Let go of the graphs of these buffers."""
         self.graphs.forget(slots.token)
         self.graphs.sweep()
-
-    def renew(self) -> int:
-        """Make all that was derived from the network's weights follow them, once a call.
-
-        Returns:
-            Their version: embeddings that slots hold for their rows are old at another one.
-
-        Raises:
-            RuntimeError: the network was changed in a way that cannot be followed: moved, or under
-                graphs given other parameters, or, where that would be skipped, hooks.
-        """
-        if not isinstance(self.network, nn.Module):
-            return 0
-        now = _stored(self.network)
-        if now != self._stored:
-            raise RuntimeError(
-                f"network: its parameters were {self._stored} and are {now}; make a new Sampler"
-            )
-        if self.capture:
-            addresses = tuple(parameter.data_ptr() for parameter in self.network.parameters())
-            self._addresses = self._addresses or addresses
-            if addresses != self._addresses:
-                raise RuntimeError(
-                    "the network's parameters were moved or replaced under its graphs: use "
-                    "update_weights, or make a new Sampler"
-                )
-        skipped = unhoistable(self._hoisted.unet) if self._hoisted else None
-        if (self.capture or self.compiled.shapes) and hanging(self.network) != self._hanging:
-            skipped = skipped or "it has other hooks, or another forward, than when it was compiled"
-        if skipped:
-            raise RuntimeError(f"network: {skipped}; make a new Sampler, which heeds that")
-        return self._derived.renew() if self._derived else 0
-
-    def unchanged(self) -> Callable[[], None]:
-        """Return a function that raises RuntimeError if weights have changed between the calls."""
-        glimpse = Glimpse(self.modules)
-        before = glimpse.take()
-
-        def check() -> None:
-            after = glimpse.take()
-            if before is not None and after is not None and not torch.equal(before, after):
-                raise RuntimeError(CHANGED)
-
-        return check
-
-    @property
-    def version(self) -> int:
-        """The version of what was derived from the weights, as the latest `renew` returned it."""
-        return self._derived.version if self._derived else 0
 
     @property
     def _draws_ahead(self) -> bool:
@@ -542,44 +481,3 @@ def _dtype_of(network: Any) -> torch.dtype:
             if parameter.is_floating_point():
                 return parameter.dtype
     return torch.float32
-
-
-def _stored(network: Any) -> str:
-    """Return where a network's first parameter is, and its dtype, in words."""
-    first = next(network.parameters(), None) if isinstance(network, nn.Module) else None
-    return "none" if first is None else f"{first.dtype} on {first.device}"
-
-
-def _positional(network: Call) -> Network:
-    def predict(x_t: Tensor, t: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
-        return network(x_t, t) if labels is None else network(x_t, t, labels)
-
-    return predict
-
-
-def _by(call: Call) -> Network:
-    def predict(x_t: Tensor, t: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
-        return call(x_t, t, labels)
-
-    def predict_by_index(x_t: Tensor, t: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
-        return call(x_t, t, labels, index=index)
-
-    return predict_by_index if _takes_index(call) else predict
-
-
-def _takes_index(function: Callable[..., Any]) -> bool:
-    """Return whether a function has a parameter ``index`` that may be given by its name."""
-    if isinstance(function, partial) and "index" in function.keywords:
-        return False  # it is given already
-    called = function.forward if isinstance(function, nn.Module) else function
-    for through in (False, True):  # what wraps a function, then the function, if that gets them all
-        try:
-            parameters = inspect.signature(called, follow_wrapped=through).parameters
-        except (TypeError, ValueError):  # a built-in function
-            return False
-        index = parameters.get("index")
-        if index is not None:
-            return index.kind is not inspect.Parameter.POSITIONAL_ONLY
-        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-            return False
-    return False

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from flashddpm import arguments
 from flashddpm.batch import Batch, Occupant, PlanTable
-from flashddpm.derived import CHANGED, Glimpse
+from flashddpm.derived import Glimpse
 from flashddpm.errors import NonFiniteError
 from flashddpm.execution import Execution
+from flashddpm.follower import CHANGED
 from flashddpm.kernels.contract import REST, Purpose
 from flashddpm.request import Job
 from flashddpm.slots import predicted_x0
@@ -70,7 +71,7 @@ class Flight:
         self.buckets = self._choose(buckets)
         self._changed = False
         self._version = 0  # of what the rows of plans were embedded by
-        self._glimpse = Glimpse(execution.modules)
+        self._glimpse = Glimpse(execution.follower.modules)
         self._weights: Tensor | None = None  # as seen when images last entered
         self._weights_now: Tensor | None = None  # as seen since the last step
         self._channels: int | None = None  # that the network returns
@@ -125,10 +126,10 @@ class Flight:
         """Have jobs that enter now drawn by the network as it is now; call it before they do.
 
         Raises:
-            RuntimeError: it was changed in a way that cannot be followed (`Execution.renew`).
+            RuntimeError: it was changed in a way that cannot be followed (`Follower.renew`).
         """
         self._weights = self._glimpse.take()  # first: what changes meanwhile shows at the end
-        version = self.execution.renew()
+        version = self.execution.follower.renew()
         if version != self._version:
             self.table.reload()
             self._version = version
@@ -217,7 +218,7 @@ class Flight:
         if job.weights is not None and self._weights_now is not None:
             flags.append((job.weights != self._weights_now).any())
         there = torch.stack([flag.to(torch.int32) for flag in flags]).to("cpu", non_blocking=True)
-        same = job.version == self.execution.version
+        same = job.version == self.execution.follower.version
         return Landing(job, image, there, same, self._pace.event())
 
     def after_fork(self) -> None:

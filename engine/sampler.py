@@ -419,8 +419,8 @@ class Sampler:
         result = torch.empty(shape, dtype=torch.float32, device=self.device)
         chunks = range(0, len(seed), batch)
         with self._exclusive(), _bar(progress, len(chunks) * len(plan)) as bar:
-            unchanged = self.execution.unchanged()
-            self.execution.renew()
+            unchanged = self.execution.follower.unchanged()
+            self.execution.follower.renew()
             if exact and L:
                 self.execution.prove_exact(L)
             for start in chunks:
@@ -493,7 +493,7 @@ class Sampler:
             ValueError: the network returns another shape.
         """
         with self._exclusive():
-            self.execution.renew()
+            self.execution.follower.renew()
             return self.execution.predict(x_t, t, labels, evaluations)
 
     def _images(
@@ -611,7 +611,7 @@ class Sampler:
         with self._lock:
             self._owner = threading.get_ident()
             try:
-                with evaluating(self.execution.modules), self.execution.turn():
+                with evaluating(self.execution.follower.modules), self.execution.turn():
                     yield
             finally:
                 self._owner = None

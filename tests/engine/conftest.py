@@ -26,6 +26,12 @@ TINY = {
 
 
 @pytest.fixture
+def tiny_config() -> dict[str, Any]:
+    """The keys of a small U-Net, diffusers' or ours."""
+    return dict(TINY)
+
+
+@pytest.fixture
 def tiny_unet():
     """A function that makes a small U-Net whose every weight is random."""
 
@@ -129,6 +135,11 @@ def on_one_thread(value: Any) -> Iterator[Any]:
     torch.set_num_threads(1)
     yield value
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    yield from on_one_thread(None)
 
 
 @pytest.fixture

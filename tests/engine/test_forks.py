@@ -27,6 +27,8 @@ import flashddpm as fd
 from flashddpm import modes
 from flashddpm.pipeline import DDIMPipeline
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LIMIT = 30
 """Seconds after which a child is killed and its test fails; it takes less than one."""
 CLOSE = 1e-5
@@ -34,14 +36,6 @@ CLOSE = 1e-5
 SEEDS = [1, 2]
 DRAW = operator.methodcaller("sample", SEEDS, num_steps=2)
 """Of the standard library, so that a child need not import this file."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def forked(function: Callable[[], Any]) -> Any:

@@ -6,7 +6,6 @@ import pickle
 import pkgutil
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from flashddpm.pipeline import DDIMPipeline, DDPMPipeline
 from flashddpm.testing.check import CheckFailed
 from flashddpm.testing.strategies import Case
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SEEDS = [1, 2]
 LIMIT = 30
 """Seconds that an image may take, which takes less than one."""
@@ -27,14 +28,6 @@ LIMIT = 30
 
 def draw(sampler: fd.Sampler) -> torch.Tensor:
     return sampler.sample(SEEDS, num_steps=2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Two(Exception):

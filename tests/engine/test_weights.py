@@ -12,15 +12,9 @@ import flashddpm as fd
 from flashddpm import derived
 from flashddpm.derived import Derived, Glimpse, checksum
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SEEDS, LABELS = [3, 4, 5], [0, 1, 2]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def load(unet, other):
@@ -49,10 +43,7 @@ def adamw(unet, other):
 
 
 def fused_adamw(unet, other):
-    before = [p._version for p in unet.parameters()]
     optimize(unet, AdamW, fused=True)
-    if [p._version for p in unet.parameters()] != before:
-        pytest.skip("this torch counts the writes of fused optimizers")
 
 
 def sgd(unet, other):

@@ -12,36 +12,19 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
 import flashddpm as fd
+from flashddpm.follower import Follower
 from flashddpm.modes import evaluating
 from flashddpm.pretrained import DiffusersUNet
 from flashddpm.unet import UNet
 
-CONFIG = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 8,
-}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def theirs():
+def theirs(tiny_config):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return UNet2DModel(**CONFIG).eval()
+        return UNet2DModel(**tiny_config).eval()
 
 
 def half(module, arguments, out):
@@ -162,19 +145,14 @@ def test_an_altered_unet_of_diffusers_is_called_itself(theirs, alter, caplog):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
-def test_a_plain_unet_is_made_one_of_ours(theirs):
+def test_a_plain_unet_is_made_one_of_ours(theirs, tiny_config):
     """Training flags, activation checkpoints and torch's compiler change no output."""
     theirs.enable_gradient_checkpointing()
     theirs.train()
     for unet in (theirs, torch.compile(theirs)):
         assert isinstance(fd.Sampler.from_diffusers(unet, DDIMScheduler()).network, UNet)
-    positional = UNet2DModel(
-        8,
-        1,
-        1,
-        **{k: v for k, v in CONFIG.items() if "_channels" not in k and k != "sample_size"},
-        block_out_channels=(8, 16),
-    )
+    size, channels = (tiny_config.pop(key) for key in ("sample_size", "in_channels"))
+    positional = UNet2DModel(size, channels, **tiny_config)
     assert isinstance(fd.Sampler.from_diffusers(positional, DDIMScheduler()).network, UNet)
     assert theirs.training
 
@@ -277,23 +255,31 @@ def test_what_hangs_on_our_own_unet_counts(unet, alter):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
-def test_hooks_that_a_compiled_network_would_skip_are_refused(unet):
+@pytest.mark.parametrize("alter", [on_a_convolution, forward_of_a_part])
+def test_hooks_count_in_a_compiled_network_too(unet, alter, monkeypatch):
+    """Set before or after it was compiled, and by whichever sampler of the network it was."""
+    # What is traced, and when again, is the same with any backend.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     sampler = of(unet, compile=True)
-    sampler.execution.compiled.network = lambda x, emb, labels, index: x  # compiled, as it were
-    sampler.sample(1, num_steps=2)
+    before = sampler.sample(1, num_steps=2)
+    alter(unet)
+    want = of(unet).sample(1, num_steps=2)
+    assert (want - before).abs().max() > 1e-4
+    for used in (of(unet, compile=True), sampler):
+        torch.testing.assert_close(used.sample(1, num_steps=2), want, rtol=0, atol=1e-5)
+
+
+def test_hooks_that_a_graph_would_skip_are_refused(unet):
+    follower = Follower(unet, [unet], None, captured=True)
+    follower.renew()
     handle = unet.conv_out.register_forward_hook(half)
     with pytest.raises(RuntimeError, match="other hooks.* make a new Sampler"):
-        sampler.sample(1, num_steps=2)
+        follower.renew()
     handle.remove()
-    sampler.sample(1, num_steps=2)
-
-
-def test_a_hook_that_was_compiled_is_not_refused(unet):
-    sampler = of(unet, compile=True)
-    on_a_convolution(unet)
-    sampler.execution.compiled.network = lambda x, emb, labels, index: x
-    for _ in range(2):
-        sampler.sample(1, num_steps=2)
+    follower.renew()
+    unet.conv_out.weight.data = unet.conv_out.weight.clone()
+    with pytest.raises(RuntimeError, match="moved or replaced under its graphs"):
+        follower.renew()
 
 
 def test_a_network_with_hooks_is_compiled_when_asked_only(unet):
