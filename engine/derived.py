@@ -24,8 +24,9 @@ def checksum(tensors: Iterable[Tensor]) -> Tensor:
     """Return the checksum of the bits of some tensors, int64 [number of sums], on their device.
 
     Each sum is that of a chunk's words, every one times an odd number of its own, modulo 2^64: a
-    change of one word always shows, and so does, but for about one case in 2^32, any other change,
-    a permutation or new signs among them. Nothing waits for the device.
+    change of one word always shows, and any other, a permutation or new signs among them, unless
+    its products happen to cancel. Words are multiplied in 64 bits since a sign is the highest bit
+    of 32, which an even number of odd factors would lose.
 
     Args:
         tensors: dense, of any dtype, all on one device.

@@ -117,7 +117,7 @@ class Execution:
             self._hoisted = HoistedUNet(own)
         self._predict: Network = self._hoisted or (by_call(call) if call else positional(network))
         modules = [m for m in map(module_of, (network, call)) if m is not None]
-        self.follower = Follower(self.network, modules, self._hoisted, self.capture)
+        self.follower = Follower(self.network, modules, self._hoisted)
         log.info("runs on %s in %s, %s backend", device, self.dtype, self.backend)
         self.compiled = CompiledNetwork(self._predict, arguments.boolean("tune", tune))
         self._compiled_noise = CompiledNoise()
@@ -414,6 +414,10 @@ class Execution:
     def _graph(self, slots: Slots, compiled: bool, fractional: bool) -> CapturedSteps | None:
         """Return the captured step of these buffers; None where steps run one by one."""
         return self.graphs.get(*self._step(slots, compiled, fractional)) if self.capture else None
+
+    def renew(self) -> int:
+        """Follow the network, once a call; results and errors are those of `Follower.renew`."""
+        return self.follower.renew(self.capture)
 
     def forget(self, slots: Slots) -> None:
         """Let go of the graphs of these buffers."""

@@ -129,7 +129,7 @@ class Flight:
             RuntimeError: it was changed in a way that cannot be followed (`Follower.renew`).
         """
         self._weights = self._glimpse.take()  # first: what changes meanwhile shows at the end
-        version = self.execution.follower.renew()
+        version = self.execution.renew()
         if version != self._version:
             self.table.reload()
             self._version = version

@@ -25,18 +25,12 @@ class Follower:
         network: of a sampler, on its device.
         modules: those that run, as far as can be told.
         hoisted: the network as it runs, if that is how.
-        captured: whether steps are captured, with the addresses of weights and without hooks.
     """
 
     def __init__(
-        self,
-        network: Any,
-        modules: Sequence[nn.Module],
-        hoisted: HoistedUNet | None,
-        captured: bool,
+        self, network: Any, modules: Sequence[nn.Module], hoisted: HoistedUNet | None
     ) -> None:
         self.modules, self._network, self._hoisted = modules, network, hoisted
-        self._captured = captured
         self._derived = Derived(hoisted.sources, hoisted.refresh) if hoisted else None
         self._stored = _stored(network)
         self._hanging = hanging(network)
@@ -47,8 +41,11 @@ class Follower:
         """The version of what was derived, as the latest `renew` returned it."""
         return self._derived.version if self._derived else 0
 
-    def renew(self) -> int:
+    def renew(self, captured: bool = False) -> int:
         """Derive anew what is not of the network's weights any more; to be called once a call.
+
+        Args:
+            captured: whether steps are captured, with the addresses of weights and without hooks.
 
         Returns:
             The version of what was derived: embeddings that slots hold are old at another one.
@@ -65,7 +62,7 @@ class Follower:
                 f"network: its parameters were {self._stored} and are {now}; make a new Sampler"
             )
         skipped = unhoistable(self._hoisted.unet) if self._hoisted else None
-        if self._captured:
+        if captured:
             self._check_addresses(self._network)
             if hanging(self._network) != self._hanging:
                 skipped = "it has other hooks, or another forward, than when it was captured"

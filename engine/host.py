@@ -46,7 +46,7 @@ def floats(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
-class plain_factories(TorchFunctionMode):  # noqa: N801  (a context, as torch.no_grad is)
+class plain_factories(TorchFunctionMode):
     """Within it a tensor that is made is float32, or of integers, and on ``device``, unless told.
 
     That is ``with torch.device(device)`` in a process of no other settings. It holds for this

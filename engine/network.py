@@ -19,7 +19,8 @@ class HoistedUNet(nn.Module):
     """A U-Net that is given time embeddings, and whose time projections are one product.
 
     The embeddings are computed once for the rows of a plan (`embed`), not once a step. The packed
-    projections are copies of the U-Net's: `refresh` must follow any change of `sources`.
+    projections are copies of the U-Net's: call `refresh` before the first use, and after any change
+    of `sources`.
 
     Args:
         unet: the network.
@@ -31,9 +32,10 @@ class HoistedUNet(nn.Module):
     def __init__(self, unet: UNet) -> None:
         super().__init__()
         self.unet = unet
-        weight, bias = unet.packed_projection()
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
+        layers = [block.time_emb_proj for block in unet.resnets()]
+        P, one = sum(layer.out_features for layer in layers), layers[0].weight
+        self.register_buffer("weight", one.new_empty(P, one.shape[1]), persistent=False)
+        self.register_buffer("bias", one.new_empty(P), persistent=False)
 
     def sources(self) -> Iterator[Tensor]:
         """Yield the parameters that embeddings and packed projections are computed from."""

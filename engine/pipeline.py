@@ -12,7 +12,7 @@ lists, which ``faults="diffusers"`` brings back. In 16 bits diffusers rounds x_t
 here it stays float32, and pictures differ by that.
 
 With ``seeds=`` noise is ours (noise.py), and nothing is drawn from torch: an image depends on its
-own seed only, whatever the batch, and noisy steps too are captured on a GPU, which is faster.
+own seed only, whatever the batch, and on a GPU noisy steps are captured too.
 
 Another scheduler is set as in diffusers, by its class:
 
@@ -300,7 +300,7 @@ class DDPMPipeline(_Pipeline):
                 [B, C, H, W] in [0, 1] on the pipeline's device.
             return_dict: False for a tuple of one.
             seeds: of our noise, one an image, in place of a generator: the way to images that
-                depend on neither the batch nor what was drawn before, and that are drawn faster.
+                depend on neither the batch nor what was drawn before.
             class_labels: one, or one for each image; None asks for the null class.
             guidance_scale: w of out = uncond + w (cond - uncond), one or one for each image.
             faults: "diffusers" for its pictures where we hold them for wrong, too

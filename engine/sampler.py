@@ -420,7 +420,7 @@ class Sampler:
         chunks = range(0, len(seed), batch)
         with self._exclusive(), _bar(progress, len(chunks) * len(plan)) as bar:
             unchanged = self.execution.follower.unchanged()
-            self.execution.follower.renew()
+            self.execution.renew()
             if exact and L:
                 self.execution.prove_exact(L)
             for start in chunks:
@@ -493,7 +493,7 @@ class Sampler:
             ValueError: the network returns another shape.
         """
         with self._exclusive():
-            self.execution.follower.renew()
+            self.execution.renew()
             return self.execution.predict(x_t, t, labels, evaluations)
 
     def _images(

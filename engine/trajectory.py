@@ -71,7 +71,7 @@ class Trajectory:
         if not (self._compiled or execution.capture):
             L = lanes
         with sampler._exclusive():
-            self._version = execution.follower.renew()
+            self._version = execution.renew()
             self._slots = execution.service_slots(len(seeds), L, len(plan) + 1)
             self._slots.load_plan(plan)
             self._slots.x.copy_(x)
@@ -121,7 +121,7 @@ class Trajectory:
         fractional = self._execution.tells_floats(plan)
         with self.sampler._exclusive():
             unchanged = self._execution.follower.unchanged()
-            version = self._execution.follower.renew()
+            version = self._execution.renew()
             if version != self._version:
                 self._slots.load_plan(plan)
                 self._version = version

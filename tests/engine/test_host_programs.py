@@ -10,7 +10,11 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import multiprocessing
+import os
+import pickle
 import re
+import runpy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -528,8 +532,7 @@ def made(folder: Path, training: Any) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def live() -> Live:
+def make_live() -> Live:
     config = {
         "sample_size": 8,
         "in_channels": 1,
@@ -548,6 +551,11 @@ def live() -> Live:
     hooked.conv_out.register_forward_hook(lambda module, given, out: out * 0.5)
     t, labels = torch.tensor([3, 4]), torch.tensor([0, 1])
     return Live(unet, hooked, DDPMScheduler(), DDIMScheduler(), conv, noise, t, labels)
+
+
+@pytest.fixture(scope="module")
+def live() -> Live:
+    return make_live()
 
 
 @pytest.fixture(scope="module")
@@ -586,6 +594,67 @@ def test_bits_are_those_of_a_plain_process(
     for key, value in expected.items():
         assert (found[key].device, found[key].dtype) == (value.device, value.dtype), key
         assert torch.equal(found[key], value), key
+
+
+SPAWNED = """
+import importlib.util, multiprocessing, os, pickle, sys, warnings
+from pathlib import Path
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def run(stage, activity, file):
+    file.write_bytes(pickle.dumps(activity(stage)))
+
+def main(here, made, out):
+    import torch
+    torch.set_num_threads(1)
+    tests, training = load(here), load(here.with_name("conftest.py")).Training()
+    live = tests.make_live()
+    for start in ("forked", "spawned"):  # after a backward pass torch refuses them in a fork
+        for activity in tests.ACTIVITIES:
+            name = f"{activity.__name__}-{start}"
+            given = tests.Stage(training, made, live, out / name), activity, out / f"{name}.pickle"
+            if start == "spawned":
+                run(*given)
+                continue
+            child = multiprocessing.get_context("fork").Process(target=run, args=given)
+            child.start()
+            child.join(60)
+            if child.exitcode != 0:
+                child.kill()
+                sys.exit(f"{name}: ended with {child.exitcode}")
+
+main(*map(Path, os.environ["SPAWNED"].split(os.pathsep)))
+"""
+
+
+@pytest.mark.slow
+def test_bits_of_spawned_and_forked_processes(
+    plain: dict[str, Result], stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "spawned.py"
+    script.write_text(SPAWNED)
+    paths = map(str, (__file__, stage.made, tmp_path))
+    monkeypatch.setenv("SPAWNED", os.pathsep.join(paths))
+    context = multiprocessing.get_context("spawn")
+    child = context.Process(target=runpy.run_path, args=(str(script),))
+    child.start()
+    child.join(240)
+    child.kill()
+    assert child.exitcode == 0
+    for activity in ACTIVITIES:
+        name = activity.__name__
+        if name not in plain:
+            plain[name] = activity(dataclasses.replace(stage, out=tmp_path / name))
+        for start in ("forked", "spawned"):
+            found = pickle.loads((tmp_path / f"{name}-{start}.pickle").read_bytes())
+            assert found.keys() == plain[name].keys()
+            for key, value in plain[name].items():
+                assert torch.equal(found[key], value), (name, start, key)
 
 
 BETWEEN = ["default device", "bfloat16", "autocast", "inference mode"]

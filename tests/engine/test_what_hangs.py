@@ -270,16 +270,16 @@ def test_hooks_count_in_a_compiled_network_too(unet, alter, monkeypatch):
 
 
 def test_hooks_that_a_graph_would_skip_are_refused(unet):
-    follower = Follower(unet, [unet], None, captured=True)
-    follower.renew()
+    follower = Follower(unet, [unet], None)
+    follower.renew(captured=True)
     handle = unet.conv_out.register_forward_hook(half)
     with pytest.raises(RuntimeError, match="other hooks.* make a new Sampler"):
-        follower.renew()
+        follower.renew(captured=True)
     handle.remove()
-    follower.renew()
+    follower.renew(captured=True)
     unet.conv_out.weight.data = unet.conv_out.weight.clone()
     with pytest.raises(RuntimeError, match="moved or replaced under its graphs"):
-        follower.renew()
+        follower.renew(captured=True)
 
 
 def test_a_network_with_hooks_is_compiled_when_asked_only(unet):
