@@ -13,30 +13,43 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-CHUNK = 1 << 18
-"""Elements of one sum: few enough that its products stay in a processor's cache."""
+from flashddpm.touched import parameters
+
+CHUNK = 1 << 16
+"""Words of one sum: few enough that its products stay in a processor's cache."""
 
 GLIMPSED = 64
-"""Words of a parameter that are looked at, spread evenly over it."""
+"""Words of a parameter that are looked at, from its middle."""
 
 
-def checksum(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the checksum of the bits of some tensors, int64 [number of sums], on their device.
-
-    Each sum is that of a chunk's words, every one times an odd number of its own, modulo 2^64: a
-    change of one word always shows, and any other, a permutation or new signs among them, unless
-    its products happen to cancel. Words are multiplied in 64 bits since a sign is the highest bit
-    of 32, which an even number of odd factors would lose.
+class Words:
+    """The bits of tensors as integers, in place: found again only where some tensor has moved.
 
     Args:
-        tensors: dense, of any dtype, all on one device.
+        tensors: yields the tensors, as they are now: dense, of any dtype, all on one device.
+        most: words of each, from its middle; by default all.
     """
-    sums = []
-    for tensor in tensors:
-        words = _words(tensor.data)
-        factors = _factors(words.device)
-        sums += [(part * factors[: len(part)]).sum() for part in words.split(CHUNK)]
-    return torch.stack(sums)
+
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]], most: int | None = None) -> None:
+        self._tensors, self._most = tensors, most
+        self._addresses: list[int] = []
+        self._words: list[Tensor] = []
+
+    def read(self) -> list[Tensor]:
+        """Return the words of each tensor that has any, [number of words]."""
+        tensors = [tensor for tensor in self._tensors() if tensor.numel()]
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if addresses != self._addresses:
+            whole = [_words(tensor.data) for tensor in tensors]
+            copied = any(w.data_ptr() != a for w, a in zip(whole, addresses, strict=True))
+            self._addresses = [] if copied else addresses  # copies would stay as they are
+            self._words = [words[self._part(len(words))] for words in whole]
+        return self._words
+
+    def _part(self, count: int) -> slice:
+        most = count if self._most is None else min(self._most, count)
+        start = (count - most) // 2
+        return slice(start, start + most)
 
 
 def _words(x: Tensor) -> Tensor:
@@ -49,6 +62,27 @@ def _words(x: Tensor) -> Tensor:
     if size > 4 or (size < 4 and whole):
         return flat.view(torch.int32)
     return flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[size])
+
+
+def checksum(words: Iterable[Tensor]) -> Tensor:
+    """Return the checksum of the words of some tensors, int64 [number of sums], on their device.
+
+    Each sum is that of a chunk's words, every one times an odd number of its own, modulo 2^64: a
+    change of one word always shows, and any other, a permutation or new signs among them, unless
+    its products happen to cancel. Words are multiplied in 64 bits since a sign is the highest bit
+    of 32, which an even number of odd factors would lose.
+    """
+    large: list[Tensor] = []
+    small: list[Tensor] = []  # a call takes longer than their products
+    for part in words:
+        (large if len(part) >= CHUNK else small).append(part)
+    sums = [one for part in large for one in _sums(part)]
+    return torch.stack(sums + (_sums(torch.cat(small)) if small else []))
+
+
+def _sums(words: Tensor) -> list[Tensor]:
+    factors = _factors(words.device)
+    return [(part * factors[: len(part)]).sum() for part in words.split(CHUNK)]
 
 
 @cache
@@ -68,25 +102,20 @@ class Glimpse:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = list(modules)
-        self._addresses: list[int] = []
-        self._words: list[Tensor] = []
+        roots = list(modules)
+        # Subclasses of Tensor, such as quantised ones, need not have words.
+        self._words = Words(
+            lambda: (p for root in roots for p in parameters(root) if type(p) is nn.Parameter),
+            GLIMPSED,
+        )
 
     def take(self) -> Tensor | None:
         """Return words of every parameter, integers [n] on their device; waits for nothing.
 
         None where there is no parameter to be seen.
         """
-        # Subclasses of Tensor, such as quantised ones, need not have words.
-        parameters = (p for module in self._modules for p in module.parameters())
-        tensors = [p for p in parameters if type(p) is nn.Parameter and p.numel()]
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        if addresses != self._addresses:
-            whole = [_words(tensor.data) for tensor in tensors]
-            self._words = [words[:: -(-len(words) // GLIMPSED)] for words in whole]
-            copied = any(w.data_ptr() not in (0, a) for w, a in zip(whole, addresses, strict=True))
-            self._addresses = [] if copied else addresses  # copies do not change
-        return torch.cat(self._words) if tensors else None
+        words = self._words.read()
+        return torch.cat(words) if words else None
 
 
 class Derived:
@@ -101,7 +130,7 @@ class Derived:
     """
 
     def __init__(self, sources: Callable[[], Iterator[Tensor]], derive: Callable[[], None]) -> None:
-        self._sources, self._derive = sources, derive
+        self._words, self._derive = Words(sources), derive
         self._of: Tensor | None = None
         self.version = 0
 
@@ -111,7 +140,7 @@ class Derived:
         Returns:
             How often it was computed: what somebody else derived is old at another number.
         """
-        now = checksum(self._sources())  # first: what changes meanwhile shows the next time
+        now = checksum(self._words.read())  # first: what changes meanwhile shows the next time
         if self._of is None or not torch.equal(now, self._of):
             self._derive()
             self._of = now

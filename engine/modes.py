@@ -6,11 +6,11 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from flashddpm.processes import renewed_in_child
+from flashddpm.touched import walk
 
 
 class _Evaluations:
@@ -22,15 +22,15 @@ class _Evaluations:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
+        self._held: dict[nn.Module, list[int]] = {}
         renewed_in_child(self)
 
     def begin(self, networks: Iterable[nn.Module]) -> list[nn.Module]:
         """Switch modules in training to evaluation; return them, and those that others switched."""
         me = threading.get_ident()
         with self._lock:
-            modules = (module for network in networks for module in network.modules())
-            mine = [m for m in modules if m.training or (self._held and m in self._held)]
+            modules = (module for network in networks for module in walk(network))
+            mine = [m for m in modules if m.training or m in self._held]
             for module in mine:
                 self._held.setdefault(module, []).append(me)
                 # The flag alone: train() of a user's module may do more, such as to merge weights.

@@ -6,6 +6,7 @@ its own way, from its weights and config, must know that there is none of these.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
@@ -19,6 +20,21 @@ HOOKS = (
 )
 WITHOUT_EFFECT = ("training", "gradient_checkpointing")
 """Attributes that change no output in evaluation."""
+
+
+def walk(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and all that it holds: nn.Module.modules without names, in a quarter of it."""
+    left = [module]
+    while left:
+        module = left.pop()
+        yield module
+        left += (child for child in module._modules.values() if child is not None)
+
+
+def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of a module and of all that it holds."""
+    for one in walk(module):
+        yield from (p for p in one._parameters.values() if p is not None)
 
 
 def touched(module: nn.Module, kind: type[nn.Module]) -> str | None:
