@@ -49,12 +49,12 @@ def tiny_unet():
 
 @pytest.fixture
 def tiny_sampler(tiny_unet):
-    """A function that makes a sampler of three classes and a null class."""
+    """A function that makes a sampler of three classes and a null class, of its own network."""
 
-    def make(**arguments) -> fd.Sampler:
+    def make(network: torch.nn.Module | None = None, **arguments) -> fd.Sampler:
         arguments.setdefault("compile", False)
         return fd.Sampler(
-            tiny_unet(num_class_embeds=4),
+            tiny_unet(num_class_embeds=4) if network is None else network,
             fd.NoiseSchedule.create("squaredcos_cap_v2", 100),
             shape=(1, 8, 8),
             prediction_type="v_prediction",

@@ -44,6 +44,16 @@ def test_auto_counts_its_work(make):
     assert execution.auto_compile(1)[0] is False and execution.auto_compile(10**12)[0] is True
 
 
+def test_weights_that_others_change_are_followed(make):
+    sampler = make(compile=False)
+    before = sampler.sample([1, 2], num_steps=3)
+    for parameter in sampler.network.parameters():
+        parameter.data.mul_(0.5)
+    want = sampler.replace(backend="reference").sample([1, 2], num_steps=3)
+    assert (want - before).abs().max() > 1e-3
+    torch.testing.assert_close(sampler.sample([1, 2], num_steps=3), want, rtol=0, atol=1e-5)
+
+
 def test_new_weights(make):
     sampler = make()
     before = sampler.sample(range(2), num_steps=3)

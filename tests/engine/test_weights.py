@@ -93,25 +93,6 @@ CHANGES = [
 
 
 @pytest.fixture
-def make(tiny_unet):
-    """A function that makes a sampler of a network: of the classes and the schedule in use here."""
-
-    def sampler(unet, **options):
-        options = {"compile": False} | options
-        return fd.Sampler(
-            unet,
-            fd.NoiseSchedule.create("squaredcos_cap_v2", 100),
-            shape=(1, 8, 8),
-            prediction_type="v_prediction",
-            conditioning=fd.Conditioning(3, 3),
-            device="cpu",
-            **options,
-        )
-
-    return sampler
-
-
-@pytest.fixture
 def unets(tiny_unet):
     return tiny_unet(0, num_class_embeds=4), tiny_unet(1, num_class_embeds=4)
 
@@ -156,9 +137,9 @@ def replaced(sampler):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_every_way_in_draws_by_the_changed_network(make, unets, change):
+def test_every_way_in_draws_by_the_changed_network(tiny_sampler, unets, change):
     unet, other = unets
-    sampler = make(unet)
+    sampler = tiny_sampler(unet)
     pipe, twin = fd.DDIMPipeline(sampler), sampler.replace()
     running = fd.Engine(sampler, 2, threaded=False)
     pipe(seeds=[1], class_labels=[1], num_inference_steps=4)
@@ -167,7 +148,7 @@ def test_every_way_in_draws_by_the_changed_network(make, unets, change):
     running.drain()  # its plan stays in the table
     with torch.inference_mode(False):
         change(unet, other)
-    fresh = make(copy.deepcopy(unet))
+    fresh = tiny_sampler(copy.deepcopy(unet))
     want = draw(fresh)
     assert (want - old).abs().max() > 1e-3
     for used in (sampler, twin, pipe.sampler):
@@ -182,31 +163,31 @@ def test_every_way_in_draws_by_the_changed_network(make, unets, change):
 
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
-def test_a_trajectory_goes_on_by_the_network_as_it_is(make, unets, backend):
+def test_a_trajectory_goes_on_by_the_network_as_it_is(tiny_sampler, unets, backend):
     """As the plain network does, which derives nothing."""
     images = []
     for kind in ("reference", backend):
         unet = copy.deepcopy(unets[0])
-        path = make(unet, backend=kind).trajectory(SEEDS, LABELS, num_steps=4)
+        path = tiny_sampler(unet, backend=kind).trajectory(SEEDS, LABELS, num_steps=4)
         path.step(2)
         in_place(unet, None)
         images.append(path.run())
     torch.testing.assert_close(*images, rtol=0, atol=1e-5)
 
 
-def test_a_compiled_network_follows_its_weights(make, unets):
+def test_a_compiled_network_follows_its_weights(tiny_sampler, unets):
     unet, other = unets
-    sampler = make(unet, compile=True)
+    sampler = tiny_sampler(unet, compile=True)
     first = draw(sampler)
     for change in (load, in_place, negate_one_tensor, assign):
         change(unet, other)
-        want = draw(make(copy.deepcopy(unet)))
+        want = draw(tiny_sampler(copy.deepcopy(unet)))
         torch.testing.assert_close(draw(sampler), want, rtol=0, atol=1e-4)
         assert (want - first).abs().max() > 1e-3
         first = want
 
 
-def test_networks_of_ones_own_and_rms_unets_are_followed_too(make):
+def test_networks_of_ones_own_are_followed_too():
     class Own(nn.Module):
         def __init__(self):
             super().__init__()
@@ -228,9 +209,9 @@ class TestEngine:
     """Images on their way are of one network, or fail and say what to use instead."""
 
     @pytest.mark.parametrize("change", [load, fused_adamw, assign, merge, negate_one_tensor])
-    def test_weights_changed_under_an_image(self, make, unets, change):
+    def test_weights_changed_under_an_image(self, tiny_sampler, unets, change):
         unet, other = unets
-        sampler = make(unet)
+        sampler = tiny_sampler(unet)
         running = fd.Engine(sampler, 2, threaded=False)
         under_way = running.submit(fd.Request(seed=1, label=1, num_steps=4))
         running.turn()
@@ -241,13 +222,13 @@ class TestEngine:
         with pytest.raises(fd.RequestFailed, match="update_weights") as caught:
             under_way.result(0)
         assert isinstance(caught.value.__cause__, RuntimeError)
-        want = make(copy.deepcopy(unet)).sample(2, 1, num_steps=4)[0]
+        want = tiny_sampler(copy.deepcopy(unet)).sample(2, 1, num_steps=4)[0]
         torch.testing.assert_close(later.result(0).image, want, rtol=0, atol=1e-6)
         assert running.metrics()["failed"] == 1
 
-    def test_weights_changed_under_an_image_that_nobody_follows(self, make, unets):
+    def test_weights_changed_under_an_image_that_nobody_follows(self, tiny_sampler, unets):
         """No later request comes in, by which the change would be seen."""
-        running = fd.Engine(make(unets[0]), 2, threaded=False)
+        running = fd.Engine(tiny_sampler(unets[0]), 2, threaded=False)
         under_way = running.submit(fd.Request(seed=1, label=1, num_steps=2))
         running.turn()
         load(*unets)
@@ -255,10 +236,10 @@ class TestEngine:
         with pytest.raises(fd.RequestFailed, match="were changed while the image was under way"):
             under_way.result(0)
 
-    def test_weights_that_were_changed_and_put_back(self, make, unets):
+    def test_weights_that_were_changed_and_put_back(self, tiny_sampler, unets):
         """As for a preview of a training run's averages, by the sampler that the engine has."""
         unet, other = unets
-        sampler, own = make(unet), copy.deepcopy(unet)
+        sampler, own = tiny_sampler(unet), copy.deepcopy(unet)
         running = fd.Engine(sampler, 2, threaded=False)
         under_way = running.submit(fd.Request(seed=1, label=1, num_steps=3))
         running.turn()
@@ -270,11 +251,11 @@ class TestEngine:
             under_way.result(0)
 
     @pytest.mark.parametrize("moment", ["follow_weights", "draw", "admit"])
-    def test_weights_changed_while_an_image_enters(self, make, unets, monkeypatch, moment):
+    def test_weights_changed_while_an_image_enters(self, tiny_sampler, unets, monkeypatch, moment):
         """The image is of the network before or after, or fails."""
         unet, other = unets
-        old, new = make(copy.deepcopy(unet)), make(copy.deepcopy(other))
-        running = fd.Engine(make(unet), 2, threaded=False)
+        old, new = tiny_sampler(copy.deepcopy(unet)), tiny_sampler(copy.deepcopy(other))
+        running = fd.Engine(tiny_sampler(unet), 2, threaded=False)
         flight = running._loop.flight
         method = getattr(flight, moment)
 
@@ -294,10 +275,10 @@ class TestEngine:
 
     @pytest.mark.parametrize("threaded", [True, False])
     @pytest.mark.parametrize("by", ["engine", "sampler"])
-    def test_update_weights_lets_images_end(self, make, unets, threaded, by):
+    def test_update_weights_lets_images_end(self, tiny_sampler, unets, threaded, by):
         unet, other = unets
-        sampler = make(unet)
-        old, new = make(copy.deepcopy(unet)), make(copy.deepcopy(other))
+        sampler = tiny_sampler(unet)
+        old, new = tiny_sampler(copy.deepcopy(unet)), tiny_sampler(copy.deepcopy(other))
         begun = threading.Event()
         with fd.Engine(sampler, 2, threaded=threaded) as running:
             first = [
@@ -322,8 +303,8 @@ class TestEngine:
             want = new.sample(i, 1, num_steps=3)[0]
             torch.testing.assert_close(images[2 + i], want, rtol=0, atol=1e-5)
 
-    def test_bad_states_change_nothing_and_wait_for_nobody(self, make, unets):
-        running = fd.Engine(make(unets[0]), 2, threaded=False)
+    def test_bad_states_change_nothing_and_wait_for_nobody(self, tiny_sampler, unets):
+        running = fd.Engine(tiny_sampler(unets[0]), 2, threaded=False)
         future = running.submit(fd.Request(seed=1, label=1, num_steps=2))
         running.turn()
         with pytest.raises(ValueError, match="state: does not match"):
@@ -332,8 +313,8 @@ class TestEngine:
         running.drain()
         assert future.result(0).image.isfinite().all()
 
-    def test_nobody_enters_while_the_queue_is_held(self, make, unets):
-        running = fd.Engine(make(unets[0]), 2, threaded=False)
+    def test_nobody_enters_while_the_queue_is_held(self, tiny_sampler, unets):
+        running = fd.Engine(tiny_sampler(unets[0]), 2, threaded=False)
         future = running.submit(fd.Request(seed=1, label=1, num_steps=2))
         (job,) = running._desk._queue
         with running._desk.held():
@@ -343,9 +324,9 @@ class TestEngine:
         running.drain()
         assert future.result(0).image.isfinite().all()
 
-    def test_a_callback_of_a_future_without_a_thread(self, make, unets):
+    def test_a_callback_of_a_future_without_a_thread(self, tiny_sampler, unets):
         unet, other = unets
-        running = fd.Engine(make(unet), 2, threaded=False)
+        running = fd.Engine(tiny_sampler(unet), 2, threaded=False)
         raised = []
 
         def update(future):
@@ -358,7 +339,7 @@ class TestEngine:
         running.drain()
         assert len(raised) == 2
 
-    def test_a_method_of_a_network_is_seen_too(self, make, unets):
+    def test_a_method_of_a_network_is_seen_too(self, tiny_sampler, unets):
         class Own(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -377,9 +358,9 @@ class TestEngine:
         running.drain()
         assert "update_weights" in str(future.exception(0))
 
-    def test_a_callback_that_would_wait_for_itself(self, make, unets):
+    def test_a_callback_that_would_wait_for_itself(self, tiny_sampler, unets):
         unet, other = unets
-        with fd.Engine(make(unet), 2) as running:
+        with fd.Engine(tiny_sampler(unet), 2) as running:
             future = running.submit(
                 fd.Request(seed=1, label=1, num_steps=2),
                 on_step=lambda x0: running.update_weights(other.state_dict()),
@@ -389,23 +370,23 @@ class TestEngine:
             assert running.submit(fd.Request(seed=1, label=1, num_steps=2)).result(60)
 
 
-def test_weights_changed_during_a_call(make, unets):
+def test_weights_changed_during_a_call(tiny_sampler, unets):
     """By another thread, or, as here, by a callback."""
     unet, other = unets
-    sampler = make(unet)
+    sampler = tiny_sampler(unet)
     with pytest.raises(RuntimeError, match="changed while the image was under way"):
         draw(sampler, on_step=lambda i, x0: load(unet, other) if i == 1 else None)
     path = sampler.trajectory(SEEDS, LABELS, num_steps=4)
     path.step()
-    load(unet, make(copy.deepcopy(unet)).network)  # the same: nothing to see
+    load(unet, tiny_sampler(copy.deepcopy(unet)).network)  # the same: nothing to see
     path.step()
-    assert torch.equal(draw(sampler), draw(make(copy.deepcopy(unet))))
+    assert torch.equal(draw(sampler), draw(tiny_sampler(copy.deepcopy(unet))))
 
 
-def test_update_weights_by_the_samplers_own_callback(make, unets):
+def test_update_weights_by_the_samplers_own_callback(tiny_sampler, unets):
     """Beside an engine that waits for the sampler it would never end."""
     unet, other = unets
-    sampler = make(unet)
+    sampler = tiny_sampler(unet)
     running = fd.Engine(sampler, 2, threaded=False)
     running.submit(fd.Request(seed=1, label=1, num_steps=4))
     running.turn()
@@ -413,8 +394,8 @@ def test_update_weights_by_the_samplers_own_callback(make, unets):
         draw(sampler, on_step=lambda i, x0: sampler.update_weights(other.state_dict()))
 
 
-def test_a_network_that_was_moved_is_refused(make, unets):
-    sampler = make(unets[0])
+def test_a_network_that_was_moved_is_refused(tiny_sampler, unets):
+    sampler = tiny_sampler(unets[0])
     draw(sampler)
     unets[0].to(torch.bfloat16)
     with pytest.raises(RuntimeError, match="were torch.float32 on cpu and are torch.bfloat16"):
