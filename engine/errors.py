@@ -43,7 +43,7 @@ def portable(error: BaseException) -> BaseException:
     try:
         back = pickle.loads(pickle.dumps(error))
         same = type(back) is type(error) and str(back) == str(error)
-    except Exception:
+    except Exception:  # of pickle, or of the error's own code
         same = False
     return error if same else RuntimeError(f"{type(error).__name__}: {error}")
 

@@ -122,7 +122,8 @@ def _isolated(function: Callable[P, R], grad: bool | None) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     # Here a graph breaks, and the code runs as it is, with all that it calls: as a function of
-    # torch.compiler.disable's, without the seconds that it takes to import the compiler.
+    # torch.compiler.disable's, without the seconds that it takes to import the compiler. These are
+    # private names, which torch.compiler.disable is made of; torch 2.11 and 2.14 have them.
     entry._torchdynamo_disable = True  # type: ignore[attr-defined]
     set_code_exec_strategy(entry.__code__, AS_IT_IS)  # type: ignore[attr-defined]
     return entry
