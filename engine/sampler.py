@@ -40,7 +40,7 @@ from flashddpm.pretrained import (
 )
 from flashddpm.processes import check_picklable, renewed_in_child
 from flashddpm.schedule import NoiseSchedule
-from flashddpm.slots import Slots
+from flashddpm.slots import Call, Slots
 from flashddpm.solvers import Plan
 from flashddpm.trajectory import Trajectory, load_trajectory
 
@@ -91,7 +91,7 @@ class Sampler:
         *,
         shape: tuple[int, int, int],
         prediction_type: str = "epsilon",
-        call: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
+        call: Call | None = None,
         conditioning: Conditioning | None = None,
         defaults: SamplingDefaults | None = None,
         device: str | torch.device = "auto",
