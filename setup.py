@@ -6,7 +6,13 @@ Nothing installs a top-level ``kernels`` or ``engine``: Hugging Face publishes a
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+FOLDERS = {
+    "flashddpm": "engine",
+    "flashddpm.kernels": "kernels",
+    "flashddpm.benchmarks": "benchmarks",
+}
 
 DIFFUSERS = "diffusers>=0.35"
 LUCIDRAINS = "denoising-diffusion-pytorch>=2.3"
@@ -51,21 +57,11 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    package_dir={
-        "flashddpm": "engine",
-        "flashddpm.kernels": "kernels",
-        "flashddpm.benchmarks": "benchmarks",
-    },
+    package_dir=FOLDERS,
     packages=[
-        "flashddpm",
-        "flashddpm.convert",
-        "flashddpm.data",
-        "flashddpm.evaluation",
-        "flashddpm.testing",
-        "flashddpm.kernels",
-        "flashddpm.kernels.checks",
-        "flashddpm.kernels.reference",
-        "flashddpm.benchmarks",
+        f"{package}.{inner}" if inner else package
+        for package, folder in FOLDERS.items()
+        for inner in ("", *find_packages(folder))
     ],
     package_data={"flashddpm": ["py.typed", "models/**/*"]},
     install_requires=[
@@ -83,7 +79,7 @@ setup(
         "evaluate": [FIDELITY, MATPLOTLIB],
         "dev": sorted({*TEST, *BENCH, *LINT}),
     },
-    entry_points={"console_scripts": ["flashddpm = flashddpm.cli:main"]},
+    entry_points={"console_scripts": ["flashddpm = flashddpm.cli.main:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

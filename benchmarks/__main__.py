@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from flashddpm.cli_bench import bench
+from flashddpm.benchmarks.command import bench
 
 if __name__ == "__main__":
     try:

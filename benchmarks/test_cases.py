@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from flashddpm.benchmarks import sampling
-from flashddpm.benchmarks.harness import synchronize
+from flashddpm.benchmarks.cases import sampling
+from flashddpm.benchmarks.measure.harness import synchronize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"

@@ -8,13 +8,19 @@ fd.save_grid(x, "samples.png")
 """
 
 from flashddpm import kernels
-from flashddpm.bundled import bundled
-from flashddpm.checkpoint import Conditioning
-from flashddpm.defaults import SamplingDefaults
+from flashddpm.checkpoints.bundled import bundled
+from flashddpm.checkpoints.model_folder import Conditioning
+from flashddpm.diffusion.schedule import NoiseSchedule
+from flashddpm.diffusion.scheduler_config import SamplingDefaults
+from flashddpm.diffusion.solvers import Plan, make_plan
 from flashddpm.errors import CheckpointError, CompilationError, DataError, NonFiniteError
-from flashddpm.images import make_grid, save_grid, to_pil, to_uint8
-from flashddpm.pipeline import DDIMPipeline, DDPMPipeline
-from flashddpm.request import (
+from flashddpm.integrations.diffusers_pipelines import DDIMPipeline, DDPMPipeline
+from flashddpm.io.images import make_grid, save_grid, to_pil, to_uint8
+from flashddpm.networks.unet import UNet
+from flashddpm.networks.unet_config import UNetConfig
+from flashddpm.sampling.sampler import Sampler
+from flashddpm.serving.engine import Engine
+from flashddpm.serving.request import (
     DeadlineExceeded,
     EngineClosed,
     QueueFull,
@@ -23,12 +29,6 @@ from flashddpm.request import (
     Result,
     Timings,
 )
-from flashddpm.sampler import Sampler
-from flashddpm.schedule import NoiseSchedule
-from flashddpm.service import Engine
-from flashddpm.solvers import Plan, make_plan
-from flashddpm.unet import UNet
-from flashddpm.unet_config import UNetConfig
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,5 @@
 """``python -m flashddpm``."""
 
-from flashddpm.cli import main
+from flashddpm.cli.main import main
 
 main()

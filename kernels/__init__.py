@@ -5,7 +5,7 @@ same functions run in plain PyTorch (``flashddpm.kernels.reference``), with the 
 """
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.contract import LOSSES, Column, LossColumn, Purpose, VlbColumn
+from flashddpm.kernels.tables import LOSSES, Column, LossColumn, Purpose, VlbColumn
 
 try:
     import triton  # noqa: F401  (only to learn whether it is there)

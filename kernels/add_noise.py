@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.contract import Purpose
 from flashddpm.kernels.launch import (
     block_size,
     channels_last,
@@ -26,6 +25,7 @@ from flashddpm.kernels.launch import (
     runs_triton,
 )
 from flashddpm.kernels.philox import draw
+from flashddpm.kernels.tables import Purpose
 
 
 @triton.jit

@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.contract import Column, Purpose
-from flashddpm.kernels.exact import exp
+from flashddpm.kernels.exact_math import exp
 from flashddpm.kernels.launch import (
     FLOATS,
     OPTIONS,
@@ -37,7 +36,7 @@ from flashddpm.kernels.launch import (
     runs_triton,
 )
 from flashddpm.kernels.philox import draw
-from flashddpm.kernels.rows import (
+from flashddpm.kernels.step_rows import (
     C_HIST,
     C_OUT,
     C_X0,
@@ -54,6 +53,7 @@ from flashddpm.kernels.rows import (
     lane_elements,
     unclipped_x0,
 )
+from flashddpm.kernels.tables import Column, Purpose
 
 REVERSE_STEP = tl.constexpr(int(Purpose.REVERSE_STEP))
 

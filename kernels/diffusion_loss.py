@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.contract import LOSSES, Purpose
 from flashddpm.kernels.launch import (
     block_size,
     channels_last,
@@ -29,6 +28,7 @@ from flashddpm.kernels.launch import (
     runs_triton,
 )
 from flashddpm.kernels.philox import draw
+from flashddpm.kernels.tables import LOSSES, Purpose
 
 TRAINING = tl.constexpr(int(Purpose.TRAINING))
 MSE = tl.constexpr(LOSSES.index("mse"))

@@ -22,9 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.contract import LOSSES, LossColumn
 from flashddpm.kernels.diffusion_loss import error_of, mean_loss, penalty, slope, store_partial
-from flashddpm.kernels.exact import exp, ln
+from flashddpm.kernels.exact_math import exp, ln
 from flashddpm.kernels.launch import (
     WARPS_2C,
     block_size,
@@ -39,7 +38,8 @@ from flashddpm.kernels.launch import (
     place,
     runs_triton,
 )
-from flashddpm.kernels.rows import lane_elements
+from flashddpm.kernels.step_rows import lane_elements
+from flashddpm.kernels.tables import LOSSES, LossColumn
 
 LOSS_COLUMNS = tl.constexpr(len(LossColumn))
 WEIGHT = tl.constexpr(int(LossColumn.WEIGHT))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashddpm.kernels.contract import LOSSES
+from flashddpm.kernels.tables import LOSSES
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -21,8 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.contract import Purpose
-from flashddpm.kernels.exact import ln
+from flashddpm.kernels.exact_math import ln
 from flashddpm.kernels.launch import (
     block_size,
     check_purpose,
@@ -32,6 +31,7 @@ from flashddpm.kernels.launch import (
     place,
     runs_triton,
 )
+from flashddpm.kernels.tables import Purpose
 
 
 @triton.jit

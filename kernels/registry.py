@@ -16,13 +16,13 @@ from torch import Tensor
 from flashddpm.kernels import reference
 from flashddpm.kernels.add_noise import add_noise
 from flashddpm.kernels.advance import advance
-from flashddpm.kernels.contract import Column, LossColumn, VlbColumn
 from flashddpm.kernels.denoise_step import denoise_step
 from flashddpm.kernels.diffusion_loss import diffusion_loss
 from flashddpm.kernels.hybrid_loss import hybrid_loss
 from flashddpm.kernels.launch import FLOATS
 from flashddpm.kernels.philox import philox
 from flashddpm.kernels.sample_stats import sample_stats
+from flashddpm.kernels.tables import Column, LossColumn, VlbColumn
 from flashddpm.kernels.vlb_terms import vlb_terms
 
 Arguments = dict[str, Any]

@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.contract import Column
 from flashddpm.kernels.launch import (
     channels_last,
     check_in_place,
@@ -33,7 +32,7 @@ from flashddpm.kernels.launch import (
     launch,
     runs_triton,
 )
-from flashddpm.kernels.rows import (
+from flashddpm.kernels.step_rows import (
     CLIP,
     COLUMNS,
     INF_BITS,
@@ -44,6 +43,7 @@ from flashddpm.kernels.rows import (
     lane_elements,
     unclipped_x0,
 )
+from flashddpm.kernels.tables import Column
 
 BLOCK = 2048
 NUM_WARPS = 8

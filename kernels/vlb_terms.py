@@ -22,9 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.contract import Purpose, VlbColumn
 from flashddpm.kernels.diffusion_loss import _mean_kernel, store_partial
-from flashddpm.kernels.exact import exp, ln
+from flashddpm.kernels.exact_math import exp, ln
 from flashddpm.kernels.launch import (
     WARPS_2C,
     block_size,
@@ -39,7 +38,8 @@ from flashddpm.kernels.launch import (
     runs_triton,
 )
 from flashddpm.kernels.philox import draw
-from flashddpm.kernels.rows import lane_elements
+from flashddpm.kernels.step_rows import lane_elements
+from flashddpm.kernels.tables import Purpose, VlbColumn
 
 TRAINING = tl.constexpr(int(Purpose.TRAINING))
 VLB_COLUMNS = tl.constexpr(len(VlbColumn))

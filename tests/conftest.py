@@ -1,7 +1,9 @@
-"""What every test gets: uninitialised memory that shows, and GPU tests skipped where none is."""
+"""What every test gets: uninitialised memory that shows, small networks, one thread if asked."""
 
 import functools
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -13,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on both sides of a comparison
 
+import flashddpm as fd  # noqa: E402
 from flashddpm.testing import zones  # noqa: E402
 
 CI = bool(os.environ.get("CI"))
@@ -60,3 +63,66 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+TINY = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
+
+
+@pytest.fixture
+def tiny_config() -> dict[str, Any]:
+    """The keys of a small U-Net, diffusers' or ours."""
+    return dict(TINY)
+
+
+@pytest.fixture
+def tiny_unet():
+    """A function that makes a small U-Net whose every weight is random."""
+
+    def make(seed: int = 0, **changes) -> fd.UNet:
+        generator = torch.Generator().manual_seed(seed)
+        unet = fd.UNet(fd.UNetConfig(**{**TINY, **changes}))
+        with torch.no_grad():
+            for parameter in unet.parameters():
+                fan_in = max(parameter[0].numel(), 1) if parameter.ndim > 1 else 4
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+        return unet.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture
+def tiny_sampler(tiny_unet):
+    """A function that makes a sampler of three classes and a null class, of its own network."""
+
+    def make(network: torch.nn.Module | None = None, **arguments) -> fd.Sampler:
+        arguments.setdefault("compile", False)
+        return fd.Sampler(
+            tiny_unet(num_class_embeds=4) if network is None else network,
+            fd.NoiseSchedule.create("squaredcos_cap_v2", 100),
+            shape=(1, 8, 8),
+            prediction_type="v_prediction",
+            conditioning=fd.Conditioning(3, 3),
+            device="cpu",
+            **arguments,
+        )
+
+    return make
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Keep PyTorch on one thread meanwhile: small sums are faster, and always the same."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -42,7 +42,8 @@ def test_the_table_of_metrics_is_complete():
 
 
 def test_defaults_and_errors_are_those_of_the_code():
-    from flashddpm import flight, metrics
+    from flashddpm.serving import metrics
+    from flashddpm.serving import running_batch as flight
 
     assert f"at least {flight.PLAN_ROWS} rows" in TEXT
     assert f"latest {metrics.WINDOW} steps" in TEXT

@@ -35,13 +35,13 @@ def test_what_the_readme_links_to_is_there(name):
 
 
 def test_the_table_is_that_of_the_committed_results():
-    from flashddpm.benchmarks.runs import Run
-    from flashddpm.benchmarks.table import filled, table
+    from flashddpm.benchmarks.measure.runs import Run
+    from flashddpm.benchmarks.reports.table import filled, table
 
     pages = [README, *sorted((README.parent / "docs").glob("*.md"))]
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        assert filled(page) == text, "python -m flashddpm.benchmarks.table writes it again"
+        assert filled(page) == text, "python -m flashddpm.benchmarks.reports.table writes it again"
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
     for results in (README.parent / "benchmarks" / "results").glob("*.json"):
         if results.name == "solver-study.json":  # tests/benchmarks/test_solver_study has it

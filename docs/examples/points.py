@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from flashddpm import NoiseSchedule, kernels
-from flashddpm.parameterization import noising_rows, target_rows
-from flashddpm.solvers import make_plan
+from flashddpm.diffusion.parameterization import noising_rows, target_rows
+from flashddpm.diffusion.solvers import make_plan
 
 SCHEDULE, PREDICTION = NoiseSchedule.create("squaredcos_cap_v2"), "v_prediction"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flashddpm.errors import CheckpointError
-from flashddpm.unet_config import UNetConfig
+from flashddpm.networks.unet_config import UNetConfig
 
 GROUPS = 32
 EPS = 1e-5

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from flashddpm import arguments
+from flashddpm.checkpoints.weights import mismatches
 from flashddpm.convert.openai import Layout, convert_state, read_layout, unet_config
+from flashddpm.diffusion.schedule import MAX_TIMESTEPS, NoiseSchedule
+from flashddpm.diffusion.timesteps import respaced, timesteps
 from flashddpm.errors import CheckpointError
-from flashddpm.networks import on_meta
-from flashddpm.schedule import MAX_TIMESTEPS, NoiseSchedule
-from flashddpm.timesteps import respaced, timesteps
-from flashddpm.unet_config import UNetConfig
-from flashddpm.weights import mismatches
+from flashddpm.networks.registry import on_meta
+from flashddpm.networks.unet_config import UNetConfig
 
 PROJECTS = ("improved", "guided")
 NOISE_SCHEDULES = ("linear", "cosine")
@@ -186,7 +186,7 @@ class Flags:
         raise ValueError(
             f"timestep_respacing={self.timestep_respacing!r}: no spacing makes these timesteps; "
             "must be left out here, and given to sample as timesteps="
-            f"flashddpm.timesteps.respaced({self.timestep_respacing!r}, {T})"
+            f"flashddpm.diffusion.timesteps.respaced({self.timestep_respacing!r}, {T})"
         )
 
 

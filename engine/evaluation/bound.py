@@ -18,12 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashddpm import arguments, inputs
+from flashddpm import arguments
 from flashddpm.data import to_float
+from flashddpm.diffusion.parameterization import LEARNED_VARIANCES, noising_rows, vlb_rows
+from flashddpm.execution.upload import send
 from flashddpm.host import ints, isolated
-from flashddpm.parameterization import LEARNED_VARIANCES, noising_rows, vlb_rows
-from flashddpm.sampler import Sampler
-from flashddpm.upload import send
+from flashddpm.sampling import inputs
+from flashddpm.sampling.sampler import Sampler
 
 KEYS = 2**32
 """The noise key of image i at timestep t is t KEYS + i."""

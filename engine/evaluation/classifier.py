@@ -21,11 +21,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from flashddpm import arguments
-from flashddpm.bundled import MODELS
+from flashddpm.checkpoints.bundled import MODELS
 from flashddpm.data import ImageData, load_idx, to_float
 from flashddpm.errors import CheckpointError, DataError
-from flashddpm.files import read_tensors, write_atomic
 from flashddpm.host import isolated, plain_factories
+from flashddpm.io.files import read_tensors, write_atomic
 
 log = logging.getLogger("flashddpm")
 

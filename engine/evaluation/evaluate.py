@@ -38,8 +38,8 @@ from flashddpm.evaluation.job import (
     subset_size,
 )
 from flashddpm.host import ints, isolated
-from flashddpm.images import to_uint8
-from flashddpm.sampler import Sampler
+from flashddpm.io.images import to_uint8
+from flashddpm.sampling.sampler import Sampler
 
 PACKAGES = ("flashddpm", "torch", "torch-fidelity", "numpy")
 PART = 1024

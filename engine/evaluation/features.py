@@ -24,12 +24,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from flashddpm import arguments, caches
+from flashddpm import arguments
 from flashddpm.data import ImageSource, to_float
 from flashddpm.errors import CheckpointError
 from flashddpm.evaluation.classifier import Classifier
-from flashddpm.files import read_tensors, require_file, write_atomic
+from flashddpm.execution import compile_cache as caches
 from flashddpm.host import isolated
+from flashddpm.io.files import read_tensors, require_file, write_atomic
 
 log = logging.getLogger("flashddpm")
 

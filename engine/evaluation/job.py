@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashddpm import arguments, inputs, manifest
-from flashddpm.cli_options import with_defaults
-from flashddpm.cli_sample import parse_labels, parse_seeds
+from flashddpm import arguments
+from flashddpm.checkpoints.hub import locate
+from flashddpm.cli import manifest
+from flashddpm.cli.options import with_defaults
+from flashddpm.cli.sample import parse_labels, parse_seeds
 from flashddpm.data import ImageData, ImageSource, load_data
+from flashddpm.diffusion.parameterization import vlb_rows
 from flashddpm.evaluation import distances
 from flashddpm.evaluation.classifier import FEATURES, Classifier, classifier_for
 from flashddpm.evaluation.features import INPUTS, Features
 from flashddpm.host import isolated
-from flashddpm.hub import locate
-from flashddpm.parameterization import vlb_rows
-from flashddpm.sampler import Sampler
+from flashddpm.sampling import inputs
+from flashddpm.sampling.sampler import Sampler
 
 METRICS = ("bound", "frechet", "kernel", "prc", "neighbours")
 OF_FEATURES = ("frechet", "kernel", "prc")

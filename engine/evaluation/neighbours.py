@@ -21,7 +21,7 @@ from flashddpm import arguments
 from flashddpm.data import to_float
 from flashddpm.evaluation.features import Features, Images, features_of, fetch
 from flashddpm.host import ints, isolated
-from flashddpm.images import make_grid
+from flashddpm.io.images import make_grid
 
 if TYPE_CHECKING:
     from PIL.Image import Image

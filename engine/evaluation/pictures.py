@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from flashddpm.data import to_float
-from flashddpm.images import make_grid
-from flashddpm.pages import png_of
+from flashddpm.io.html import png_of
+from flashddpm.io.images import make_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flashddpm import pages
-from flashddpm.files import write_atomic, write_json
+from flashddpm.io import html as pages
+from flashddpm.io.files import write_atomic, write_json
 
 TITLE = "flashddpm: how good the model is"
 FORMAT = 1

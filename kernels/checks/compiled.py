@@ -19,7 +19,6 @@ from triton.compiler import ASTSource
 from flashddpm.kernels.add_noise import _add_noise_kernel
 from flashddpm.kernels.advance import _advance_kernel
 from flashddpm.kernels.checks import gates, sass
-from flashddpm.kernels.contract import LOSSES, Purpose
 from flashddpm.kernels.denoise_step import _denoise_step_kernel
 from flashddpm.kernels.diffusion_loss import (
     _diffusion_loss_bwd_kernel,
@@ -32,6 +31,7 @@ from flashddpm.kernels.philox import _philox_kernel
 from flashddpm.kernels.sample_stats import BLOCK as STATS_BLOCK
 from flashddpm.kernels.sample_stats import NUM_WARPS as STATS_WARPS
 from flashddpm.kernels.sample_stats import _sample_stats_kernel
+from flashddpm.kernels.tables import LOSSES, Purpose
 from flashddpm.kernels.vlb_terms import _vlb_terms_kernel
 
 ARCHITECTURES = (80, 90, 100)

@@ -24,9 +24,9 @@ import torch
 from triton.runtime import interpreter
 
 from flashddpm.kernels.checks import plain
-from flashddpm.kernels.contract import Column
 from flashddpm.kernels.launch import INTERPRETED, channels_last
 from flashddpm.kernels.registry import OPS, Arguments
+from flashddpm.kernels.tables import Column
 
 SHAPE, BATCH = (3, 5, 7), 2
 Bytes = dict[str, dict[str, dict[str, float | None]]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashddpm.kernels.contract import Purpose, VlbColumn
 from flashddpm.kernels.reference.noise import philox
 from flashddpm.kernels.reference.training import EDGE, _sum
+from flashddpm.kernels.tables import Purpose, VlbColumn
 
 
 def vlb_terms(

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flashddpm.kernels.contract import Purpose
 from flashddpm.kernels.reference.exact import ANGLE, COS, LN, LN2_HIGH, LN2_LOW, SIN, horner
+from flashddpm.kernels.tables import Purpose
 
 MASK = 0xFFFFFFFF
 # The round's multipliers, less 2^32: no product of a word overflows int64, on which compilers rely.

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from flashddpm.kernels.contract import Column, Purpose
 from flashddpm.kernels.reference.exact import exp
 from flashddpm.kernels.reference.noise import philox
+from flashddpm.kernels.tables import Column, Purpose
 
 Selection = slice | list[int] | None
 """Of slots or lanes; None for all of them."""

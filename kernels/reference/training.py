@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashddpm.kernels.contract import LossColumn, Purpose
 from flashddpm.kernels.reference.noise import philox
+from flashddpm.kernels.tables import LossColumn, Purpose
 
 
 def add_noise(

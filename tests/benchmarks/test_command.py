@@ -7,11 +7,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from flashddpm.benchmarks import runner, suites
-from flashddpm.benchmarks.harness import Result
-from flashddpm.benchmarks.runner import Case
-from flashddpm.benchmarks.runs import Failure, Run
-from flashddpm.cli_bench import bench
+from flashddpm.benchmarks.cases import suites
+from flashddpm.benchmarks.command import bench
+from flashddpm.benchmarks.measure import runner
+from flashddpm.benchmarks.measure.harness import Result
+from flashddpm.benchmarks.measure.runner import Case
+from flashddpm.benchmarks.measure.runs import Failure, Run
 
 APP = typer.Typer()
 APP.command()(bench)

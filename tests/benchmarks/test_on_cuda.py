@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 import flashddpm as fd
-from flashddpm.benchmarks import energy, harness, models, pipelines, sampling, steps
-from flashddpm.benchmarks.floors import Speed
+from flashddpm.benchmarks.cases import energy, sampling, steps
+from flashddpm.benchmarks.cases.roofline import Speed
+from flashddpm.benchmarks.measure import harness
+from flashddpm.benchmarks.peers import models, pipelines
 
 
 class Network(nn.Module):

@@ -1,6 +1,6 @@
 """The hybrid loss and its gradient, against distributions of torch in float64 and each other.
 
-What the columns of a row must be for a schedule: tests/engine/test_parameterization.py.
+What the columns of a row must be for a schedule: tests/diffusion/test_parameterization.py.
 """
 
 import importlib

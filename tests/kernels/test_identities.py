@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashddpm import NoiseSchedule, Plan, kernels
-from flashddpm.kernels import Purpose
-from flashddpm.kernels.launch import channels_last
-from flashddpm.parameterization import (
+from flashddpm.diffusion.parameterization import (
     PREDICTION_TYPES,
     forward_step_rows,
     noising_rows,
     target_rows,
 )
-from flashddpm.solvers import ddim, ddpm
+from flashddpm.diffusion.solvers import ddim, ddpm
+from flashddpm.kernels import Purpose
+from flashddpm.kernels.launch import channels_last
 
 T = 50
 SCHEDULE = NoiseSchedule.create("squaredcos_cap_v2", T)

@@ -1,6 +1,6 @@
 """A term of the bound against distributions of torch in float64 and, at extremes, mpmath.
 
-What the columns of a row must be for a schedule: tests/engine/test_bound.py.
+What the columns of a row must be for a schedule: tests/evaluation/test_bound.py.
 """
 
 import importlib

@@ -1,0 +1,1 @@
+"""The benchmark cases, and the suites that list them."""

@@ -1,0 +1,131 @@
+"""The loop alone: ours against the schedulers of diffusers and denoising-diffusion-pytorch's loop.
+
+And the price of ``exact=True``, which is the loop's choice of a batch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import flashddpm as fd
+from flashddpm.benchmarks.measure.agreement import check
+from flashddpm.benchmarks.measure.harness import Result, compare
+
+STEPS = 50
+LOOP_STEPS = 1000  # so many that starting a run does not count
+EXACT_STEPS, EXACT_BATCH = 10, 16
+DDPT_STEPS, BATCHES = 50, (1, 16)
+
+
+def price_of_exact(device: str) -> Iterator[Result]:
+    """What exact=True costs: a full batch for every step, however few images are asked for."""
+    sampler = fd.Sampler.from_pretrained(fd.bundled(), device, "float32", compile=True)
+    run = partial(sampler.sample, solver="ddim", num_steps=EXACT_STEPS, batch_size=EXACT_BATCH)
+    note = f"bundled model, float32, ddim, {EXACT_STEPS} steps; exact pads to {EXACT_BATCH} images"
+    counts = (1, EXACT_BATCH)
+    try:
+        alone, crowd = (run(range(n), [i % 10 for i in range(n)], exact=True) for n in counts)
+    except ValueError as error:  # this machine's compiled code has other bits in other lanes
+        yield Result("exact", str(error), note, {})
+        return
+    if not torch.equal(alone, crowd[:1]):
+        raise AssertionError("exact=True: one image has other bits than among others, not timed")
+    for count in counts:
+        few = partial(run, range(count), [i % 10 for i in range(count)])
+        check(few(), crowd[:count], f"exact at {count}", "exact=True")
+        yield Result.of(
+            f"exact-{count}-of-{EXACT_BATCH}",
+            "the same with exact=True",
+            f"{note}; the ratio is its price",
+            compare(few, partial(few, exact=True), rounds=5 if count == 1 else 3),
+        )
+
+
+def against_schedulers(device: str) -> Iterator[Result]:
+    """A whole run whose network returns its input, against the scheduler's steps alone."""
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    sampler = fd.Sampler(
+        lambda x, t: x,
+        fd.NoiseSchedule.create(),
+        shape=(1, 28, 28),
+        device=device,
+        compile=False,
+    )
+    model = fd.Sampler.from_pretrained(fd.bundled(), device, "float32", compile=True)
+    x_T = sampler.initial_noise([0]).contiguous()
+    kinds: tuple[tuple[str, Any], ...] = (("ddim", DDIMScheduler), ("ddpm", DDPMScheduler))
+    for solver, kind in kinds:
+        theirs = kind()
+        theirs.set_timesteps(LOOP_STEPS)
+
+        def peer(theirs: Any = theirs) -> Tensor:
+            x = x_T
+            for t in theirs.timesteps:
+                x = theirs.step(x, t, x, return_dict=False)[0]
+            return x
+
+        ours = partial(sampler.sample, [0], solver=solver, num_steps=LOOP_STEPS)
+        if solver == "ddim":
+            check(ours(), peer(), "loop")
+        yield Result.of(
+            f"loop-{solver}",
+            f"diffusers {kind.__name__}.step",
+            f"{LOOP_STEPS} steps of one 28x28 image, the network returning its input; ours "
+            "includes the plan, x_T, the noise and the check for non-finite values",
+            compare(ours, peer, rounds=10),
+        )
+        short = partial(sampler.sample, [0], solver=solver, num_steps=STEPS)
+        network = partial(model.sample, [0], 0, solver=solver, num_steps=STEPS)
+        yield Result(
+            f"loop-{solver}-share",
+            "the bundled model's run",
+            f"the loop's share of {STEPS} steps of the bundled model, batch 1, compiled",
+            {"share_of_run": 1 / compare(short, network, rounds=10).ratio},
+        )
+
+
+def against_ddpt(device: str) -> Iterator[Result]:
+    """Our loop against denoising-diffusion-pytorch's, around its own U-Net: the same module.
+
+    Its U-Net cannot hold our weights, nor ours its, so this compares the loops alone.
+    """
+    ddpt: Any = importlib.import_module("denoising_diffusion_pytorch")
+    steps, side = DDPT_STEPS, 32
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        unet: nn.Module = ddpt.Unet(dim=32, dim_mults=(1, 2, 4), flash_attn=False).to(device).eval()
+    peer = ddpt.GaussianDiffusion(
+        unet,
+        image_size=side,
+        timesteps=steps,
+        objective="pred_noise",
+        beta_schedule="linear",
+        auto_normalize=False,
+    ).to(device)
+    schedule = fd.NoiseSchedule.from_config({"trained_betas": peer.betas.tolist()})
+    sampler = fd.Sampler(unet, schedule, shape=(3, side, side), device=device)
+    for batch in BATCHES:
+        shape = (batch, 3, side, side)
+        ours = partial(sampler.sample, range(batch), solver="ddpm", num_steps=steps)
+        noise = torch.randn(steps, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+        drawn = mock.Mock(side_effect=list(noise))
+        with mock.patch.multiple(torch, randn=drawn, randn_like=drawn):
+            theirs = peer.p_sample_loop(shape)
+        # Its first draw is x_T; its last step draws none.
+        mine = ours(initial_noise=noise[0], step_noise=[*noise[1:], None].__getitem__)
+        check(mine, theirs, f"loop at batch {batch}", "denoising-diffusion-pytorch")
+        yield Result.of(
+            f"loop-ddpt-batch-{batch}",
+            "denoising-diffusion-pytorch GaussianDiffusion",
+            f"{steps} steps of ddpm, {batch} {side}x{side} images, around the same eager module, "
+            "its Unet(dim=32, dim_mults=(1, 2, 4)), float32",
+            compare(ours, partial(peer.p_sample_loop, shape), rounds=3),
+        )

@@ -1,0 +1,362 @@
+"""Every operation of the registry: the fast path against the reference, on the same arguments.
+
+On a GPU each kernel's own time (``kernel_time``), forward and gradient apart, stands against the
+bytes it moves, a copy's bandwidth, the bound of its instructions, an empty kernel, and the best
+that a compiler makes of the same work; a call from Python stands against the eager reference.
+On the CPU the fast path of the noise is the compiled reference; the other operations have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flashddpm.benchmarks.measure.harness import Result, compare
+from flashddpm.benchmarks.measure.runner import Case
+from flashddpm.benchmarks.peers.compiled_ops import (
+    compiled_peer,
+    copied,
+    directions,
+    elements_of,
+    upstream_of,
+)
+from flashddpm.execution.cpu_noise import CompiledNoise
+from flashddpm.kernels import reference
+from flashddpm.kernels.tables import REST, Column, LossColumn, Purpose, VlbColumn
+
+if TYPE_CHECKING:
+    from flashddpm.kernels.registry import Arguments, Op
+
+SMALLEST = (1, (3, 32, 32))
+LARGE = ((64, (3, 256, 256)), (256, (3, 256, 256)))
+SIZES = (SMALLEST, (256, (3, 32, 32)), *LARGE)
+DTYPES = (torch.float32, torch.bfloat16)
+OF_BOUND, OF_EMPTY = 0.9, 1.5  # the goals: at large sizes at least, at the smallest at most
+
+ROWS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "add_noise": ("t", (0, 1)),  # a and b
+    "diffusion_loss": ("t", (LossColumn.EPS,)),
+    "hybrid_loss": ("t", (LossColumn.EPS,)),
+    "vlb_terms": ("t", (VlbColumn.EPS,)),
+    "sample_stats": ("idx", (Column.THRESHOLD, Column.RESCALE)),
+    "denoise_step": ("idx", (Column.SIGMA,)),
+}
+"""The argument that names each image's row, and the columns of which none may be 0. Every image is
+given the first such row of the example, so that an element costs the same in all."""
+SAME = {"denoise_step": {"next": REST, "lane_uncond": -1}}
+"""What else every image is given: no next row reads the history, nothing is guided."""
+READ_AGAIN = {"sample_stats": ("x", "out")}
+"""Images that an operation reads in several passes, all of them. Memory must hand them over once;
+whether a cache holds them for the others is the kernel's affair, and no part of its bound."""
+
+
+def noise_on_the_cpu(device: str) -> Iterator[Result]:
+    """Compiled noise against the eager reference, the bits compared first."""
+    draw = CompiledNoise()
+    for batch in (16, 800):
+        seeds, keys = torch.arange(batch), torch.zeros(batch, dtype=torch.int64)
+        arguments = (seeds, keys, (1, 28, 28), Purpose.REVERSE_STEP)
+        if not torch.equal(draw(*arguments), reference.philox(*arguments)):
+            raise AssertionError("compiled noise differs from the reference, not timed")
+        yield Result.of(
+            f"noise-{batch}x784",
+            "eager reference",
+            f"{batch * 784} normals a call",
+            compare(partial(draw, *arguments), partial(reference.philox, *arguments)),
+        )
+
+
+def arguments_of(op: Op, dtype: torch.dtype, size: Any, device: str) -> Arguments:
+    """Return the operation's example of a size (batch, (C, H, W)), every image on its row."""
+    batch, shape = size
+    arguments = op.example(device, dtype, shape, batch, 0)
+    if op.name in ROWS:
+        name, columns = ROWS[op.name]
+        arguments[name].fill_(first_row(arguments["rows"], columns))
+    for name, value in SAME.get(op.name, {}).items():
+        arguments[name].fill_(value)
+    return arguments
+
+
+def first_row(rows: Tensor, columns: Sequence[int]) -> int:
+    """Return the first row of a table none of whose columns is 0, of those given."""
+    found = (rows[:, list(columns)] != 0).all(1).nonzero().flatten().tolist()
+    if not found:
+        raise ValueError(
+            f"rows {rows.tolist()}: one must have no 0 in columns {[*map(int, columns)]}"
+        )
+    return found[0]
+
+
+def with_gradients(op: Op, function: Callable[..., Any], arguments: Arguments) -> list[Any]:
+    """Return the result, the gradients, and what was changed in place, of copies."""
+    copies = copied(arguments)
+    leaves = [copies[name].requires_grad_() for name in op.differentiable]
+    result = function(**copies)
+    gradients = (
+        torch.autograd.grad(result, leaves, upstream_of(op, result, copies)) if leaves else ()
+    )
+    return [result, *gradients, *(copies[name] for name in op.mutates)]
+
+
+def check(op: Op, arguments: Arguments) -> None:
+    """Refuse to time an operation whose results or gradients are not the reference's."""
+    fast, slow = (with_gradients(op, function, arguments) for function in (op.fast, op.reference))
+    torch.testing.assert_close(fast, slow, equal_nan=True)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What kernels are held against, measured in the same run.
+
+    Attributes:
+        copy: bytes a second of a large copy, read and written together.
+        empty: seconds of an empty kernel.
+        cache: bytes of the L2 cache.
+        instructions: kernel and dtype -> clocks of the card for an element's instructions alone.
+    """
+
+    copy: float
+    empty: float
+    cache: int
+    instructions: dict[tuple[str, torch.dtype], float]
+
+
+@cache
+def this_card() -> Card:
+    """Measure a copy and an empty kernel; count instructions, where they are those of the card."""
+    from flashddpm.benchmarks.measure import kernel_time
+
+    card = torch.cuda.get_device_properties()
+    return Card(
+        kernel_time.copy_bandwidth(),
+        kernel_time.empty_seconds(),
+        card.L2_cache_size,
+        instruction_clocks(10 * card.major + card.minor, card.multi_processor_count),
+    )
+
+
+def instruction_clocks(arch: int, multiprocessors: int) -> dict[tuple[str, torch.dtype], float]:
+    """Return how many clocks of the card an element takes by each kernel's instructions.
+
+    Nothing on another architecture than the scorecard's, whose pipes it knows.
+    """
+    from flashddpm.kernels.checks import scorecard
+    from flashddpm.kernels.checks.compiled import KERNELS
+
+    if arch != scorecard.REFERENCE:
+        return {}
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    found = {}
+    for kernel in KERNELS.values():
+        for dtype in kernel.dtypes:
+            clocks = scorecard.measure(kernel, dtype, arch).clocks
+            if clocks:  # none where a loop makes them no total
+                found[kernel.name, dtypes[dtype]] = max(clocks.values()) / multiprocessors
+    return found
+
+
+def bytes_of(op: Op, arguments: Arguments, backward: bool) -> int:
+    """Return what all passes of a call move, or its gradient's: what it reads, a gradient each.
+
+    The gradient of ``add_noise`` is noising without noise: one image read, and one written.
+    """
+    moved = op.bytes_moved(arguments)
+    if not backward:
+        return moved
+    written = arguments["x0"].nbytes if op.name == "add_noise" else 0  # the losses write no image
+    return moved - written + sum(arguments[name].nbytes for name in op.differentiable)
+
+
+def once_of(op: Op, arguments: Arguments, backward: bool) -> int:
+    """Return what of that memory must move: images that several passes read count once."""
+    if op.name in READ_AGAIN:
+        return sum(arguments[name].nbytes for name in READ_AGAIN[op.name])
+    return bytes_of(op, arguments, backward)
+
+
+def memory_of(op: Op, arguments: Arguments) -> int:
+    """Return the bytes of the arguments and the result: what a call touches, read often or not."""
+    result = op.fast(**copied(arguments))
+    tensors = [value for value in (result, *arguments.values()) if isinstance(value, Tensor)]
+    return sum(value.nbytes for value in tensors)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call does.
+
+    Attributes:
+        kernel, dtype: as in ``Card.instructions``.
+        elements: of the images.
+        once: bytes that memory must move.
+        moved: bytes that all passes move, from caches too.
+    """
+
+    kernel: str
+    dtype: torch.dtype
+    elements: int
+    once: int
+    moved: int
+
+
+def bound_seconds(card: Card, work: Work, clock: float) -> float:
+    """Return the longer of the times of the bytes, at a copy's speed, and of the instructions.
+
+    Args:
+        card: what the call runs on.
+        work: of the call.
+        clock: of the card's multiprocessors, in Hz.
+    """
+    clocks = card.instructions.get((work.kernel, work.dtype), 0.0) * work.elements
+    return max(work.once / card.copy, clocks / clock)
+
+
+def figures(
+    card: Card,
+    size: Any,
+    work: Work,
+    seconds: float,
+    clock: float,
+    working_set: int,
+    hot: float | None = None,
+) -> dict[str, float]:
+    """Return a kernel's figures: how fast, and how near to what could be.
+
+    Args:
+        card: what it ran on.
+        size: of the case, as in SIZES.
+        work: of a call.
+        seconds: of a call, arguments in memory.
+        clock: of the card's multiprocessors, in Hz.
+        working_set: bytes of all arguments and results that calls take in turn.
+        hot: seconds of a call that finds its arguments in the cache, at the smallest size.
+    """
+    found = {
+        "us": seconds * 1e6,
+        "gb_per_s": work.once / seconds / 1e9,
+        "of_copy": work.once / seconds / card.copy,
+        "of_bound": bound_seconds(card, work, clock) / seconds,
+        "working_set_mb": working_set / 1e6,
+        "sm_clock_mhz": clock / 1e6,
+    }
+    if work.moved != work.once:
+        found |= {"once_mb": work.once / 1e6, "all_passes_mb": work.moved / 1e6}
+    if size in LARGE:
+        found["goal_met"] = float(found["of_bound"] >= OF_BOUND)
+    if hot is not None:
+        found |= {"of_empty": seconds / card.empty, "hot_us": hot * 1e6}
+        found["hot_of_empty"] = hot / card.empty
+        found["goal_met"] = float(found["hot_of_empty"] <= OF_EMPTY)
+    return found
+
+
+def note_of(card: Card, work: Work, flushed: bool, sets: int, clock: float | None) -> str:
+    """Return what a kernel's figures mean; ``clock`` is what NVML read, or None."""
+    counted = (work.kernel, work.dtype) in card.instructions
+    known = "read by NVML while they ran" if clock else "assumed, for NVML gives none"
+    return (
+        "time of all kernels of a call in a CUDA graph; L2 "
+        f"{'flushed' if flushed else 'hot'}, by {sets} sets of arguments in turn; hot: one set. "
+        "of_copy, of_bound: shares of a copy's bandwidth, of the kernel's bound "
+        f"({'with' if counted else 'without'} its instructions, at sm_clock_mhz, {known}; bytes "
+        f"{'that several passes read count once' if work.moved != work.once else 'of one pass'}). "
+        f"The goal: of_bound {OF_BOUND}, at the smallest size hot_of_empty {OF_EMPTY}"
+    )
+
+
+def measure(
+    op: Op, dtype: torch.dtype, size: Any, card: Card, timer: Any, device: str = "cuda"
+) -> Iterator[Result]:
+    """Check an operation, then time it and its gradient at one size against both peers.
+
+    Args:
+        op: of the registry.
+        dtype, size: of the images.
+        card: what it runs on.
+        timer: the module ``kernel_time``, or a stand-in.
+        device: of the arguments.
+    """
+    from flashddpm.kernels.checks.scorecard import CLOCK
+
+    arguments = arguments_of(op, dtype, size, device)
+    check(op, arguments)
+    peer_name, peer = compiled_peer(op, arguments)
+    memory, elements = memory_of(op, arguments), elements_of(arguments)
+    slow = directions(op, arguments, op.reference)
+    theirs = directions(op, arguments, peer) if peer else {}
+    for way, make in directions(op, arguments, op.fast).items():
+        once, moved = (count(op, arguments, bool(way)) for count in (once_of, bytes_of))
+        work = Work(op.name + way.replace("-", "_"), dtype, elements, once, moved)
+        footprint = min(once, memory)
+        sets = timer.sets_beyond(card.cache, footprint)
+        capture = partial(timer.capture, sets=sets, least=timer.calls_for(moved))
+        case = f"{op.name}{way}-{size[0]}x{'x'.join(map(str, size[1]))}-{str(dtype)[6:]}"
+        ours = capture(make)
+        comparison = compare(
+            ours,
+            capture(theirs[way]) if way in theirs else ours,
+            rounds=5,
+            warm_ups=2,
+            clock=timer.seconds_a_call,
+        )
+        clock = timer.sm_clock(ours)
+        hot = timer.median_seconds(make) if size == SMALLEST else None
+        took = comparison.ours_seconds
+        yield Result(
+            case,
+            "",
+            note_of(card, work, sets * footprint > card.cache, sets, clock),
+            figures(card, size, work, took, clock or CLOCK, sets * footprint, hot),
+        )
+        if way in theirs:
+            yield Result.of(case, peer_name, "kernel times, in CUDA graphs alike", comparison)
+        else:
+            yield Result(f"{case}-peer", peer_name, "no compiled peer", {})
+        del ours
+        yield Result.of(
+            case,
+            "eager reference",
+            "calls from Python, the host's part included",
+            compare(make(), slow[way](), rounds=5, warm_ups=2),
+        )
+
+
+def speed_of_card(device: str) -> Iterator[Result]:
+    """What the kernels are held against."""
+    card = this_card()
+    yield Result(
+        "card",
+        "",
+        "a copy of 1 GiB, read and written; an empty kernel in a graph; the L2 cache",
+        {"copy_gb_per_s": card.copy / 1e9, "empty_us": card.empty * 1e6, "l2_mb": card.cache / 1e6},
+    )
+
+
+def on_a_gpu(name: str, dtype: torch.dtype, size: Any, device: str) -> Iterator[Result]:
+    """One operation of the registry at one size."""
+    from flashddpm.benchmarks.measure import kernel_time
+    from flashddpm.kernels.registry import OPS
+
+    yield from measure(OPS[name], dtype, size, this_card(), kernel_time)
+
+
+def operations(device: str) -> list[Case]:
+    """Return every kernel, from one CIFAR image to 256 of 256x256, in float32 and bfloat16."""
+    if device != "cuda":
+        return [Case("noise", "kernels", noise_on_the_cpu)]
+    from flashddpm.kernels.registry import OPS
+
+    cases = [Case("card", "kernels", speed_of_card)]
+    for size in SIZES:
+        for op in OPS.values():
+            for dtype in [x for x in DTYPES if x in op.dtypes] or op.dtypes[:1]:
+                name = f"{op.name}-{size[0]}x{'x'.join(map(str, size[1]))}-{str(dtype)[6:]}"
+                measured = partial(on_a_gpu, op.name, dtype, size)
+                cases.append(Case(f"kernel-{name}", "kernels", measured))
+    return cases

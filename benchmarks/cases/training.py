@@ -1,0 +1,205 @@
+"""A training step: ours against diffusers' example and denoising-diffusion-pytorch's Trainer.
+
+Both sides have the same weights, images, batch, precision, clipping and averaging. Before anything
+is timed, both must give the same loss and the same gradients on the same noise, in float32.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from flashddpm.benchmarks.cases import training_split
+from flashddpm.benchmarks.measure.harness import Result, compare
+from flashddpm.benchmarks.measure.runner import Case
+from flashddpm.benchmarks.peers.models import model, random_unet
+from flashddpm.benchmarks.peers.training_peers import (
+    DDPT,
+    Diffusers,
+    Lucidrains,
+    OnTheirs,
+    Ours,
+    Peer,
+    agree,
+    ours_steps,
+)
+from flashddpm.checkpoints.model_folder import Conditioning, save_model
+from flashddpm.data import ImageData
+from flashddpm.networks.unet import UNet
+from flashddpm.training.config import TrainConfig
+from flashddpm.training.trainer import Trainer
+
+IMAGES, CLASSES = 1024, 10
+NETWORKS = {"default": (1, 28, 28), "cifar10": (3, 32, 32)}
+"""The network of `flashddpm train`, with labels, and the published one, without; their images."""
+DDPT_SHAPE = (3, 32, 32)
+BATCHES = {"cpu": (16, 64), "cuda": (64, 256)}
+STEPS = {"cpu": 1, "cuda": 10}  # of a call: on a GPU so many that the host runs ahead of it
+ROUNDS = {"cpu": 3, "cuda": 5}
+WARM_UPS = {"cpu": 1, "cuda": 2}  # on a GPU the first steps compile, and the fourth is captured
+
+
+def data(shape: tuple[int, int, int] = NETWORKS["default"], labels: bool = True) -> ImageData:
+    """Return random images, and labels in turn."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (IMAGES, *shape), generator=random, dtype=torch.uint8)
+    if not labels:
+        return ImageData(images, None, None)
+    return ImageData(images, torch.arange(IMAGES) % CLASSES, CLASSES)
+
+
+def settings(batch: int, precision: str, prediction_type: str = "epsilon") -> TrainConfig:
+    """Return the defaults of `flashddpm train`, but one average: peers have one."""
+    return TrainConfig(
+        steps=10**6,
+        batch_size=batch,
+        precision=precision,
+        prediction_type=prediction_type,
+        ema_half_lives=(700,),
+    )
+
+
+def first_weights(network: str, made: ImageData, config: TrainConfig) -> UNet:
+    """Return a network of NETWORKS with no weight at zero.
+
+    The output of a fresh one is 0, and with it all gradients but its last layer's: two sides would
+    agree on nothing.
+    """
+    if network != "default":
+        return model(network).unet
+    return random_unet(config.unet_config(made.shape, made.num_classes).to_dict())
+
+
+@contextmanager
+def training(network: str, config: TrainConfig, device: str) -> Iterator[Trainer]:
+    """Yield a trainer of a network of NETWORKS, its folder there as long."""
+    made = data(NETWORKS[network], labels=network == "default")
+    unet = first_weights(network, made, config)
+    with tempfile.TemporaryDirectory() as folder:
+        first = Path(folder, "first")
+        save_model(first, unet.config, unet.state_dict(), config.scheduler_config(), Conditioning())
+        begun = TrainConfig.from_dict(config.to_dict() | {"init": str(first)})
+        yield Trainer(begun, made, Path(folder, "run"), device)
+
+
+def timed(case: str, called: str, note: str, ours: Ours, peer: Peer, device: str) -> Result:
+    """Time calls of some steps of both sides in turn."""
+    count = STEPS[device]
+    comparison = compare(
+        partial(ours_steps, ours, count),
+        partial(peer.steps, count),
+        rounds=ROUNDS[device],
+        warm_ups=WARM_UPS[device],
+    )
+    return Result.of(case, called, f"a call is {count} steps of {note}", comparison)
+
+
+def against_diffusers(network: str, batch: int, precision: str, compiled: bool) -> Case:
+    """Return the case of ours against the step of diffusers' training example."""
+    how = "compiled" if compiled else "eager"
+    case = f"training-{network}-{precision}-batch-{batch}-{how}"
+
+    def measure(device: str) -> Iterator[Result]:
+        for kind in dict.fromkeys(("float32", precision)):  # checked in float32
+            with training(network, settings(batch, kind), device) as trainer:
+                peer = Diffusers(trainer, compiled)
+                if kind == "float32":
+                    agree(trainer, peer, "diffusers")
+                if kind == precision:
+                    C, H, W = trainer.data.shape
+                    note = (
+                        f"{batch} {H}x{W} images, the {network} network, {precision}, data in "
+                        "memory, fused AdamW, clipping and averaging by foreach alike"
+                    )
+                    called = f"diffusers' training example, {how}"
+                    yield timed(case, called, note, trainer, peer, device)
+
+    return Case(case, "training", measure, ("diffusers",))
+
+
+def against_ddpt(batch: int, precision: str) -> Case:
+    """Return the case of ours around denoising-diffusion-pytorch's network against its Trainer."""
+    case = f"training-ddpt-{precision}-batch-{batch}"
+
+    def measure(device: str) -> Iterator[Result]:
+        made = data(DDPT_SHAPE, labels=False)
+        for kind in dict.fromkeys(("float32", precision)):
+            with tempfile.TemporaryDirectory() as folder:
+                config = settings(batch, kind)
+                peer = Lucidrains(made, config, Path(folder), device)
+                ours = OnTheirs(peer, config)
+                if kind == "float32":
+                    agree(ours, peer, "denoising-diffusion-pytorch")
+                if kind == precision:
+                    note = (
+                        f"{batch} 32x32 images, its Unet(dim=32, dim_mults=(1, 2, 4)), "
+                        f"{precision}, data in memory; its optimizer, average and log are its own"
+                    )
+                    called = "denoising-diffusion-pytorch Trainer"
+                    yield timed(case, called, note, ours, peer, device)
+
+    return Case(case, "training", measure, (DDPT, "accelerate"))
+
+
+def split(network: str, batch: int, precision: str) -> Case:
+    """Return the case of what a step of ours is made of."""
+    case = f"training-split-{network}-{precision}-batch-{batch}"
+
+    def measure(device: str) -> Iterator[Result]:
+        with training(network, settings(batch, precision), device) as trainer:
+            values = training_split.milliseconds(trainer, 2 * ROUNDS[device])
+        note = (
+            f"{batch} images, the {network} network, {precision}; medians, each part by itself, "
+            "the batch read as the step begins; rest: the whole less the parts"
+        )
+        yield Result(case, "nothing", note, values)
+
+    return Case(case, "training", measure)
+
+
+def memory(network: str, batch: int, precision: str, prediction_type: str) -> Case:
+    """Return the case of the memory that is saved where noise and target are not stored."""
+    case = f"training-memory-{network}-{precision}-batch-{batch}-{prediction_type}"
+
+    def measure(device: str) -> Iterator[Result]:
+        config = settings(batch, precision, prediction_type=prediction_type)
+        with training(network, config, device) as trainer:
+            values = training_split.mebibytes(trainer)
+        note = (
+            f"{batch} images, the {network} network as it is, not compiled, {precision}, "
+            f"{prediction_type}: inputs and what is kept for the backward pass, our kernels "
+            "against noise and target as tensors"
+        )
+        yield Result(case, "the usual step", note, values)
+
+    return Case(case, "training", measure, ("diffusers",))
+
+
+def cases(device: str) -> list[Case]:
+    """Return the cases."""
+    cuda = device == "cuda"
+    dtypes = ("bfloat16", "float32") if cuda else ("float32", "bfloat16")
+    networks = tuple(NETWORKS) if cuda else ("default",)
+    sizes = [(dtype, batch) for dtype in dtypes for batch in BATCHES[device]]
+    largest = BATCHES[device][-1]
+    return [
+        *(
+            against_diffusers(network, batch, dtype, compiled)
+            for network in networks
+            for compiled in ((False, True) if cuda else (False,))
+            for dtype, batch in sizes
+        ),
+        *(against_ddpt(batch, dtype) for dtype, batch in sizes),
+        *(split(network, largest, dtype) for network in networks for dtype in dtypes),
+        *(
+            memory(network, largest, dtype, kind)
+            for network in networks
+            for dtype in dtypes
+            for kind in ("epsilon", "v_prediction")
+        ),
+    ]

@@ -1,0 +1,211 @@
+"""What a step of training is made of, in time and in memory."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashddpm import kernels
+from flashddpm.benchmarks.measure import harness, kernel_time
+from flashddpm.benchmarks.peers.training_peers import usual_loss
+from flashddpm.kernels import reference
+from flashddpm.kernels.tables import Purpose
+from flashddpm.training.step import Inputs, TrainStep
+from flashddpm.training.trainer import Trainer
+
+CALLS = 8
+"""Calls in a CUDA graph of a part: the step that they are parts of is replayed, too."""
+WARM_UPS = 5  # steps on a GPU: the network is compiled and the step captured by then
+MIB = 2**20
+
+Part = Callable[[], Any]
+
+
+def parts(trainer: Trainer) -> dict[str, Part]:
+    """Return what a step does on the device, by name: each a call that can be repeated.
+
+    noising_and_loss: x_t, the loss, and its gradient for the network's output; network: forward and
+    backward; optimizer: clipping and AdamW; averages.
+    """
+    stepper, config = trainer.stepper, trainer.config
+    inputs = trainer.draw(trainer.step)
+    x_t, out, d_out = _around_the_network(stepper, inputs)
+    t, labels = inputs["t"], inputs.get("labels")
+    around = _with_network(stepper, lambda *_: out)
+    stepper.gradients(inputs)  # for the optimizer; taken away and left again by `network`
+
+    def noising_and_loss() -> None:
+        torch.autograd.grad(around.loss(inputs), out)
+
+    def network() -> None:
+        stepper.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(trainer.device.type, torch.bfloat16, config.precision == "bfloat16"):
+            made = stepper.network(x_t, t, labels)
+        made.backward(d_out)
+
+    def optimizer() -> None:
+        gradients = [p.grad for p in stepper.params.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        nn.utils.clip_grads_with_norm_(stepper.params.values(), config.grad_clip, norm)
+        stepper.optimizer.step()
+
+    return {
+        "noising_and_loss": noising_and_loss,
+        "network": network,
+        "optimizer": optimizer,
+        "averages": stepper.averages.update,
+    }
+
+
+def _with_network(stepper: TrainStep, network: Callable[..., Tensor]) -> TrainStep:
+    """Return the same step around another network."""
+    other = copy.copy(stepper)
+    other.network = network
+    return other
+
+
+def _around_the_network(stepper: TrainStep, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the network is given, what it returns, a leaf, and the loss's gradient for it."""
+    seen: list[Tensor] = []
+
+    def watched(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        out = stepper.network(x_t, t, labels).detach().requires_grad_()
+        seen.extend((x_t, out))
+        return out
+
+    loss = _with_network(stepper, watched).loss(inputs)
+    x_t, out = seen
+    (d_out,) = torch.autograd.grad(loss, out)
+    return x_t, out, d_out
+
+
+def milliseconds(trainer: Trainer, rounds: int) -> dict[str, float]:
+    """Return the median time of each part and of the whole step, and what the parts leave.
+
+    On CUDA the parts on the device are timed in CUDA graphs, as the whole step is one.
+    """
+    cuda = trainer.device.type == "cuda"
+    for _ in range(WARM_UPS if cuda else 1):
+        trainer.train_step()
+    device = parts(trainer)
+    calls: dict[str, Part] = {
+        "data": lambda: trainer.draw(trainer.step),
+        **({} if cuda else device),
+        "whole": trainer.train_step,
+    }
+    taken = interleaved(calls, rounds)
+    if cuda:
+        for name, part in device.items():
+            taken[name] = kernel_time.median_seconds(partial(_itself, part), CALLS, rounds)
+    order = ("data", *device)
+    values = {f"{name}_ms": 1e3 * taken[name] for name in order}
+    values["whole_ms"] = 1e3 * taken["whole"]
+    values["rest_ms"] = 1e3 * (taken["whole"] - sum(taken[name] for name in order))
+    return values
+
+
+def _itself(part: Part) -> Part:
+    return part
+
+
+def interleaved(calls: dict[str, Part], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each, timed in turn ``rounds`` times after one to warm up."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(1 + rounds):
+        for name, function in calls.items():
+            found[name].append(harness.seconds(function))
+    return {name: statistics.median(values[1:]) for name, values in found.items()}
+
+
+def mebibytes(trainer: Trainer) -> dict[str, float]:
+    """Return what is alive as a step's backward pass begins, ours and the usual way.
+
+    Both run the same network on the same noise, ours through the kernels' operators whatever the
+    device: what is kept is the same there. Weights count on neither side. On CUDA also the peak of
+    forward and backward.
+    """
+    inputs = trainer.draw(trainer.step)
+    sides = both_losses(trainer, inputs)
+    params = list(trainer.unet.parameters())
+    live = {name: live_bytes(loss, held, params) for name, (loss, held) in sides.items()}
+    values = {f"{name}_mib": size / MIB for name, size in live.items()}
+    saved = live["usual"] - live["ours"]
+    values |= {"saved_mib": saved / MIB, "saved_share": saved / live["usual"]}
+    if trainer.device.type == "cuda":
+        for name, (loss, _) in sides.items():
+            values[f"{name}_peak_mib"] = peak_bytes(loss, params) / MIB
+    return values
+
+
+Side = tuple[Callable[[], Tensor], Iterable[Tensor]]
+"""The loss of a batch, and the tensors that its caller holds meanwhile."""
+
+
+def both_losses(trainer: Trainer, inputs: Inputs) -> dict[str, Side]:
+    """Return both sides' losses around the trainer's network as it is, not compiled.
+
+    The usual side's caller holds the noise: it is a variable of the loop.
+    """
+    from diffusers import DDPMScheduler
+
+    config, unet = trainer.config, trainer.unet
+    ours = _with_network(trainer.stepper, unet)
+    ours.ops = kernels
+    scheduler: Any = DDPMScheduler.from_config(config.scheduler_config())
+    x0 = inputs["x0"]
+    C, H, W = x0.shape[1:]
+    seeds, keys = inputs["seeds"].cpu(), inputs["keys"].cpu()
+    noise = reference.philox(seeds, keys, (C, H, W), Purpose.TRAINING)
+    noise = noise.to(x0.device).contiguous(memory_format=torch.channels_last)
+    names = [name for name in inputs if name not in ("seeds", "keys")]
+    return {
+        "ours": (lambda: ours.loss(inputs), [*inputs.values()]),
+        "usual": (
+            lambda: usual_loss(unet, scheduler, inputs, noise, config.precision),
+            [*(inputs[name] for name in names), noise],
+        ),
+    }
+
+
+def live_bytes(
+    loss: Callable[[], Tensor], held: Iterable[Tensor], apart: Iterable[Tensor] = ()
+) -> int:
+    """Return the bytes of what a loss keeps for its gradient and its caller holds.
+
+    Tensors that share memory count once, those that share it with ``apart`` not at all.
+    """
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    for tensor in held:
+        note(tensor)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        graph = loss()  # alive to the end: no memory is used twice
+    for tensor in apart:
+        found.pop(tensor.untyped_storage().data_ptr(), None)
+    del graph
+    return sum(found.values())
+
+
+def peak_bytes(loss: Callable[[], Tensor], params: Iterable[nn.Parameter]) -> int:
+    """Return the most memory on the GPU during forward and backward, over that before them."""
+    params = list(params)
+    for _ in range(2):  # the first warms up
+        for parameter in params:
+            parameter.grad = None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss().backward()
+        torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

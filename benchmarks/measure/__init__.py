@@ -1,0 +1,1 @@
+"""Timing: interleaved measurements, the comparison of results, and runs as files."""

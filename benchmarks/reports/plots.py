@@ -1,0 +1,165 @@
+"""Pictures of results: speed-up by batch, the roofline, and what a step is made of. Matplotlib."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from flashddpm.benchmarks.measure.harness import Result
+from flashddpm.benchmarks.measure.runs import Run
+
+DPI = 110
+SPEED_UP = re.compile(r"(?P<line>(?!energy).*)-batch-(?P<batch>\d+)(?P<peer>-\w+)?$")
+STEP = re.compile(r"step-(?P<line>.*)-batch-(?P<batch>\d+)$")
+
+Points = list[tuple[int, dict[str, float]]]
+
+
+def lines_of(run: Run, pattern: re.Pattern[str], key: str) -> dict[str, Points]:
+    """Return the values of cases by batch, a list for each line; ``key`` they must have."""
+    found: defaultdict[str, Points] = defaultdict(list)
+    for result in run.results:
+        match = pattern.match(result.case)
+        if match and key in result.values:
+            groups = match.groupdict()
+            found[groups["line"] + (groups.get("peer") or "")].append(
+                (int(groups["batch"]), result.values)
+            )
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in found.items()}
+
+
+def crossover(points: Points) -> int | None:
+    """Return the first batch from which on the ratio is within the noise of 1, or below."""
+    below = [v["ratio"] <= 1 + v["spread"] for _, v in points]
+    for i, (batch, _) in enumerate(points):
+        if all(below[i:]):
+            return batch
+    return None
+
+
+def speed_up(run: Run) -> Figure | None:
+    """Draw the ratio to each peer by batch, with quartiles and where the graph stops paying."""
+    lines = lines_of(run, SPEED_UP, "ratio")
+    if not lines:
+        return None
+    figure = Figure(figsize=(9, 1.8 + 0.24 * len(lines) + 2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        batches = [batch for batch, _ in points]
+        ratios = [v["ratio"] for _, v in points]
+        low = [max(0.0, v["ratio"] - v["ratio_low"]) for _, v in points]
+        high = [max(0.0, v["ratio_high"] - v["ratio"]) for _, v in points]
+        axes.errorbar(batches, ratios, (low, high), fmt="o-", markersize=4, capsize=2, label=name)
+        end = crossover(points) if name.startswith("graph-") else None
+        if end is not None:
+            axes.axvline(end, color="#999999", linestyle=":", linewidth=1)
+            axes.annotate(
+                "the graph stops paying",
+                (end, 1),
+                (4, -16),
+                textcoords="offset points",
+                fontsize="small",
+            )
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="images a call", ylabel="times as fast as the peer", ylim=(0, None))
+    figure.legend(loc="outside right upper", frameon=False, fontsize="x-small")
+    return figure
+
+
+def roofline(run: Run) -> Figure | None:
+    """Draw whole steps under the measured roof, and every kernel's share of its own bound."""
+    steps = [r for r in run.results if "of_flop_floor" in r.values]
+    kernels = [r for r in run.results if "of_bound" in r.values]
+    panels = [draw for draw, found in ((_steps, steps), (_kernels, kernels)) if found]
+    if not panels:
+        return None
+    figure = Figure(figsize=(10, 4.5), dpi=DPI, layout="constrained")
+    for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw(axes, steps if draw is _steps else kernels)
+    return figure
+
+
+def _steps(axes: Axes, results: Sequence[Result]) -> None:
+    """Mark each step by operations a byte and operations a second, under its dtype's roof."""
+    for result in results:
+        v = result.values
+        speed, intensity = v["gflop"] / v["ms_a_step"], 1e3 * v["gflop"] / v["mbytes"]
+        axes.plot(intensity, speed, "s", markersize=5)
+        axes.annotate(result.case.removeprefix("step-"), (intensity, speed), fontsize="xx-small")
+    for flops, moved in {
+        (r.values["tflop_a_second_peak"], r.values["gbyte_a_second_peak"]) for r in results
+    }:
+        ends = [1.0, flops * 1e3 / moved, 1e4]
+        axes.plot(ends, [min(flops, x * moved / 1e3) for x in ends], "-", color="#888888")
+    axes.set(xscale="log", yscale="log", title="whole steps")
+    axes.set(xlabel="operations a byte", ylabel="TFLOP/s")
+
+
+def _kernels(axes: Axes, results: Sequence[Result]) -> None:
+    """Mark each kernel by its time and its share of the bound of its bytes and instructions."""
+    for name in dict.fromkeys(r.case.split("-")[0] for r in results):
+        mine = [r.values for r in results if r.case.split("-")[0] == name]
+        axes.plot([v["us"] for v in mine], [v["of_bound"] for v in mine], ".", label=name)
+    axes.axhline(1, color="#888888")
+    axes.set(xscale="log", ylim=(0, None), title="kernels")
+    axes.set(xlabel="time of a call [us]", ylabel="share of the bound")
+    axes.legend(frameon=False, fontsize="x-small")
+
+
+def split(run: Run) -> Figure | None:
+    """Draw what a step is made of: the network's floor, the rest of the network, the loop."""
+    lines = lines_of(run, STEP, "loop_ms")
+    bars = [(f"{name}, {batch}", v) for name, points in lines.items() for batch, v in points]
+    if not bars:
+        return None
+    figure = Figure(figsize=(9, 1 + 0.3 * len(bars)), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    names = [name for name, _ in bars]
+    parts: dict[str, list[float]] = {"floor": [], "network above its floor": [], "loop": []}
+    for _, v in bars:
+        for part, share in shares(v).items():
+            parts[part].append(share)
+    left = [0.0] * len(bars)
+    for part, colour in zip(parts, ("#1b6ca8", "#9cc3df", "#d1495b"), strict=True):
+        axes.barh(names, parts[part], left=left, label=part, color=colour)
+        left = [a + b for a, b in zip(left, parts[part], strict=True)]
+    axes.invert_yaxis()
+    axes.set(xlabel="share of a step", xlim=(0, 1))
+    axes.tick_params(axis="y", labelsize="x-small")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def shares(v: dict[str, float]) -> dict[str, float]:
+    """Return the parts of a step, which add up to 1."""
+    loop = min(v["loop_ms"] / v["ms_a_step"], 1.0)
+    floor = min(max(v["of_flop_floor"], v["of_byte_floor"]), 1.0 - loop)
+    return {"floor": floor, "network above its floor": 1.0 - loop - floor, "loop": loop}
+
+
+def serving(run: Run) -> Figure | None:
+    """Draw latency and throughput against load; the eager runs where no compiled ones are."""
+    from flashddpm.benchmarks.reports.serving_plot import draw_results
+
+    content = {"results": [asdict(result) for result in run.results]}
+    for eager in (False, True):
+        try:
+            return draw_results(content, eager)
+        except ValueError:
+            continue
+    return None
+
+
+PLOTS: dict[str, Callable[[Run], Figure | None]] = {
+    "Speed-up by batch": speed_up,
+    "Roofline: whole steps, and kernels": roofline,
+    "What a step is made of": split,
+    "Serving under load": serving,
+}

@@ -1,0 +1,77 @@
+"""Results as Markdown, and the pages that hold them.
+
+    python -m flashddpm.benchmarks.reports.table README.md docs/benchmarks.md
+
+writes each page again where it says ``<!-- results: FILE.json -->``: the table of that file, whose
+path is relative to the page, replaces what stands between there and ``<!-- end of results -->``.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from flashddpm.benchmarks.measure.runs import Run
+
+PLACE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def table(run: Run) -> str:
+    """Return the table of one run, headed by the machine that it is from."""
+    where = run.environment
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    card = f"{where['gpu']['name']}, " if where["gpu"] else ""
+    lines = [
+        f"{card}{where['cpu']} ({where['capability']}), {where['threads']} threads, "
+        f"Python {where['python']}, {versions}, commit {where['commit']}.",
+        "",
+        "| case | ours | peer | times as fast (quartiles) | A/A spread |",
+        "|---|---|---|---|---|",
+    ]
+    for result in run.results:
+        v = result.values
+        if "ratio" in v:
+            lines.append(
+                f"| {result.case} | {_time(v['ours_seconds'])} | {result.peer}: "
+                f"{_time(v['peer_seconds'])} | {v['ratio']:.2f} "
+                f"({v['ratio_low']:.2f} to {v['ratio_high']:.2f}) | {v['spread']:.2f} |"
+            )
+        else:
+            lines.append(f"| {result.case} | {_figures(v) or result.peer} | | | |")
+    for failure in run.failures:
+        lines.append(f"| {failure.case} | failed: {failure.reason} | | | |")
+    if run.left_out:
+        lines += ["", f"Left out: {', '.join(run.left_out)}."]
+    return "\n".join(lines)
+
+
+def _figures(values: dict[str, float]) -> str:
+    """Return figures that are no comparison, each with its quartiles where they are known."""
+    parts = []
+    for name, value in values.items():
+        whole = name.removesuffix("_low").removesuffix("_high")
+        if whole != name and whole in values:
+            continue
+        spread = [values[f"{name}_{end}"] for end in ("low", "high") if f"{name}_{end}" in values]
+        quartiles = f" ({spread[0]:.3g} to {spread[1]:.3g})" if len(spread) == 2 else ""
+        parts.append(f"{name.replace('_', ' ')} {value:.3g}{quartiles}")
+    return ", ".join(parts)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def filled(page: Path) -> str:
+    """Return the text of a page with the tables of the files that it names."""
+
+    def place(found: re.Match[str]) -> str:
+        return f"{found[1]}\n{table(Run.read(page.parent / found[2]))}\n\n{found[3]}"
+
+    return PLACE.sub(place, page.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        Path(name).write_text(filled(Path(name)), encoding="utf-8")

@@ -1,0 +1,260 @@
+r"""Frechet distance against steps, for every solver and every way to space its steps.
+
+    python -P -m flashddpm.benchmarks.studies.solver_study MODEL DATA \
+        --out-json benchmarks/results/solver-study.json --out-png docs/solver-study.png \
+        --page docs/evaluation.md
+
+N images (seeds 0..N-1, labels in turn, guidance 1) are drawn for each solver, spacing and number of
+steps; their distance is to the real images that ``flashddpm evaluate`` would compare with, in the
+same features. Spacings of sigma lie between the ends of linspace spacing, the whole schedule.
+
+Each result is written as it comes, and the same command goes on after a stop: results that are
+there stay, if model, images, features, settings and device are the same. The page gets the table
+where it says ``<!-- solver study: FILE.json -->``, a path relative to the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flashddpm import arguments
+from flashddpm.benchmarks.studies.solver_plot import (
+    FORMAT,
+    GRIDS,
+    filled,
+    find_places,
+    key_of,
+    plot,
+    read_study,
+)
+from flashddpm.checkpoints.hub import locate
+from flashddpm.cli import manifest
+from flashddpm.cli.sample import parse_labels
+from flashddpm.diffusion.solvers import SOLVERS
+from flashddpm.evaluation import distances
+from flashddpm.evaluation.classifier import FEATURES
+from flashddpm.evaluation.evaluate import counterpart, draw, environment
+from flashddpm.evaluation.features import Features, cached_features, features_of
+from flashddpm.evaluation.job import (
+    AUTO,
+    check_out,
+    features_for,
+    load_images,
+    require_matplotlib,
+)
+from flashddpm.io.files import write_atomic, write_json
+from flashddpm.sampling.sampler import Sampler
+
+STEPS = (5, 10, 20, 50, 100)
+NUM_IMAGES = 1000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the study."""
+
+    solver: str
+    grid: str
+    steps: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `Sampler.plan`."""
+        return {"solver": self.solver, "num_steps": self.steps, **GRIDS[self.grid]}
+
+
+def cases(solvers: Sequence[str], grids: Sequence[str], steps: Sequence[int]) -> list[Case]:
+    """Return all combinations, few steps first: a study that is stopped has whole columns."""
+    return [Case(solver, grid, n) for n in sorted(steps) for solver in solvers for grid in grids]
+
+
+def begin(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the study in a file, or a new one.
+
+    Raises:
+        ValueError: the file holds a study of other settings, or none.
+    """
+    if not path.exists():
+        return {"format": FORMAT, "settings": dict(settings), "results": [], "left_out": []}
+    study = read_study(path)
+    there = study["settings"]
+    unlike = [
+        f"{name}: {there.get(name)!r} there, {settings.get(name)!r} now"
+        for name in {**there, **settings}
+        if there.get(name) != settings.get(name)
+    ]
+    if unlike:
+        raise ValueError(
+            f"out_json={str(path)!r}: holds a study of other settings: {'; '.join(unlike)}"
+        )
+    return study
+
+
+def measure(
+    sampler: Sampler,
+    wanted: Sequence[Case],
+    study: dict[str, Any],
+    extractor: Features,
+    real: Tensor,
+    batch_size: int = 64,
+    end: float = math.inf,
+) -> Iterator[dict[str, Any]]:
+    """Add the results that the study lacks, and yield each.
+
+    A case that the model has no plan for, such as sigmas of a schedule that ends in pure noise, is
+    left out, with the reason.
+
+    Args:
+        sampler: of the model.
+        wanted: in the order in which they are measured.
+        study: as `begin` returns it.
+        extractor, real: of features, and those of the real images, [N, D].
+        batch_size: images at a time.
+        end: the reading of time.monotonic after which nothing more is begun.
+    """
+    count = study["settings"]["images"]
+    labels = parse_labels(None, sampler, count)
+    keys = {key_of(vars(case)) for case in wanted}
+    study["left_out"] = [case for case in study["left_out"] if key_of(case) not in keys]
+    done = {key_of(result) for result in study["results"]}
+    for case in wanted:
+        if key_of(vars(case)) in done:
+            continue
+        try:
+            sampler.plan(**case.options)
+        except ValueError as error:
+            study["left_out"].append({**vars(case), "reason": str(error)})
+            continue
+        start = time.monotonic()
+        if start >= end:
+            continue
+        drawn = draw(sampler, range(count), labels, batch_size, False, **case.options)
+        seconds = time.monotonic() - start
+        value = distances.frechet(features_of(drawn, extractor), real)
+        result = {**vars(case), "frechet": value, "seconds_to_draw": seconds}
+        study["results"].append(result)
+        yield result
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="flashddpm.benchmarks.studies.solver_study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def names(text: str) -> list[str]:
+        return [part.strip() for part in text.split(",")]
+
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("data", type=Path, metavar="DATA")
+    parser.add_argument("--out-json", type=Path, required=True, help="the results")
+    parser.add_argument("--out-png", type=Path, help="the picture")
+    parser.add_argument("--page", type=Path, help="the page that holds the table")
+    parser.add_argument("--reference", type=Path, help="as for flashddpm evaluate")
+    parser.add_argument("--features", default=AUTO, help="as for flashddpm evaluate")
+    parser.add_argument("--feature-input", default="uint8", help="as for flashddpm evaluate")
+    parser.add_argument("--num-images", type=int, default=NUM_IMAGES, help="a point")
+    parser.add_argument("--steps", type=names, default=[str(n) for n in STEPS])
+    parser.add_argument("--solvers", type=names, default=list(SOLVERS))
+    parser.add_argument("--grids", type=names, default=list(GRIDS))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--budget", type=float, help="seconds after which nothing more is begun")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what is missing, write it as it comes, and draw and fill in what was asked for."""
+    wanted = _check(args)
+    folder = locate(args.model)
+    sampler = Sampler.from_pretrained(folder, args.device, args.dtype)
+    data, reference, held_out = load_images(args.data, args.reference, sampler.shape)
+    arguments.integer("num_images", args.num_images, 2, len(data) if held_out else None)
+    counts = {"num_images": args.num_images, "reference": len(reference)}
+    if args.features == AUTO:  # known before a classifier is trained
+        _check_counts(counts, FEATURES)
+    extractor, _ = features_for(args.features, args.feature_input, data, str(sampler.device))
+    where = environment(sampler)
+    settings = {
+        "device": where["device"],
+        "model": manifest.fingerprint(folder),
+        "data": data.fingerprint(),
+        "reference": reference.fingerprint(),
+        "features": extractor.fingerprint,
+        "features_name": extractor.name,
+        "images": args.num_images,
+        "dtype": str(sampler.dtype).removeprefix("torch."),
+    }
+    study = begin(args.out_json, settings)
+    key = reference.fingerprint()
+    real = cached_features(reference, extractor, fingerprint=key, progress=True)
+    _check_counts(counts, real.shape[1])
+    study |= {"environment": where, "training": None}
+    if held_out:
+        same = sampler.conditioning.num_classes == data.num_classes
+        labels = parse_labels(None, sampler, args.num_images) if same else None
+        known = counterpart(data, args.num_images, labels)
+        if known is not None:
+            study["training"] = distances.frechet(features_of(known, extractor), real)
+    end = math.inf if args.budget is None else time.monotonic() + args.budget
+    for result in measure(sampler, wanted, study, extractor, real, args.batch_size, end):
+        write_json(args.out_json, study)
+        print("{solver:16} {grid:12} {steps:4} steps  {frechet:9.3f}".format(**result), flush=True)
+    write_json(args.out_json, study)
+    if args.out_png is not None and study["results"]:
+        write_atomic(args.out_png, plot(study))
+    if args.page is not None and study["results"]:
+        write_atomic(args.page, filled(args.page).encode())
+
+
+def _check_counts(counts: Mapping[str, int], dimension: int) -> None:
+    for name, count in counts.items():
+        distances.check_frechet(name, count, dimension)
+
+
+def _check(args: argparse.Namespace) -> list[Case]:
+    """Check what can be checked without the model; return the cases."""
+    require_matplotlib()
+    distances.require_fidelity()
+    check_out("out_json", args.out_json, ".json")
+    if args.out_png is not None:
+        check_out("out_png", args.out_png, ".png")
+    if args.page is not None:
+        find_places(args.page)
+    arguments.integer("batch_size", args.batch_size, 1)
+    for name in args.solvers:
+        arguments.one_of("solvers", name, SOLVERS)
+    for name in args.grids:
+        arguments.one_of("grids", name, GRIDS)
+    try:
+        steps = [int(part) for part in args.steps]
+    except ValueError:
+        raise ValueError(f"steps={','.join(args.steps)!r}: must be integers") from None
+    for n in steps:
+        arguments.integer("steps", n, 1)
+    return cases(args.solvers, args.grids, steps)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; a bad argument or file is one line and exit status 1."""
+    args = parse(argv)
+    try:
+        run(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Model folders: their configs and weights, read with distrust and written whole."""

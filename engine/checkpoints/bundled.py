@@ -1,0 +1,19 @@
+"""The models that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashddpm import arguments
+
+MODELS = Path(__file__).parents[1] / "models"
+
+
+def bundled(name: str = "fashion-mnist") -> Path:
+    """Return the folder of a model that comes with the package.
+
+    Raises:
+        ValueError: no such model.
+    """
+    names = sorted(index.parent.name for index in MODELS.glob("*/model_index.json"))
+    return MODELS / arguments.one_of("name", name, names)

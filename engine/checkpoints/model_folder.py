@@ -1,0 +1,217 @@
+"""Model folders in diffusers' layout: read, checked key by key, and written file by file.
+
+    model_index.json
+    unet/config.json, unet/diffusion_pytorch_model.safetensors
+    scheduler/scheduler_config.json
+    flashddpm.json        ours: {"num_classes": 10, "null_label": 10, "class_names": [...]}
+
+A flat folder (config.json, scheduler_config.json and weights in one place) is read too. Nothing
+that a file says is imported or run: classes are names, looked up in the lists below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from flashddpm import arguments
+from flashddpm.checkpoints.weights import INDEX, WEIGHTS, mismatches, read_weights, shards
+from flashddpm.diffusion.scheduler_config import SCHEDULERS
+from flashddpm.errors import CheckpointError
+from flashddpm.host import isolated
+from flashddpm.io.files import read_json, write_atomic, write_json
+from flashddpm.io.files import read_tensors as read_tensors  # some look for it here
+from flashddpm.networks.registry import LIBRARIES, Network, NetworkConfig, on_meta, read_config
+
+UNETS = ("UNet2DModel",)
+PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+MAX_PARAMETERS = 4_000_000_000
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What labels a model takes: 0..num_classes-1, and null_label for "no label"."""
+
+    num_classes: int | None = None
+    null_label: int | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+def find(folder: Path, sub: str, name: str) -> Path:
+    """Return folder/sub/name, or folder/name in a flat folder."""
+    nested, flat = folder / sub / name, folder / name
+    return flat if flat.exists() and not nested.exists() else nested
+
+
+@isolated
+def load_unet(
+    folder: str | PathLike[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    allow_pickle: bool = False,
+) -> Network:
+    """Load the U-Net of a pipeline's folder or of its own.
+
+    Args:
+        folder: with unet/ in it, or config.json and the weights.
+        device, dtype: of the network.
+        allow_pickle: read diffusion_pytorch_model.bin where there are no safetensors.
+
+    Raises:
+        CheckpointError: files missing or broken, a config that cannot be built or asks for more
+            than 4e9 parameters, keys or shapes that do not match it (every mismatch is listed),
+            weights that are not finite, or a pickle that was not asked for.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: no such folder")
+    path = find(root, "unet", "config.json")
+    unet = _plan_unet(path)
+    source, state = read_weights(path.parent, allow_pickle)
+    wrong = mismatches(unet, state, dtype)
+    if wrong:
+        raise CheckpointError(f"{source}: does not match config.json: " + "; ".join(wrong))
+    # A copy: what safetensors returns is the mapped file, which another program may change.
+    state = {key: value.to(device, dtype, copy=True) for key, value in state.items()}
+    unet.load_state_dict(state, assign=True)
+    return unet.eval().requires_grad_(False)
+
+
+def _plan_unet(path: Path) -> Network:
+    """Return the U-Net of a config, without memory for its weights."""
+    value = read_json(path)
+    try:
+        unet = on_meta(read_config(value))
+        count = sum(parameter.numel() for parameter in unet.parameters())
+        if count > MAX_PARAMETERS:
+            raise ValueError(f"it asks for {count} parameters; at most {MAX_PARAMETERS}")
+    # torch refuses sizes that no tensor can have with a RuntimeError.
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return unet
+
+
+def load_scheduler_config(folder: str | PathLike[str]) -> dict[str, Any]:
+    """Return the scheduler's config; its class must be one that we have the solver of.
+
+    Where model_index.json names another class than the config, it is that one, as in diffusers.
+
+    Raises:
+        CheckpointError: files missing or broken, or a class that is not one of UNETS, PIPELINES
+            and SCHEDULERS.
+    """
+    path = find(Path(folder), "scheduler", "scheduler_config.json")
+    config = read_json(path)
+    name = config.get("_class_name", "DDPMScheduler")
+    if not isinstance(name, str) or name not in SCHEDULERS:
+        raise CheckpointError(
+            f"{path}: _class_name={name!r}: must be one of {', '.join(SCHEDULERS)}"
+        )
+    index = Path(folder) / "model_index.json"
+    named = _read_index(index) if index.exists() else None
+    return {**config, "_class_name": named or name}
+
+
+def _read_index(path: Path) -> str | None:
+    """Return the scheduler's class that model_index.json names, or None."""
+    index = read_json(path)
+    pipeline = index.get("_class_name", PIPELINES[0])
+    unet, scheduler = _class(index.get("unet")), _class(index.get("scheduler"))
+    try:
+        arguments.one_of("_class_name", pipeline, PIPELINES)
+        arguments.one_of("unet", UNETS[0] if unet is None else unet, LIBRARIES)
+        if scheduler is not None:
+            arguments.one_of("scheduler", scheduler, SCHEDULERS)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    # This pipeline makes a DDIMScheduler of whatever it is given.
+    return "DDIMScheduler" if pipeline == "DDIMPipeline" else scheduler
+
+
+def _class(entry: Any) -> Any:
+    """Return the class of an entry of model_index.json, ["diffusers", class]."""
+    well = (
+        isinstance(entry, list) and len(entry) == 2 and entry[0] in ("diffusers", "flashddpm", None)
+    )
+    return entry[1] if well else entry
+
+
+def load_conditioning(folder: str | PathLike[str], config: NetworkConfig) -> Conditioning:
+    """Return what flashddpm.json says of labels; without it, every embedding is a class."""
+    path = Path(folder) / "flashddpm.json"
+    if not path.exists():
+        return Conditioning(config.num_class_embeds)
+    value = read_json(path)
+    embeds = config.num_class_embeds or 0
+    try:
+        classes, null = value.get("num_classes"), value.get("null_label")
+        if classes is not None:
+            arguments.integer("num_classes", classes, 1, embeds)
+        if null is not None:
+            arguments.integer("null_label", null, 0, embeds - 1)
+        names = value.get("class_names")
+        if names is not None and (not isinstance(names, list) or len(names) != classes):
+            raise ValueError(f"class_names={names!r}: must be a list of {classes} names")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return Conditioning(classes, null, tuple(map(str, names)) if names is not None else None)
+
+
+@isolated
+def save_model(
+    folder: str | PathLike[str],
+    config: NetworkConfig,
+    state: Mapping[str, Tensor],
+    scheduler: Mapping[str, Any],
+    conditioning: Conditioning,
+) -> None:
+    """Write a folder that diffusers loads, each file atomically, what is found first last.
+
+    A kill leaves the old weights or the new ones to be found, whatever layout the old ones had
+    (one file, shards, a flat folder), with a scheduler that may already be the new one. Only over
+    a network of another config no order of files will do: write to a new folder then.
+
+    Args:
+        folder: made if it does not exist.
+        config: the U-Net's.
+        state: its state dict, in the dtype to be stored.
+        scheduler: the keys of scheduler_config.json.
+        conditioning: written to flashddpm.json.
+    """
+    root = Path(folder)
+    name = scheduler.get("_class_name", "DDPMScheduler")
+    unet = config.to_dict()
+    write_json(root / "scheduler" / "scheduler_config.json", dict(scheduler))
+    write_json(root / "flashddpm.json", vars(conditioning))
+    index = {
+        "_class_name": "DDIMPipeline" if name == "DDIMScheduler" else "DDPMPipeline",
+        "scheduler": ["diffusers", name],
+        "unet": [LIBRARIES[unet["_class_name"]], unet["_class_name"]],
+    }
+    write_json(root / "model_index.json", index)
+    # q, k and v are views of one tensor, and safetensors refuses shared storage: clone.
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    content = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    write_atomic(root / "unet" / WEIGHTS, content)
+    write_json(root / "unet" / "config.json", unet)
+    _remove_shards(root / "unet" / INDEX)
+
+
+def _remove_shards(index: Path) -> None:
+    """Remove an older model's index, which is preferred to the one file, and then its shards."""
+    if not index.exists():
+        return
+    try:
+        names = set(shards(index).values())
+    except CheckpointError:
+        names = set()
+    index.unlink()
+    for name in names - {WEIGHTS}:
+        index.with_name(name).unlink(missing_ok=True)

@@ -1,0 +1,121 @@
+"""The command ``flashddpm evaluate``: how good a model is, as a table, a page and JSON."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashddpm.cli.options import (
+    AllowPickle,
+    BatchSize,
+    Clip,
+    Device,
+    Dtype,
+    Guidance,
+    NumSteps,
+    Seeds,
+    Sigmas,
+    Solver,
+    Spacing,
+    VarianceType,
+)
+
+Option = typer.Option
+INTERRUPTED = 130
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder, or OWNER/NAME on the hub.")],
+    data: Annotated[
+        Path, typer.Argument(help="What it was trained on: an IDX or image folder, or .npz.")
+    ],
+    out: Annotated[
+        Path, Option(help="The page to write, with the numbers beside it as .json.")
+    ] = Path("report.html"),
+    metrics: Annotated[
+        str, Option(help="Comma-separated. frechet, kernel and prc are of features.")
+    ] = "bound,frechet,kernel,prc,neighbours",
+    num_images: Annotated[int | None, Option(help="How many samples.  [default: 1000]")] = None,
+    seeds: Seeds = None,
+    guidance: Guidance = 1.0,
+    solver: Solver = None,
+    num_steps: NumSteps = None,
+    spacing: Spacing = None,
+    sigmas: Sigmas = None,
+    eta: Annotated[float | None, Option(help="Of ddim: 0 deterministic, 1 as ddpm.")] = None,
+    variance_type: VarianceType = None,
+    clip: Clip = None,
+    reference: Annotated[
+        Path | None,
+        Option(help="Real images to compare with.  [default: IDX test images in DATA, else DATA]"),
+    ] = None,
+    bound_images: Annotated[
+        int | None, Option(help="Real images that the bound is of.  [default: 256 at most]")
+    ] = None,
+    bound_timesteps: Annotated[
+        str | None, Option(help="A number, or all.  [default: 100 at most]")
+    ] = None,
+    features: Annotated[
+        str,
+        Option(
+            help="auto, a classifier of DATA; or a TorchScript file, which is run as a program."
+        ),
+    ] = "auto",
+    feature_input: Annotated[
+        str, Option(help="What that file takes: uint8, or float (in [-1, 1]).")
+    ] = "uint8",
+    device: Device = "auto",
+    dtype: Dtype = None,
+    batch_size: BatchSize = 64,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Measure how good a model is, and write a page about it.
+
+    A bound on its likelihood; how far samples are from real images, and what a classifier takes
+    them for; which training images they are nearest to. What cannot be measured is refused before
+    any work is done. Needs flashddpm[evaluate].
+    """
+    from flashddpm.evaluation import report
+    from flashddpm.evaluation.job import Settings, prepare
+
+    plan = {
+        "solver": solver,
+        "num_steps": num_steps,
+        "spacing": spacing,
+        "sigmas": sigmas,
+        "eta": eta,
+        "variance_type": variance_type,
+        "clip": clip,
+    }
+    settings = Settings(
+        model,
+        data,
+        out,
+        reference,
+        tuple(name.strip() for name in metrics.split(",") if name.strip()),
+        num_images,
+        seeds,
+        plan,
+        guidance,
+        bound_images,
+        bound_timesteps,
+        features,
+        feature_input,
+        device,
+        dtype,
+        batch_size,
+        allow_pickle,
+    )
+    try:
+        job = prepare(settings)
+        from flashddpm.evaluation.evaluate import evaluate as measure
+
+        result, pictures = measure(job)
+    except KeyboardInterrupt:
+        print("flashddpm: error: interrupted, nothing written", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    numbers = report.write(out, result, pictures)
+    print(f"{report.text(result)}\n-> {out}, {numbers}")

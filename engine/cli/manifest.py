@@ -1,0 +1,149 @@
+"""manifest.json: what the images of a folder are, so that a run can go on in it or refuse.
+
+    {"format": 1, "complete": true,
+     "settings": {"model": "sha256:...", "solver": "ddim", "num_steps": 50, ...},
+     "run": {"torch": "2.14.1", "batch_size": 64, "world_size": 2, ...},
+     "images": {"7.png": {"seed": 7, "label": 3, "rank": 0}, ...}}
+
+``settings`` are what an image depends on, with its seed and label: they must agree with a later
+run's. ``run`` is of the latest run that drew something: only the last bits depend on it.
+It is written before the first image and again after the last, so that no image is ever without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flashddpm.io.files import write_atomic
+
+log = logging.getLogger("flashddpm")
+
+NAME = "manifest.json"
+FORMAT = 1
+PARTS = ("unet", "scheduler")
+FREE = ("world_size",)
+"""What of ``run`` no bit depends on."""
+
+Manifest = dict[str, Any]
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a hash of the files that a model is read from, in diffusers' layout or flat."""
+    unet, scheduler = (folder / sub if (folder / sub).is_dir() else folder for sub in PARTS)
+    files = [unet / "config.json", *sorted(unet.glob("*.safetensors"))]
+    files += [scheduler / "scheduler_config.json", folder / "flashddpm.json"]
+    digest = hashlib.sha256()
+    for path in files:
+        if path.is_file():
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.name}\0{content}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def read(folder: Path) -> Manifest | None:
+    """Return the folder's manifest, or None.
+
+    Raises:
+        ValueError: there is one, but not of this format.
+    """
+    path = folder / NAME
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+    parts = [value.get(key) for key in ("settings", "run", "images")] if _is_ours(value) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{path}: is no manifest of images in format {FORMAT}")
+    if not all(isinstance(image, dict) for image in parts[-1].values()):
+        raise ValueError(f"{path}: images: must be objects of seed, label and rank")
+    return value
+
+
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("format") == FORMAT
+
+
+def merge(
+    folder: Path,
+    settings: Mapping[str, Any],
+    run: Mapping[str, Any],
+    images: Mapping[str, Mapping[str, Any]],
+) -> Manifest:
+    """Return the folder's manifest with these images added; writes nothing.
+
+    Args:
+        folder: may not exist yet.
+        settings, run: as in the module's docstring.
+        images: seed, label and rank by the file's name.
+
+    Raises:
+        ValueError: the folder has images of other settings or labels, or files of these names
+            that no manifest names.
+    """
+    where = f"out={str(folder)!r}"
+    old = read(folder)
+    known = {} if old is None else old["images"]
+    if old is not None:
+        changes = _changes(old["settings"], settings)
+        if changes:
+            raise ValueError(f"{where}: holds images of other settings: {changes}")
+    missing = []
+    for name, image in images.items():
+        there = (folder / name).exists()
+        if there and name not in known:
+            raise ValueError(f"{where}: holds {name} already, which no {NAME} names")
+        if name in known:
+            mine = {key: image[key] for key in ("seed", "label")}
+            changes = _changes({key: known[name].get(key) for key in mine}, mine)
+            if changes:
+                raise ValueError(f"{where}: {name} is of another {changes}")
+        if not there:
+            missing.append(name)
+    if old is not None and not missing:
+        return old
+    if old is not None:
+        of_bits = [{k: v for k, v in r.items() if k not in FREE} for r in (old["run"], run)]
+        changes = _changes(*of_bits)
+        if changes:
+            log.info("the last bits may differ from those of the images in %s: %s", folder, changes)
+    return {
+        "format": FORMAT,
+        "complete": False,
+        "settings": dict(settings),
+        "run": dict(run),
+        "images": {**known, **{name: dict(images[name]) for name in missing}},
+    }
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return what differs, in words."""
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key}={old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, ``complete`` if every image is there; a file that says so stays."""
+    complete = all((folder / name).exists() for name in manifest["images"])
+    head = json.dumps({**manifest, "complete": complete, "images": None}, indent=2)
+    lines = ",\n".join(
+        f"    {json.dumps(name)}: {json.dumps(image)}" for name, image in manifest["images"].items()
+    )
+    text = head.removesuffix("null\n}") + "{\n" + lines + "\n  }\n}\n"
+    path = folder / NAME
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_atomic(path, text.encode())
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of a run that was killed; no other may be running."""
+    for pattern in (".*.png.*.tmp", f".{NAME}.*.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)

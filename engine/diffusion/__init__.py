@@ -1,0 +1,1 @@
+"""The mathematics: noise schedules, timesteps, parameterizations and solvers, as tables."""

@@ -1,0 +1,99 @@
+r"""Where we do otherwise than diffusers because we hold it for a fault; how to have it back.
+
+``make_plan(.., faults="mended")``, the default, is right in each of these cases (measured against
+diffusers 0.42); ``faults="diffusers"`` gives what diffusers gives, or refuses:
+
+| solver | where | diffusers | mended |
+|---|---|---|---|
+| ddpm | the last timestep is not 0: trailing spacing, an offset, a list | the last step adds noise: of variance beta for fixed_large, of one up to beta for learned_range, of 1e-20 for fixed_small | adds none |
+| ddim | linspace spacing; trailing where num_steps does not divide T | a step from t ends at abar of t - T // num_steps, whatever the next timestep is; a last one above 0 leaves noise | ends at abar of the next timestep, or at 1 |
+| dpmpp_2m, dpmpp_2m_sde | exponential or beta sigmas; karras of the cosine schedule, which "diffusers" does not bring back | timesteps are cut to whole ones, up to one too few | rounded to the nearest |
+| dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral | begin at abar = 0 (zero-terminal SNR) | 2^-24 stands for it, for epsilon prediction too | abar = 0, with v_prediction or sample |
+| ddim | eta = 1 | the root of 1 - abar_s - sigma^2, which rounding may make negative: NaN | of a sum without cancellation; "diffusers" does not bring NaN back |
+| dpmpp_2m, dpmpp_2m_sde | sigmas whose first timesteps repeat | IndexError, unless set_begin_index was called | nothing is looked up by timestep |
+| all | trailing spacing where rounding adds a point (61 of 1000) | one step more, at timestep -1 | none; "diffusers" is refused |
+| ddpm | learned variance | v is the variance itself | v is its logarithm; "diffusers" is refused |
+| ddpm | fixed_large_log | NaN | refused always |
+
+A batch whose images depend on its size, as with a single generator there, is no matter of plans:
+with seeds an image depends on its own only.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashddpm.diffusion.schedule import NoiseSchedule
+from flashddpm.diffusion.timesteps import Steps, sigma_grid
+
+Table = NDArray[np.float64]
+
+FAULTS = ("mended", "diffusers")
+SMALLEST_ABAR = 2.0**-24
+"""What diffusers' solvers by sigma put for abar = 0, whose sigma is infinite."""
+
+
+def restore(
+    solver: str,
+    options: dict[str, Any],
+    schedule: NoiseSchedule,
+    steps: Steps,
+    spacing: str | None,
+    sigmas: str | None,
+) -> tuple[Steps, dict[str, Any]]:
+    """Return steps and options of the solver's function for what diffusers does.
+
+    Args:
+        solver, options, schedule: whose plan it is.
+        steps: as mended.
+        spacing: of the timesteps; None for a list of one's own.
+        sigmas: their spacing, if any.
+
+    Raises:
+        ValueError: what diffusers does there cannot be had.
+    """
+    _refuse(solver, options, len(schedule), len(steps.abar), spacing)
+    if solver == "ddpm":
+        return steps, options | {"noise_at_end": True}
+    if solver == "ddim":
+        return steps, options | {"ends": _ends(schedule, steps)}
+    if solver in ("dpmpp_2m", "dpmpp_2m_sde") and sigmas in ("exponential", "beta"):
+        steps = _cut(schedule, steps, sigmas)
+    if steps.abar[0] == 0:
+        steps = Steps(steps.timesteps, np.append(SMALLEST_ABAR, steps.abar[1:]))
+    return steps, options
+
+
+def _refuse(solver: str, options: dict[str, Any], T: int, n: int, spacing: str | None) -> None:
+    name = "faults='diffusers': must be 'mended'"
+    if options.get("variance_type") == "learned":
+        raise ValueError(f"{name} for learned variance: diffusers takes v for the variance itself")
+    if spacing is None and solver == "ddim":
+        raise ValueError(f"{name} beside timesteps: diffusers' DDIMScheduler takes none")
+    if spacing == "trailing" and len(np.arange(T, 0, -T / n)) > n:
+        raise ValueError(
+            f"{name} for num_steps={n} of {T} with trailing spacing: diffusers takes a step more "
+            "there, at timestep -1"
+        )
+
+
+def _ends(schedule: NoiseSchedule, steps: Steps) -> Table:
+    """Return abar at t - T // num_steps for each timestep t, 1 below 0; float64 [S]."""
+    ends = steps.timesteps.astype(np.int64) - len(schedule) // len(steps.abar)
+    return np.where(ends < 0, 1.0, schedule.alphas_cumprod[np.maximum(ends, 0)])
+
+
+def _cut(schedule: NoiseSchedule, steps: Steps, sigmas: str) -> Steps:
+    """Return the steps, told the whole timesteps below those of their sigmas.
+
+    Whether the sigma of a whole timestep, such as the first, lies below it is decided by rounding:
+    diffusers' table of logarithms is float32.
+    """
+    abar = schedule.alphas_cumprod.astype(np.float32)
+    table = ((1 - abar) / abar) ** np.float32(0.5)
+    grid = sigma_grid(sigmas, float(table[-1]), float(table[0]), len(steps.abar))
+    t = np.interp(np.log(grid), np.log(table).astype(np.float64), np.arange(len(table)))
+    return Steps(np.floor(t), steps.abar)

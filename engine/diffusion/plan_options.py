@@ -1,0 +1,53 @@
+"""Options of `Sampler` that several of its methods take, by name and type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+
+class PlanOptions(TypedDict, total=False):
+    """What a plan may be told besides its solver and number of steps (solvers.make_plan).
+
+    Attributes:
+        spacing: "leading", "linspace" or "trailing".
+        steps_offset: added to leading timesteps.
+        sigmas: "karras", "exponential" or "beta" noise levels.
+        timesteps: a list of one's own, or a respacing string of OpenAI's: "250", "ddim50",
+            "10,20,30".
+        eta: of ddim: 0 is deterministic, 1 as noisy as ddpm.
+        variance_type: of ddpm: "fixed_small", "fixed_large", or "learned" and "learned_range" for a
+            network of 2C channels.
+        clip: bound of x0, 0 for none.
+        threshold: of dynamic thresholding: the quantile of |x0| that an image is clipped to and
+            divided by, held within [1, clip]; 0 for none.
+        guidance_rescale: how far guided outputs are brought back to the deviation of their
+            conditional half, in [0, 1].
+        guidance_interval: (low, high): guide where low < sigma <= high only.
+        use_clipped_model_output: of ddim: derive eps again from the clipped x0.
+        faults: "mended", or "diffusers" to do as it does where we differ
+            (engine/diffusion/diffusers_quirks.py).
+    """
+
+    spacing: str | None
+    steps_offset: int | None
+    sigmas: str | None
+    timesteps: Sequence[float] | str | None
+    eta: float | None
+    variance_type: str | None
+    clip: float | None
+    threshold: float | None
+    guidance_rescale: float | None
+    guidance_interval: tuple[float, float] | None
+    use_clipped_model_output: bool | None
+    faults: str | None
+
+
+class RunOptions(TypedDict, total=False):
+    """How a sampler runs, as `Sampler` says."""
+
+    backend: str
+    compile: bool | str
+    capture: bool | str
+    tune: bool
+    graph_memory: int | None

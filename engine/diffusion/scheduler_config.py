@@ -1,0 +1,235 @@
+"""How a model is sampled unless ``sample`` is told otherwise: what its scheduler config says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flashddpm import arguments
+from flashddpm.diffusion.plan_options import PlanOptions
+from flashddpm.diffusion.schedule import NoiseSchedule
+from flashddpm.diffusion.solvers import SIGMA_SPACINGS, SPACINGS, VARIANCE_TYPES, Plan, make_plan
+from flashddpm.diffusion.timesteps import respaced
+
+SCHEDULERS = {
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+}
+"""diffusers' classes, and the solver that each stands for."""
+
+MULTISTEP = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}
+"""The algorithm_type of DPMSolverMultistepScheduler."""
+
+DEFAULTED = "_use_default_values"
+"""In a live config of diffusers, the keys that nobody has set: another class takes its own."""
+
+_SHARED = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "prediction_type": "epsilon",
+    "steps_offset": 0,
+}
+_CLIPPING = {"clip_sample": True, "clip_sample_range": 1.0}
+_THRESHOLDING = {
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+}
+_SIGMAS = {f"use_{name}_sigmas": False for name in SIGMA_SPACINGS}
+_MULTISTEP_ONLY = {
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "use_lu_lambdas": False,
+    "use_flow_sigmas": False,
+    "use_dynamic_shifting": False,
+    "euler_at_final": False,
+    "lower_order_final": True,
+    "final_sigmas_type": "zero",
+    "lambda_min_clipped": float("-inf"),
+}
+_EULER_ONLY = {
+    "final_sigmas_type": "zero",
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "sigma_min": None,
+    "sigma_max": None,
+}
+_LEADING, _LINSPACE = {"timestep_spacing": "leading"}, {"timestep_spacing": "linspace"}
+
+KEYS: dict[str, dict[str, Any]] = {
+    "DDPMScheduler": {
+        **_SHARED,
+        **_LEADING,
+        **_CLIPPING,
+        **_THRESHOLDING,
+        "variance_type": "fixed_small",
+    },
+    "DDIMScheduler": {
+        **_SHARED,
+        **_LEADING,
+        **_CLIPPING,
+        **_THRESHOLDING,
+        "set_alpha_to_one": True,
+    },
+    "DPMSolverMultistepScheduler": {
+        **_SHARED,
+        **_LINSPACE,
+        **_THRESHOLDING,
+        **_SIGMAS,
+        **_MULTISTEP_ONLY,
+        "algorithm_type": "dpmsolver++",
+        "variance_type": None,
+    },
+    "EulerDiscreteScheduler": {**_SHARED, **_LINSPACE, **_SIGMAS, **_EULER_ONLY},
+    "EulerAncestralDiscreteScheduler": {**_SHARED, **_LINSPACE},
+}
+"""The settings that each class has, and its defaults; it ignores all others in a config."""
+
+ONLY = ("set_alpha_to_one", *(_MULTISTEP_ONLY | _EULER_ONLY))
+"""Settings of which we have rows for the default only."""
+
+
+def settings_of(config: Mapping[str, Any], scheduler: str | None = None) -> dict[str, Any]:
+    """Return what a class of diffusers reads of a config: each of its KEYS, and ``_class_name``.
+
+    A config keeps the keys of every class that it went through, for a later one to find; and a key
+    that nobody has set, in a live one, is the default of its own class only.
+
+    Args:
+        config: with diffusers' keys; without ``_class_name`` it is DDPMScheduler's.
+        scheduler: the class; by default the config's own.
+
+    Raises:
+        ValueError: a class that we have no solver of.
+    """
+    own = arguments.one_of("_class_name", config.get("_class_name", "DDPMScheduler"), SCHEDULERS)
+    name = scheduler or own
+    unset = () if name == own else config.get(DEFAULTED, ())
+    settings = {
+        key: default if key in unset else config.get(key, default)
+        for key, default in KEYS[name].items()
+    }
+    return settings | {"_class_name": name}
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What a scheduler config says of sampling; arguments of ``sample`` override it."""
+
+    spacing: str = "leading"
+    steps_offset: int = 0
+    clip: float = 1.0
+    variance_type: str = "fixed_small"
+    threshold: float = 0.0
+    solver: str = "ddpm"
+    sigmas: str | None = None
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], scheduler: str | None = None
+    ) -> SamplingDefaults:
+        """Read the keys of diffusers that `settings_of` finds; arguments are its own.
+
+        Raises:
+            ValueError: a class or a setting that we have no rows for.
+        """
+        settings = settings_of(config, scheduler)
+        name = settings["_class_name"]
+        for key in ONLY:
+            allowed = KEYS[name].get(key)
+            if settings.get(key) != allowed:
+                raise ValueError(f"{key}={settings[key]!r}: only {allowed!r} is supported")
+        solver = SCHEDULERS[name]
+        if "algorithm_type" in settings:
+            algorithm = settings["algorithm_type"]
+            solver = MULTISTEP[arguments.one_of("algorithm_type", algorithm, MULTISTEP)]
+        clip, threshold = _bounds(settings)
+        return cls(
+            arguments.one_of("timestep_spacing", settings["timestep_spacing"], SPACINGS),
+            arguments.integer("steps_offset", settings["steps_offset"], 0),
+            clip,
+            _variance_type(settings.get("variance_type"), solver),
+            threshold,
+            solver,
+            _sigmas(settings),
+        )
+
+    def plan(
+        self,
+        schedule: NoiseSchedule,
+        prediction_type: str,
+        solver: str,
+        num_steps: int,
+        options: PlanOptions,
+    ) -> Plan:
+        """Return the plan of `make_plan`, told by options and, where they are silent, by these.
+
+        Raises:
+            ValueError: an argument that is not allowed.
+        """
+        given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
+        if isinstance(given.get("timesteps"), str):
+            given["timesteps"] = respaced(given["timesteps"], len(schedule))
+        if given.get("threshold"):
+            arguments.number("threshold", given["threshold"], 0, 1)
+            if "clip" not in given and self.clip <= 1:
+                raise ValueError(
+                    f"threshold={given['threshold']!r}: needs clip, the largest threshold, above "
+                    f"1, such as 2; the model's own clip={self.clip:g} would be plain clipping"
+                )
+        own: dict[str, Any] = {
+            "spacing": self.spacing,
+            "steps_offset": self.steps_offset,
+            "clip": self.clip,
+            "threshold": self.threshold,
+        }
+        if solver == "ddpm":
+            own["variance_type"] = self.variance_type
+        if solver == self.solver and "timesteps" not in given:
+            own["sigmas"] = self.sigmas
+        return make_plan(
+            schedule, solver, num_steps, prediction_type=prediction_type, **own | given
+        )
+
+
+def _variance_type(value: Any, solver: str) -> str:
+    """Return diffusers' variance_type under our name; None is fixed_small."""
+    if value == "fixed_large_log" and solver == "ddpm":
+        raise ValueError(
+            "variance_type='fixed_large_log': has no samples, for diffusers takes the root of a "
+            "logarithm that is negative and returns NaN; must be fixed_large, say"
+        )
+    # fixed_small_log is the same variance by way of its logarithm; other solvers draw by neither.
+    value = "fixed_small" if value in (None, "fixed_small_log", "fixed_large_log") else value
+    return arguments.one_of("variance_type", value, VARIANCE_TYPES)
+
+
+def _sigmas(settings: Mapping[str, Any]) -> str | None:
+    """Return the one spacing of sigmas that is asked for, or None."""
+    keys = {f"use_{name}_sigmas": name for name in SIGMA_SPACINGS}
+    asked = [key for key in keys if arguments.boolean(key, settings.get(key) or False)]
+    if len(asked) > 1:
+        raise ValueError(f"{asked[0]}=True: must be false beside {asked[1]}=True")
+    return keys[asked[0]] if asked else None
+
+
+def _bounds(settings: Mapping[str, Any]) -> tuple[float, float]:
+    """Return clip and threshold; thresholding overrules clipping, as in diffusers."""
+    if arguments.boolean("thresholding", settings.get("thresholding", False)):
+        ratio = settings["dynamic_thresholding_ratio"]
+        if arguments.number("dynamic_thresholding_ratio", ratio, 0, 1) == 0:
+            raise ValueError("dynamic_thresholding_ratio=0: must be above 0 for thresholding")
+        value = settings["sample_max_value"]
+        return arguments.number("sample_max_value", value, 1), float(ratio)
+    if arguments.boolean("clip_sample", settings.get("clip_sample", False)):
+        bound = settings["clip_sample_range"]
+        return arguments.number("clip_sample_range", bound, 0), 0.0
+    return 0.0, 0.0

@@ -1,0 +1,386 @@
+r"""Solvers: from a schedule and a list of timesteps to a `Plan`, one row of numbers a step.
+
+Every solver here is affine in what a step has at hand, so a step is a row (kernels/tables.py):
+
+    x0     = x0_xt x_t + x0_out out, then clipped                              (S7)
+    x_next = c_x0 x0 + c_xt x_t + c_out out + c_hist (previous x0) + sigma e^(log_sigma v) z
+
+Throughout, t is a step's timestep, s the next entry of the list (past its end abar_s = 1),
+a = sqrt(abar) and b = sqrt(1 - abar), so that x_t = a_t x_0 + b_t eps (S4). All in float64.
+
+Every solver takes the schedule, its timesteps (integers, [S], strictly decreasing, or `Steps` of
+any noise levels), the prediction type (epsilon, sample or v_prediction) and the bound ``clip`` of
+x0 (0 for none), and raises ValueError for an argument out of its range, or for epsilon prediction
+where abar = 0.
+
+To add one: write the function, name it in SOLVERS, add its test to tests/diffusion/test_solvers.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from flashddpm import arguments
+from flashddpm.diffusion.diffusers_quirks import FAULTS, restore
+from flashddpm.diffusion.parameterization import LEARNED_VARIANCES, eps_rows, x0_rows
+from flashddpm.diffusion.plan import Plan, adjust
+from flashddpm.diffusion.schedule import NoiseSchedule
+from flashddpm.diffusion.timesteps import (
+    SIGMA_SPACINGS,
+    SPACINGS,
+    Steps,
+    noise_keys,
+    spaced,
+    timesteps,
+)
+from flashddpm.host import isolated
+from flashddpm.kernels.tables import Column
+
+__all__ = [
+    "DROP_LAST",
+    "FIXED_VARIANCES",
+    "SIGMA_SPACINGS",
+    "SOLVERS",
+    "SPACINGS",
+    "VARIANCE_TYPES",
+    "Plan",
+    "Steps",
+    "ddim",
+    "ddpm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "euler",
+    "euler_ancestral",
+    "make_plan",
+    "noise_keys",
+    "spaced",
+    "timesteps",
+]
+
+Table = NDArray[np.float64]
+
+FIXED_VARIANCES = ("fixed_small", "fixed_large")
+VARIANCE_TYPES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
+
+
+def _begin(
+    schedule: NoiseSchedule, steps: ArrayLike | Steps, prediction_type: str, clip: float
+) -> tuple[Table, Table, Table]:
+    """Return rows [S, len(Column)] that hold x0 and timestep, abar_t [S] and abar_s [S]."""
+    if not isinstance(steps, Steps):
+        t = np.asarray(steps)
+        if t.ndim != 1 or t.size == 0 or t.dtype.kind not in "iu":
+            raise ValueError("steps: must be a list of at least one integer timestep")
+        t = t.astype(np.int64)
+        if t.min() < 0 or t.max() >= len(schedule) or (np.diff(t) >= 0).any():
+            raise ValueError(f"steps: must strictly decrease within 0..{len(schedule) - 1}")
+        steps = Steps.at(schedule, t)
+    abar = steps.abar
+    rows = np.zeros((len(abar), len(Column)))
+    rows[:, [Column.X0_XT, Column.X0_OUT]] = x0_rows(abar, prediction_type)
+    rows[:, Column.CLIP] = arguments.number("clip", clip, 0)
+    rows[:, Column.TIMESTEP] = steps.timesteps
+    return rows, abar, np.append(abar[1:], 1.0)
+
+
+def _finish(rows: Table, abar: Table) -> Plan:
+    return Plan(rows, noise_keys(rows[:, Column.TIMESTEP]), abar=abar)
+
+
+def ddpm(
+    schedule: NoiseSchedule,
+    steps: ArrayLike | Steps,
+    *,
+    prediction_type: str = "epsilon",
+    clip: float = 1.0,
+    variance_type: str = "fixed_small",
+    noise_at_end: bool = False,
+) -> Plan:
+    r"""Ancestral sampling: x_s ~ N(mu~(x_t, x_0), variance) (S5, S6; Ho et al. 2020, eq. 6-7).
+
+    A step from t to s is one step of the process whose alpha is alpha = abar_t / abar_s, so with
+    beta = 1 - alpha
+
+        c_x0 = a_s beta / (1 - abar_t),   c_xt = sqrt(alpha) (1 - abar_s) / (1 - abar_t).
+
+    The variance is, with beta~ = beta (1 - abar_s) / (1 - abar_t) and v the second C channels of
+    the network's output,
+
+        fixed_small     beta~                                          (section 3.2 there)
+        fixed_large     beta
+        learned_range   beta^((1 + v)/2) beta~^((1 - v)/2)             (Nichol & Dhariwal, eq. 15)
+        learned         e^v
+
+    so for learned_range sigma = (beta beta~)^(1/4) e^(log(beta / beta~) v / 4). (Of learned, v is
+    the logarithm as in Nichol & Dhariwal; diffusers takes v for the variance itself.) The last step
+    adds no noise, at whatever timestep it is; it is the only one where beta~ = 0. With
+    ``noise_at_end`` it does, above timestep 0, as in diffusers: then beta~ = 1e-20 stands for 0.
+    """
+    arguments.one_of("variance_type", variance_type, VARIANCE_TYPES)
+    rows, abar, abar_s = _begin(schedule, steps, prediction_type, clip)
+    beta = (abar_s - abar) / abar_s
+    small = beta * (1 - abar_s) / (1 - abar)
+    rows[:, Column.C_X0] = np.sqrt(abar_s) * beta / (1 - abar)
+    rows[:, Column.C_XT] = np.sqrt(abar / abar_s) * (1 - abar_s) / (1 - abar)
+    small[-1] = 1e-20
+    columns: dict[str, tuple[Table | float, Table | float]] = {
+        "fixed_small": (np.sqrt(small), 0),
+        "fixed_large": (np.sqrt(beta), 0),
+        "learned_range": ((beta * small) ** 0.25, (np.log(beta) - np.log(small)) / 4),
+        "learned": (1, 0.5),
+    }
+    rows[:, Column.SIGMA], rows[:, Column.LOG_SIGMA] = columns[variance_type]
+    if not noise_at_end or rows[-1, Column.TIMESTEP] == 0:
+        rows[-1, [Column.SIGMA, Column.LOG_SIGMA]] = 0
+    return _finish(rows, abar)
+
+
+def ddim(
+    schedule: NoiseSchedule,
+    steps: ArrayLike | Steps,
+    *,
+    prediction_type: str = "epsilon",
+    clip: float = 1.0,
+    eta: float = 0.0,
+    use_clipped_model_output: bool = False,
+    ends: Table | None = None,
+) -> Plan:
+    r"""x_s = a_s x_0 + sqrt(1 - abar_s - sigma^2) eps + sigma z (Song et al. 2021, eq. 12 and 16).
+
+    sigma^2 = eta^2 (1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s): eta = 0 is deterministic and
+    eta = 1 is ddpm, fixed_small. eps comes from the raw output, clipped or not, as in diffusers; it
+    is affine in (x_t, out), whence c_xt and c_out; with ``use_clipped_model_output`` it is
+    (x_t - a_t x_0) / b_t of the x_0 that was clipped. The root is taken of a sum without
+    cancellation:
+
+        1 - abar_s - sigma^2 = (1 - abar_s) (1 - eta^2 + eta^2 q),
+        q = abar_t (1 - abar_s) / (abar_s (1 - abar_t)).
+
+    ``ends`` are the abar_s, where they are not those of the next timesteps.
+    """
+    eta = arguments.number("eta", eta, 0, 1)
+    arguments.boolean("use_clipped_model_output", use_clipped_model_output)
+    rows, abar, abar_s = _begin(schedule, steps, prediction_type, clip)
+    abar_s = abar_s if ends is None else ends
+    q = abar * (1 - abar_s) / (abar_s * (1 - abar))
+    direction = np.sqrt((1 - abar_s) * (1 - eta**2 + eta**2 * q))
+    rows[:, Column.C_X0] = np.sqrt(abar_s)
+    eps = eps_rows(abar, "sample" if use_clipped_model_output else prediction_type)
+    rows[:, [Column.C_XT, Column.C_OUT]] = direction[:, None] * eps
+    if use_clipped_model_output:  # out stands for x_0 in these
+        rows[:, Column.C_X0] += rows[:, Column.C_OUT]
+        rows[:, Column.C_OUT] = 0
+    rows[:, Column.SIGMA] = eta * np.sqrt((1 - abar_s) / (1 - abar) * (abar_s - abar) / abar_s)
+    return _finish(rows, abar)
+
+
+def dpmpp_2m(
+    schedule: NoiseSchedule,
+    steps: ArrayLike | Steps,
+    *,
+    prediction_type: str = "epsilon",
+    clip: float = 0.0,
+) -> Plan:
+    r"""DPM-Solver++(2M), midpoint form (Lu et al. 2022b, algorithm 2).
+
+    With lambda = log(a / b), h = lambda_s - lambda_t, and r = h_previous / h,
+
+        x_s = (b_s / b_t) x_t - a_s (e^-h - 1) D,   D = (1 + 1 / 2r) x0 - (1 / 2r) x0_previous,
+
+    where -a_s (e^-h - 1) = a_s - a_t b_s / b_t, which is finite at both ends. The first step has no
+    previous x0 and the last has infinite h: there 1 / 2r = 0 (first order; diffusers'
+    final_sigmas_type zero). So it is after a step from abar = 0, where h_previous is infinite;
+    diffusers puts 2^-24 for that abar.
+    """
+    rows, abar, abar_s = _begin(schedule, steps, prediction_type, clip)
+    b_ratio = np.sqrt((1 - abar_s) / (1 - abar))
+    gain = np.sqrt(abar_s) - np.sqrt(abar) * b_ratio
+    rows[:, Column.C_XT] = b_ratio
+    rows[:, [Column.C_X0, Column.C_HIST]] = _extrapolate(gain, abar)
+    return _finish(rows, abar)
+
+
+def dpmpp_2m_sde(
+    schedule: NoiseSchedule,
+    steps: ArrayLike | Steps,
+    *,
+    prediction_type: str = "epsilon",
+    clip: float = 0.0,
+) -> Plan:
+    r"""SDE-DPM-Solver++(2M), midpoint form (Lu et al. 2022b).
+
+    The reverse SDE over a step, with D of `dpmpp_2m` for x0 and its first and last steps:
+
+        x_s = (b_s / b_t) e^-h x_t + a_s (1 - e^-2h) D + b_s sqrt(1 - e^-2h) z.
+
+    As e^-h = a_t b_s / (a_s b_t), with alpha = abar_t / abar_s and beta = 1 - alpha these are
+
+        a_s beta / (1 - abar_t) D + sqrt(alpha) (1 - abar_s) / (1 - abar_t) x_t + sqrt(beta~) z:
+
+    the rows of `ddpm`, with D for x0, which lifts the order of the spread from 1 to 2 (measured on
+    Gaussian data). diffusers names it sde-dpmsolver++, and puts 2^-24 for abar = 0.
+    """
+    rows, abar, abar_s = _begin(schedule, steps, prediction_type, clip)
+    beta = (abar_s - abar) / abar_s
+    gain = np.sqrt(abar_s) * beta / (1 - abar)
+    rows[:, Column.C_XT] = np.sqrt(abar / abar_s) * (1 - abar_s) / (1 - abar)
+    rows[:, [Column.C_X0, Column.C_HIST]] = _extrapolate(gain, abar)
+    rows[:, Column.SIGMA] = np.sqrt(beta * (1 - abar_s) / (1 - abar))
+    return _finish(rows, abar)
+
+
+def _extrapolate(gain: Table, abar: Table) -> Table:
+    """Return ``gain`` of D as coefficients (of x0, of the previous x0), [S, 2]; see `dpmpp_2m`."""
+    with np.errstate(divide="ignore"):
+        h = np.diff((np.log(abar) - np.log1p(-abar)) / 2)
+    half_inverse_r = np.zeros_like(abar)
+    half_inverse_r[1:-1] = h[1:] / (2 * h[:-1])
+    return np.stack([gain * (1 + half_inverse_r), -gain * half_inverse_r], -1)
+
+
+def euler(
+    schedule: NoiseSchedule,
+    steps: ArrayLike | Steps,
+    *,
+    prediction_type: str = "epsilon",
+    clip: float = 0.0,
+    noise_alone: bool = True,
+) -> Plan:
+    r"""Euler's method for dx~/dsigma = (x~ - x0) / sigma (Karras et al. 2022, eq. 4).
+
+    There x~ = x / a = x_0 + sigma eps and sigma = b / a, so a step to sigma_s is
+
+        x~_s = x~_t + (sigma_s - sigma_t) (x~_t - x0) / sigma_t = x0 + sigma_s eps,
+
+    and times a_s it is `ddim` with eta = 0. It starts from x~_T = sigma_T z, without the signal's
+    share: x_T = b_T z. diffusers does so for linspace and trailing spacing (``noise_alone``); for
+    leading spacing from sqrt(1 + sigma_T^2) z, which is x_T = z.
+    """
+    plan = ddim(schedule, steps, prediction_type=prediction_type, clip=clip)
+    return _start_alone(plan) if noise_alone else plan
+
+
+def euler_ancestral(
+    schedule: NoiseSchedule,
+    steps: ArrayLike | Steps,
+    *,
+    prediction_type: str = "epsilon",
+    clip: float = 0.0,
+    noise_alone: bool = True,
+) -> Plan:
+    r"""Euler's method down to sigma_down, then noise up to sigma_s (Karras et al.; k-diffusion).
+
+    sigma_up^2 = sigma_s^2 (1 - sigma_s^2 / sigma_t^2) and sigma_down^2 = sigma_s^2 - sigma_up^2.
+    Times a_s^2, sigma_up^2 is (1 - abar_s) (1 - q) with q = sigma_s^2 / sigma_t^2, the variance of
+    `ddim` with eta = 1; the rest is as in `euler`, the start too.
+    """
+    plan = ddim(schedule, steps, prediction_type=prediction_type, clip=clip, eta=1.0)
+    return _start_alone(plan) if noise_alone else plan
+
+
+def _start_alone(plan: Plan) -> Plan:
+    assert plan.abar is not None  # a plan of ours
+    return replace(plan, initial=(0.0, float(np.sqrt(1 - plan.abar[0]))))
+
+
+SOLVERS: dict[str, Callable[..., Plan]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+}
+DROP_LAST = ("dpmpp_2m", "dpmpp_2m_sde")
+"""Solvers whose timesteps are num_steps + 1 points less the last."""
+FRACTIONAL = ("euler", "euler_ancestral")
+"""Solvers whose networks are told timesteps as they fall, not the nearest whole ones."""
+
+
+@isolated(grad=False)
+def make_plan(
+    schedule: NoiseSchedule,
+    solver: str = "ddim",
+    num_steps: int = 50,
+    *,
+    prediction_type: str,
+    spacing: str = "leading",
+    steps_offset: int = 0,
+    sigmas: str | None = None,
+    timesteps: ArrayLike | None = None,
+    clip: float = 1.0,
+    eta: float = 0.0,
+    use_clipped_model_output: bool = False,
+    variance_type: str = "fixed_small",
+    threshold: float = 0.0,
+    guidance_rescale: float = 0.0,
+    guidance_interval: tuple[float, float] | None = None,
+    faults: str = "mended",
+) -> Plan:
+    """Return the plan of a named solver over ``num_steps`` timesteps of the given spacing.
+
+    The arguments are those of `timesteps` and of the solver's own function; these hold for every
+    solver:
+
+    Args:
+        sigmas: karras, exponential or beta: noise levels between the ends of the spacing (of the
+            schedule, for the DPM-Solvers); None for those of the spacing itself.
+        timesteps: a list of one's own, whole or fractional, strictly decreasing within 0..T-1;
+            num_steps and steps_offset are then of no effect, nor is spacing, except that euler's
+            leading spacing starts from z.
+        clip: bound of x0, 0 for none; with a threshold, the largest that it may be, at least 1.
+        threshold: the quantile of |x0| that each image is clipped to and divided by, where it is
+            above 1 (dynamic thresholding, Saharia et al. 2022, section 2.3: .995); 0 for none.
+            diffusers names it dynamic_thresholding_ratio, and ``clip`` sample_max_value.
+        guidance_rescale: how far a guided output is brought back to the deviation of its
+            conditional half (Lin et al. 2023, section 3.4: .7); 0 for not at all.
+        guidance_interval: (low, high): guide where low < sigma <= high, sigma being
+            sqrt((1 - abar) / abar), and take the conditional output elsewhere (Kynkaanniemi et al.
+            2024); high may be infinite. None guides every step.
+        faults: "diffusers" does as diffusers does where we hold that for a fault: the table is in
+            flashddpm/faults.py. "mended" does not.
+
+    Raises:
+        ValueError: an argument out of its range, or one that the solver has no use for.
+    """
+    solve: Any = SOLVERS[arguments.one_of("solver", solver, SOLVERS)]
+    arguments.one_of("spacing", spacing, SPACINGS)
+    arguments.one_of("faults", faults, FAULTS)
+    options: dict[str, Any] = {
+        "clip": clip,
+        "eta": arguments.number("eta", eta, 0, 1),
+        "use_clipped_model_output": use_clipped_model_output,
+        "variance_type": arguments.one_of("variance_type", variance_type, VARIANCE_TYPES),
+    }
+    unused = {"eta": 0.0, "variance_type": "fixed_small", "use_clipped_model_output": False}
+    for name, off in unused.items():
+        if name not in solve.__kwdefaults__:
+            value = options.pop(name)
+            if value != off:
+                raise ValueError(f"{name}={value!r}: must be {off!r}; {solver} has no such option")
+    if "noise_alone" in solve.__kwdefaults__:
+        options["noise_alone"] = spacing != "leading"
+    if timesteps is None:
+        steps = spaced(
+            schedule,
+            num_steps,
+            spacing,
+            steps_offset,
+            sigmas=sigmas,
+            drop_last=solver in DROP_LAST,
+            fractional=solver in FRACTIONAL,
+        )
+    elif sigmas is None:
+        steps = Steps.at(schedule, timesteps)
+    else:
+        raise ValueError(f"sigmas={sigmas!r}: must be None beside timesteps")
+    if faults == "diffusers":
+        of = spacing if timesteps is None else None
+        steps, options = restore(solver, options, schedule, steps, of, sigmas)
+    plan = solve(schedule, steps, prediction_type=prediction_type, **options)
+    return adjust(plan, clip, threshold, guidance_rescale, guidance_interval)

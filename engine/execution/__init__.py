@@ -1,0 +1,1 @@
+"""The execution of sampling steps on a device: slots, kernels, compiled code and CUDA graphs."""

@@ -1,0 +1,51 @@
+"""Networks and calls of the user's own, as the loop calls a network."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from flashddpm.execution.slots import Call, Network
+
+
+def positional(network: Call) -> Network:
+    """Call a network by what it takes: (x_t, t), and labels if there are any."""
+
+    def predict(x_t: Tensor, t: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
+        return network(x_t, t) if labels is None else network(x_t, t, labels)
+
+    return predict
+
+
+def by_call(call: Call) -> Network:
+    """Call what the user gave as ``call``: (x_t, t, labels), and index if it has that parameter."""
+
+    def predict(x_t: Tensor, t: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
+        return call(x_t, t, labels)
+
+    def predict_by_index(x_t: Tensor, t: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
+        return call(x_t, t, labels, index=index)
+
+    return predict_by_index if _takes_index(call) else predict
+
+
+def _takes_index(function: Callable[..., Any]) -> bool:
+    """Return whether a function has a parameter ``index`` that may be given by its name."""
+    if isinstance(function, partial) and "index" in function.keywords:
+        return False  # it is given already
+    called = function.forward if isinstance(function, nn.Module) else function
+    for through in (False, True):  # what wraps a function, then the function, if that gets them all
+        try:
+            parameters = inspect.signature(called, follow_wrapped=through).parameters
+        except (TypeError, ValueError):  # a built-in function
+            return False
+        index = parameters.get("index")
+        if index is not None:
+            return index.kind is not inspect.Parameter.POSITIONAL_ONLY
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            return False
+    return False

@@ -1,0 +1,489 @@
+"""How a batch of slots runs: plainly, with noise drawn ahead, compiled, or as a captured graph."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property, partial
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flashddpm import arguments, host, kernels
+from flashddpm.checkpoints.model_folder import Conditioning
+from flashddpm.checkpoints.weights import mismatches
+from flashddpm.diffusion.solvers import Plan
+from flashddpm.errors import CompilationError
+from flashddpm.execution import cpu_noise as noise
+from flashddpm.execution.calls import by_call, positional
+from flashddpm.execution.compiled_network import CompiledNetwork, repays
+from flashddpm.execution.cpu_noise import CompiledNoise
+from flashddpm.execution.cuda_graphs import CapturedSteps, Card, Graphs, Key, Resting, Step
+from flashddpm.execution.follower import Follower
+from flashddpm.execution.modes import module_of
+from flashddpm.execution.slots import (
+    Call,
+    Network,
+    Slots,
+    check_output,
+    evaluate,
+    measure,
+    predicted_x0,
+    step,
+    update,
+)
+from flashddpm.execution.upload import send
+from flashddpm.kernels import reference
+from flashddpm.kernels.tables import Purpose
+from flashddpm.networks import registry as networks
+from flashddpm.networks.customized import hanging
+from flashddpm.networks.hoisted_unet import HoistedUNet, flops_per_image, unhoistable
+from flashddpm.networks.unet import UNet
+
+log = logging.getLogger("flashddpm")
+
+BACKENDS = ("auto", "reference", "fused")
+
+
+class Execution:
+    """A network on a device, and the ways to run it. Arguments are those of ``Sampler``.
+
+    Attributes:
+        backend: "reference" or "fused".
+        compile: True, False or "auto".
+        capture: whether the step becomes a CUDA graph.
+        compiled: the compiled network.
+        follower: what sees changes of the network, and follows them.
+        ops: the module whose operations a step calls.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | Callable[..., Tensor],
+        call: Call | None,
+        *,
+        shape: tuple[int, int, int],
+        num_timesteps: int,
+        conditioning: Conditioning,
+        device: torch.device,
+        dtype: str | torch.dtype | None,
+        backend: str,
+        compile: bool | str,
+        capture: bool | str,
+        tune: bool = False,
+        graph_memory: int | None = None,
+    ) -> None:
+        arguments.one_of("backend", backend, BACKENDS)
+        self.backend = "fused" if backend == "auto" else backend
+        for name, flag in (("compile", compile), ("capture", capture)):
+            if flag not in (True, False, "auto"):
+                raise ValueError(f"{name}={flag!r}: must be True, False or 'auto'")
+        fused, cuda = self.backend == "fused", device.type == "cuda"
+        if not fused and True in (compile, capture):
+            raise ValueError("backend='reference': is never compiled or captured")
+        if capture is True and not cuda:
+            raise ValueError(f"capture=True: needs a CUDA device, not {device}")
+
+        if fused and cuda and not kernels.HAS_TRITON:
+            if backend == "fused" or True in (compile, capture):
+                raise ValueError(f"backend={backend!r}: on {device} it needs Triton, not installed")
+            log.info("Triton is not installed: reference backend on %s", device)
+            self.backend, fused = "reference", False
+
+        own = network if isinstance(network, networks.Network) and call is None else None
+        if own is not None:
+            _check_unet(own, shape, conditioning)
+        # What hangs on a network may be any code: it runs as a network of the user's own does.
+        plain = own is not None and not hanging(own) and type(own) in networks.CLASSES
+        self.compile = compile if fused and (plain or compile is True) else False
+        self.capture = fused and cuda and (plain if capture == "auto" else bool(capture))
+        self.ops = kernels if fused and cuda else reference
+        if graph_memory is not None:
+            arguments.integer("graph_memory", graph_memory, 0)
+        self.device, self.shape = device, shape
+        self.num_timesteps = num_timesteps
+        self.labelled = conditioning.num_classes is not None
+        self.network = network.to(device) if isinstance(network, nn.Module) else network
+        stored = _dtype_of(network)
+        self.dtype = arguments.resolve_dtype(dtype, stored)
+        if own and self.dtype is not stored:
+            raise ValueError(f"dtype={self.dtype}: the network's is {stored}; convert it first")
+        if fused and own is not None:
+            own.to(memory_format=torch.channels_last)
+        self._hoisted: HoistedUNet | None = None
+        if fused and isinstance(own, UNet) and unhoistable(own) is None:
+            self._hoisted = HoistedUNet(own)
+        self._predict: Network = self._hoisted or (by_call(call) if call else positional(network))
+        modules = [m for m in map(module_of, (network, call)) if m is not None]
+        self.follower = Follower(self.network, modules, self._hoisted)
+        log.info("runs on %s in %s, %s backend", device, self.dtype, self.backend)
+        self.compiled = CompiledNetwork(self._predict, arguments.boolean("tune", tune))
+        self._compiled_noise = CompiledNoise()
+        self.graphs = Graphs(Card(device), graph_memory)
+        self._not_compiled: str | None = None  # why "auto" goes on without
+        self._slots: Slots | None = None
+        self._launched: torch.cuda.Event | None = None
+        if cuda:
+            self._launched = torch.cuda.Event()
+            with self.on_device():
+                self._launched.record()
+
+    def start(
+        self,
+        seeds: Sequence[int],
+        plan: Plan,
+        image: Tensor | None = None,
+        z: Tensor | None = None,
+    ) -> Tensor:
+        """Return what trajectories begin at, float32 [B, C, H, W]: initial[0] image + initial[1] z.
+
+        Args:
+            seeds: of z, one an image.
+            plan: whose ``initial`` it is.
+            image: float32 [B, C, H, W] on the device, None where the plan needs none.
+            z: float32 [B, C, H, W] on the device, instead of the seeds'.
+        """
+        if z is not None:
+            a, b = plan.initial
+            return b * z if image is None else a * image + b * z
+        z = self.draw(seeds, 0, Purpose.INITIAL)
+        if plan.initial == (0.0, 1.0):
+            return z
+        x0 = torch.zeros_like(z) if image is None else image
+        t = torch.zeros(len(seeds), dtype=torch.int64, device=self.device)
+        rows = send(host.floats([plan.initial]), self.device)
+        seed = send(host.ints(seeds), self.device)
+        return self.ops.add_noise(x0, t, seed, t, rows, Purpose.INITIAL)
+
+    def draw(self, seeds: Sequence[int], key: int, purpose: Purpose) -> Tensor:
+        """Return the noise of these seeds under one key, float32 [B, C, H, W]."""
+        seed = send(host.ints(seeds), self.device)
+        return self.ops.philox(seed, torch.full_like(seed, key), self.shape, purpose)
+
+    def compiles(self, evaluations: int, lanes: int) -> bool:
+        """Return whether to compile for this many evaluations of one image, ``lanes`` at a time."""
+        if self.compile != "auto":
+            return bool(self.compile)
+        return (lanes, False) in self.compiled.shapes or self.auto_compile(evaluations)[0]
+
+    def auto_compile(self, evaluations: int) -> tuple[bool, str]:
+        """Return what compile="auto" chooses for so many evaluations of one image, and why."""
+        if not isinstance(self.network, networks.Network):
+            return False, "a foreign network is compiled only when asked"
+        if self.device.type == "cuda":
+            return True, "our U-Net on CUDA is always compiled"
+        return repays(evaluations * self._flops)
+
+    @cached_property
+    def _flops(self) -> int:
+        assert isinstance(self.network, networks.Network)
+        return flops_per_image(self.network.config, self.shape)
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Make the device the current one."""
+        return nullcontext() if self._launched is None else torch.cuda.device(self.device)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Order what one caller launches after what the last one did, on whatever stream."""
+        if self._launched is None:
+            yield
+            return
+        with torch.cuda.device(self.device):
+            self._launched.wait()
+            try:
+                yield
+            finally:
+                self._launched.record()
+
+    def service_slots(self, S: int, L: int, R: int) -> Slots:
+        """Return new buffers for S slots, L lanes and R rows of plans, the rest row included."""
+        embed = self._hoisted.embed if self._hoisted else None
+        return Slots(S, L, self.shape, R, self.dtype, self.device, self.labelled, embed)
+
+    def slots(self, S: int, L: int, most: tuple[int, int]) -> Slots:
+        """Return buffers for S slots and L lanes, the same ones while they fit.
+
+        Graphs hold their addresses: under capture they are made for the most that may be asked for,
+        and larger ones fit too.
+        """
+        kept = self._slots
+        had = (0, 0) if kept is None else (len(kept.idx), len(kept.lane_slot))
+        if self.capture:
+            S, L = max(S, most[0], had[0]), max(L, most[1], had[1])
+        if kept is not None:
+            if had == (S, L):
+                return kept
+            self.forget(kept)
+        self._slots = self.service_slots(S, L, self.num_timesteps + 1)
+        return self._slots
+
+    def buckets(self, most: int) -> list[int]:
+        """Return the numbers of lanes that a compiled or captured network runs on, of ``most``."""
+        return [*(1 << i for i in range((most - 1).bit_length())), most]
+
+    def bucket(self, lanes: int, most: int, compiled: bool) -> int:
+        """Return how many lanes the network runs for so many in use: all of them, or a bucket."""
+        if not (compiled or self.capture):
+            return lanes
+        return next(bucket for bucket in self.buckets(most) if bucket >= lanes)
+
+    def warm(self, prefixes: Sequence[Slots], compiled: bool) -> None:
+        """Compile for each of these prefixes, then capture each, the largest first.
+
+        Whatever their slots hold rests meanwhile.
+        """
+        prefixes = sorted(prefixes, key=lambda slots: -len(slots.lane_slot))
+        for slots in prefixes:
+            compiled = compiled and self._prepared(slots, fractional=False)
+            if self.capture:
+                self.graphs.warm(*self._step(slots, compiled, False))
+        for slots in prefixes:
+            self._graph(slots, compiled, False)
+
+    def take_step(
+        self, slots: Slots, compiled: bool, stats: bool, fractional: bool = False
+    ) -> Tensor:
+        """Take one step of every slot, whatever its row.
+
+        Args:
+            slots: the buffers; all their lanes are run.
+            compiled: whether the compiled network runs.
+            stats: whether some row asks for ``sample_stats``.
+            fractional: whether some row has a timestep between the integers.
+
+        Returns:
+            The network's output, to be read before the next step.
+        """
+        compiled = compiled and self._prepared(slots, fractional)
+        graph = self._graph(slots, compiled, fractional)
+        if graph is not None:
+            return graph()
+        out = evaluate(slots, self._network(compiled), fractional)
+        if stats:
+            measure(slots, out, self.ops)
+        update(slots, out, self.ops, noise.of_rows(slots) if self._draws_ahead else None)
+        return out
+
+    def run(
+        self,
+        slots: Slots,
+        plan: Plan,
+        compiled: bool,
+        previews: bool,
+        given: Iterator[Tensor | None] | None = None,
+    ) -> Iterator[Tensor | None]:
+        """Take every step of the plan; yield after each, with its x0 if previews are wanted.
+
+        All slots follow the plan together, from its first row.
+
+        Args:
+            slots: the buffers.
+            plan: the rows.
+            compiled: whether the compiled network runs.
+            previews: whether x0 are wanted.
+            given: noise of each step, float32 [S, C, H, W], to use instead of the seeds'; nothing
+                is captured then.
+        """
+        self.check_plan(plan)
+        fractional = self.tells_floats(plan)
+        compiled = compiled and self._prepared(slots, fractional)
+        graph = None if given else self._graph(slots, compiled, fractional)
+        if graph is not None and not previews:
+            yield from self._replay(slots, plan, compiled, graph)
+            return
+        network, stats = self._network(compiled), plan.needs_stats
+        drawn = given or self._noise(slots, plan, compiled)
+        rows = plan.rows.astype(np.float32).tolist() if previews else []
+        for i in range(len(plan)):
+            x_t = slots.x.clone() if previews else None
+            if graph is not None:
+                out = graph()
+            else:
+                out = evaluate(slots, network, fractional)
+                if stats:
+                    measure(slots, out, self.ops)
+                update(slots, out, self.ops, next(drawn))
+            if i == 0:
+                self.check_variance(plan, out.shape[1])
+            yield None if x_t is None else predicted_x0(slots, out, x_t, rows[i])
+
+    def _replay(
+        self, slots: Slots, plan: Plan, compiled: bool, one: CapturedSteps
+    ) -> Iterator[None]:
+        """Take every step of the plan, as many in a graph as pay."""
+        many = self.graphs.best(*self._step(slots, compiled, self.tells_floats(plan))) or one
+        left = len(plan)
+        while left:
+            graph = many if left >= many.count else one
+            out = graph()
+            if left == len(plan):
+                self.check_variance(plan, out.shape[1])
+            left -= graph.count
+            yield from [None] * graph.count
+
+    def tells_floats(self, plan: Plan) -> bool:
+        """Return whether the network is told timesteps between the integers, and so as floats."""
+        return plan.fractional and self._hoisted is None
+
+    def check_plan(self, plan: Plan) -> None:
+        """Refuse a plan that our U-Net has not the channels for; others show when they are run."""
+        if isinstance(self.network, networks.Network):
+            self.check_variance(plan, self.network.config.out_channels)
+
+    def check_exact(self, plan: Plan) -> None:
+        """Refuse what has no bits to promise: a network that is not compiled, or compiled twice."""
+        if self._not_compiled is not None:
+            raise CompilationError(self._not_compiled)
+        if self.compile is False:
+            raise ValueError(
+                f"exact=True: needs a compiled network; this sampler, with backend="
+                f"{self.backend!r} and compile=False, has none"
+            )
+        if self.tells_floats(plan):
+            raise ValueError(
+                "exact=True: the plan has timesteps between the integers, for which the network "
+                "is compiled apart; must be integers"
+            )
+
+    def prove_exact(self, L: int) -> None:
+        """Refuse exact mode where the compiled network's bits depend on the lane: try, once."""
+        if L not in self.compiled.exact:
+            image = self.draw([0], 0, Purpose.INITIAL).to(self.dtype)
+            t = torch.zeros(1, dtype=torch.int64, device=self.device)
+            told = self._hoisted.embed(t) if self._hoisted else t
+            self.compiled.prove_exact(image, told, L, self.labelled)
+
+    def check_variance(self, plan: Plan, channels: int) -> None:
+        """Refuse a plan that learns its variance for a network without channels for it."""
+        if plan.learns_variance and channels != 2 * self.shape[0]:
+            raise ValueError(
+                f"variance_type: must be fixed_small or fixed_large for a network that returns "
+                f"{channels} channels; a learned variance takes {2 * self.shape[0]}"
+            )
+
+    def _prepared(self, slots: Slots, fractional: bool) -> bool:
+        """Compile for the lanes of these buffers; return False where "auto" goes on without."""
+        if self.compile is False:
+            return False
+        lanes = len(slots.lane_slot)
+        try:
+            self.compiled.prepare(slots, fractional)
+        except CompilationError as error:
+            self._give_up_compiling(error, lanes)
+        return self.compile is not False
+
+    def _give_up_compiling(self, error: CompilationError, lanes: int) -> None:
+        """Go on without compiling if nobody asked for it, and say so once.
+
+        Raises:
+            CompilationError: compile=True asked for it, or exact images are drawn on so many lanes.
+        """
+        if self.compile != "auto" or lanes in self.compiled.exact:
+            raise error
+        log.warning("goes on without compiling: %s", error)
+        self.compile, self._not_compiled = False, str(error)
+
+    def _network(self, compiled: bool) -> Network:
+        return self.compiled.network if compiled else self._predict
+
+    def predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None, evaluations: int) -> Tensor:
+        """Return the output for any images; arguments are those of ``Sampler.predict``."""
+        x_t, told = x_t.to(self.dtype), self._hoisted.embed(t) if self._hoisted else t
+        index = torch.arange(len(x_t), dtype=torch.int64, device=x_t.device)
+        given = (x_t, told, labels, index)
+        compiled = self.compiles(evaluations, len(x_t))
+        try:
+            out = self._network(compiled)(*given)
+        except CompilationError as error:
+            self._give_up_compiling(error, len(x_t))
+            compiled, out = False, self._predict(*given)
+        if compiled:
+            self.compiled.shapes.add((len(x_t), False))
+        check_output(out, x_t.shape)
+        return out
+
+    def _step(self, slots: Slots, compiled: bool, fractional: bool) -> tuple[Key, Resting]:
+        """Return the key of these buffers' step among the graphs, and what makes it harmless."""
+        key = (slots.token, len(slots.idx), len(slots.lane_slot), compiled, fractional)
+        take = partial(step, slots, self._network(compiled), self.ops, fractional)
+        return key, partial(_at_rest, slots, take)
+
+    def _graph(self, slots: Slots, compiled: bool, fractional: bool) -> CapturedSteps | None:
+        """Return the captured step of these buffers; None where steps run one by one."""
+        return self.graphs.get(*self._step(slots, compiled, fractional)) if self.capture else None
+
+    def renew(self) -> int:
+        """Follow the network, once a call; results and errors are those of `Follower.renew`."""
+        return self.follower.renew(self.capture)
+
+    def forget(self, slots: Slots) -> None:
+        """Let go of the graphs of these buffers."""
+        self.graphs.forget(slots.token)
+        self.graphs.sweep()
+
+    @property
+    def _draws_ahead(self) -> bool:
+        """Whether noise is drawn before the step: on the CPU's fast path."""
+        return self.ops is reference and self.backend != "reference"
+
+    def _noise(self, slots: Slots, plan: Plan, compiled: bool) -> Iterator[Tensor | None]:
+        """Yield each step's noise; None where the step draws its own, or none."""
+        if self._draws_ahead:
+            return noise.ahead(slots, plan, self._compiled_noise if compiled else reference.philox)
+        return repeat(None)
+
+    def check_state(self, state: dict[str, Tensor]) -> None:
+        """Refuse a state dict that `update_weights` cannot load."""
+        if not isinstance(self.network, networks.Network):
+            raise ValueError("update_weights: the network is not flashddpm's own")
+        wrong = mismatches(self.network, state)
+        if wrong:
+            raise ValueError("state: does not match the network: " + "; ".join(wrong))
+
+    def update_weights(self, state: dict[str, Tensor]) -> None:
+        """Copy weights into our U-Net, in place; the next call renews what depends on them."""
+        self.check_state(state)
+        assert isinstance(self.network, networks.Network)
+        self.network.load_state_dict(state)
+
+
+@contextmanager
+def _at_rest(slots: Slots, take: Step) -> Iterator[Step]:
+    """Let every slot rest, so that ``take`` leaves all state as it is."""
+    idx = slots.idx.clone()
+    slots.idx.zero_()
+    try:
+        yield take
+    finally:
+        slots.idx.copy_(idx)
+
+
+def _check_unet(
+    unet: networks.Network, shape: tuple[int, int, int], conditioning: Conditioning
+) -> None:
+    """Refuse a U-Net that does not take these images or labels."""
+    config, (C, H, W) = unet.config, shape
+    multiple = config.multiple
+    channels = config.in_channels == C and config.out_channels in (C, 2 * C)
+    if not channels or H % multiple or W % multiple:
+        raise ValueError(
+            f"shape={shape}: must have {config.in_channels} channels, as many as come out "
+            f"({config.out_channels}) or half, and sides that are multiples of {multiple}"
+        )
+    embeds, classes = config.num_class_embeds, conditioning.num_classes
+    needed = 0 if classes is None else max(classes, (conditioning.null_label or 0) + 1)
+    if (embeds is None) != (classes is None) or needed > (embeds or 0):
+        raise ValueError(f"conditioning={conditioning}: the network has {embeds} class embeddings")
+
+
+def _dtype_of(network: Any) -> torch.dtype:
+    if isinstance(network, nn.Module):
+        for parameter in network.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return torch.float32

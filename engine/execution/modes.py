@@ -1,0 +1,78 @@
+"""Networks in evaluation mode while somebody samples, and afterwards as their owner left them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from flashddpm.execution.processes import renewed_in_child
+from flashddpm.networks.customized import walk
+
+
+class _Evaluations:
+    """Which modules are kept in evaluation mode, and by which threads.
+
+    One for the process: samplers in several threads may share modules, and the first to end must
+    not switch dropout on under the others.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[nn.Module, list[int]] = {}
+        renewed_in_child(self)
+
+    def begin(self, networks: Iterable[nn.Module]) -> list[nn.Module]:
+        """Switch modules in training to evaluation; return them, and those that others switched."""
+        me = threading.get_ident()
+        with self._lock:
+            modules = (module for network in networks for module in walk(network))
+            mine = [m for m in modules if m.training or m in self._held]
+            for module in mine:
+                self._held.setdefault(module, []).append(me)
+                # The flag alone: train() of a user's module may do more, such as to merge weights.
+                module.training = False
+        return mine
+
+    def end(self, mine: list[nn.Module]) -> None:
+        """Put modules that `begin` returned back to training, but those that others still hold."""
+        me = threading.get_ident()
+        with self._lock:
+            for module in mine:
+                self._held[module].remove(me)
+                self._put_back(module)
+
+    def _put_back(self, module: nn.Module) -> None:
+        if not self._held[module]:
+            del self._held[module]
+            module.training = True
+
+    def after_fork(self) -> None:
+        """Put back what the parent's threads had switched, but for the one that is in the child."""
+        self._lock = threading.Lock()
+        me = threading.get_ident()  # has forked in a callback, if it is among them
+        for module, threads in list(self._held.items()):
+            threads[:] = [thread for thread in threads if thread == me]
+            self._put_back(module)
+
+
+_EVALUATIONS = _Evaluations()
+
+
+def module_of(function: Any) -> nn.Module | None:
+    """Return the module that a network is, or of which it is a method; None for neither."""
+    owner = getattr(function, "__self__", function)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+@contextmanager
+def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep networks in evaluation mode; afterwards every module has the mode that it had."""
+    switched = _EVALUATIONS.begin(networks)
+    try:
+        yield
+    finally:
+        _EVALUATIONS.end(switched)

@@ -1,0 +1,274 @@
+"""The static buffers of a batch, and the one step that every way of running applies to them.
+
+A batch has S slots (images) and L lanes (network evaluations): a slot owns one lane, or two when
+it is guided. All state of a trajectory is in these tensors, at addresses that never change, so
+that a captured graph stays valid whatever is put into them. A slot on row 0 rests: nothing of it
+is read or written. A bucket is a prefix of the slots and lanes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashddpm import host
+from flashddpm.diffusion.solvers import Plan
+from flashddpm.execution.upload import fill
+from flashddpm.kernels import reference
+from flashddpm.kernels.tables import REST, Column
+
+Call = Callable[..., Tensor]
+"""(x_t [L, C, H, W], t int64 [L], labels int64 [L] or None) -> out [L, C, H, W].
+
+t is float32 where a plan in the batch has timesteps between the integers.
+"""
+
+Network = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+"""(x_t [L, C, H, W], told, labels int64 [L] or None, index int64 [L]) -> out [L, C, H, W].
+
+What it is told of time is t, int64 or float32 [L], or its embedding [L, E] where the slots hold
+those of their rows; index is each lane's image among those that were asked for.
+"""
+
+ALIGNMENT = 64  # bytes: kernels are compiled for pointers that are multiples of 16
+OF_SLOTS = (
+    *("idx", "seeds", "guidance", "lane_cond", "lane_uncond"),
+    *("x", "hist", "bounds", "factors", "nonfinite"),
+)
+OF_LANES = (
+    *("net_in", "lane_slot", "lane_label", "lane_index"),
+    *("lane_row", "t", "t_float", "lane_embedding"),
+)
+
+
+class Slots:
+    """Buffers for S slots and L lanes of (C, H, W) images and R rows of plans, the rest row one.
+
+    Attributes:
+        x, hist: float32 [S, C, H, W], channels-last, rows padded to 16 elements.
+        net_in: [L, C, H, W] in the network's dtype, channels-last.
+        control: uint8, what the host writes before a step, in one piece; its parts are
+            idx, seeds: int64 [S]; guidance: float32 [S]; lane_cond, lane_uncond: int32 [S];
+            lane_slot, lane_index: int64 [L]; lane_label: int64 [L] or None.
+        bounds, factors: float32 [S]. nonfinite: int32 [S].
+        lane_row, t: int64 [L], t_float: float32 [L], lane_embedding: [L, E] or None: of each lane
+            in the step under way.
+        rows: float32 [R, len(Column)]. keys, next: int64 [R].
+        timesteps: float32 [R], whole: int64 [R]: what the network is told, unless it is told
+        embeddings: [R, E] in the network's dtype, those of the rows' timesteps; or None.
+        token: what stands for these buffers, and for every prefix of them, in a dictionary.
+    """
+
+    idx: Tensor
+    seeds: Tensor
+    guidance: Tensor
+    lane_cond: Tensor
+    lane_uncond: Tensor
+    lane_slot: Tensor
+    lane_index: Tensor
+    lane_label: Tensor | None
+
+    def __init__(
+        self,
+        S: int,
+        L: int,
+        shape: tuple[int, int, int],
+        R: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        labelled: bool,
+        embed: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        C, H, W = shape
+        stride = -(-C * H * W // 16) * 16
+
+        def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        def state() -> Tensor:
+            return zeros(S * stride, dtype=torch.float32).as_strided(
+                (S, C, H, W), (stride, 1, W * C, C)
+            )
+
+        self.x, self.hist = state(), state()
+        self.net_in = zeros(L, H, W, C, dtype=dtype).permute(0, 3, 1, 2)
+        self._layout = _layout(S, L, labelled)
+        self.control = zeros(sum(size for *_, size in self._layout), dtype=torch.uint8)
+        self.lane_label = None
+        for name, part in self.parts(self.control).items():
+            setattr(self, name, part)
+        self.lane_uncond -= 1
+        self.bounds, self.factors = zeros(2, S, dtype=torch.float32)
+        self.nonfinite = zeros(S, dtype=torch.int32)
+        self.lane_row, self.t = zeros(L), zeros(L)
+        self.t_float = zeros(L, dtype=torch.float32)
+        self.rows = zeros(R, len(Column), dtype=torch.float32)
+        self.timesteps, self.whole = zeros(R, dtype=torch.float32), zeros(R)
+        self.keys, self.next = zeros(R), zeros(R)
+        self._embed = embed
+        self.embeddings = self.lane_embedding = None
+        if embed is not None:
+            width = embed(self.timesteps[:1]).shape[1]
+            self.embeddings = zeros(R, width, dtype=dtype)
+            self.lane_embedding = zeros(L, width, dtype=dtype)
+        self.token = object()
+        self._prefixes: dict[tuple[int, int], Slots] = {}
+
+    def parts(self, control: Tensor) -> dict[str, Tensor]:
+        """Return the named parts of ``control``, or of a tensor of its size."""
+        pieces = control.split([size for *_, size in self._layout])
+        return {
+            name: piece.view(dtype)[:count]
+            for piece, (name, dtype, count, _) in zip(pieces, self._layout, strict=True)
+        }
+
+    def prefix(self, S: int, L: int) -> Slots:
+        """Return the first S slots and L lanes, in the same memory; the same object each time."""
+        if (S, L) == (len(self.idx), len(self.lane_slot)):
+            return self
+        if (S, L) not in self._prefixes:
+            view = copy.copy(self)
+            view._prefixes = {}
+            for names, n in ((OF_SLOTS, S), (OF_LANES, L)):
+                for name in names:
+                    whole = getattr(self, name)
+                    setattr(view, name, None if whole is None else whole[:n])
+            self._prefixes[S, L] = view
+        return self._prefixes[S, L]
+
+    def load_plan(self, plan: Plan, start: int = 1) -> None:
+        """Put a plan into rows start..start + len(plan) - 1; the last leads to rest."""
+        n = len(plan)
+        part = slice(start, start + n)
+        fill(self.rows[part], host.floats(plan.rows))
+        fill(self.timesteps[part], host.floats(plan.timesteps))
+        fill(self.whole[part], host.ints(plan.timesteps))
+        fill(self.keys[part], host.ints(plan.noise_keys))
+        fill(self.next[part], host.ints([*range(start + 1, start + n), REST]))
+        if self.embeddings is not None:
+            assert self._embed is not None
+            self.embeddings[part].copy_(self._embed(self.timesteps[part]))
+
+
+def _layout(S: int, L: int, labelled: bool) -> list[tuple[str, torch.dtype, int, int]]:
+    """Return name, dtype, length and padded bytes of each part of ``control``."""
+    parts = [("idx", torch.int64, S), ("seeds", torch.int64, S)]
+    parts += [("lane_slot", torch.int64, L), ("lane_index", torch.int64, L)]
+    parts += [("lane_label", torch.int64, L)] if labelled else []
+    parts += [("guidance", torch.float32, S)]
+    parts += [("lane_cond", torch.int32, S), ("lane_uncond", torch.int32, S)]
+    return [
+        (name, dtype, n, -(-n * dtype.itemsize // ALIGNMENT) * ALIGNMENT)
+        for name, dtype, n in parts
+    ]
+
+
+def evaluate(slots: Slots, network: Network, fractional: bool = False) -> Tensor:
+    """Run the network on every lane, at the timestep of the lane's slot.
+
+    Allocates nothing besides what the network does.
+
+    Args:
+        slots: the buffers.
+        network: what to run.
+        fractional: whether it is told timesteps between the integers.
+
+    Raises:
+        ValueError: the network returns anything but a tensor of its input's shape, or of twice its
+            channels.
+    """
+    rows, told = (slots.timesteps, slots.t_float) if fractional else (slots.whole, slots.t)
+    if slots.embeddings is not None:
+        assert slots.lane_embedding is not None
+        rows, told = slots.embeddings, slots.lane_embedding
+    torch.index_select(slots.idx, 0, slots.lane_slot, out=slots.lane_row)
+    torch.index_select(rows, 0, slots.lane_row, out=told)
+    out = network(slots.net_in, told, slots.lane_label, slots.lane_index)
+    check_output(out, slots.net_in.shape)
+    return out
+
+
+def check_output(out: Any, shape: torch.Size) -> None:
+    """Refuse what is not a tensor of the shape of the network's input, or of twice its channels."""
+    L, C, H, W = shape
+    if not isinstance(out, Tensor) or out.shape not in ((L, C, H, W), (L, 2 * C, H, W)):
+        kind = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(
+            f"network: returned {kind} for x_t of shape {(L, C, H, W)}; must return a tensor "
+            "of that shape, or of twice its channels (call= can unwrap or slice it)"
+        )
+
+
+def measure(slots: Slots, out: Tensor, ops: ModuleType) -> None:
+    """Find the threshold and the guidance factor of each slot whose row asks for them."""
+    ops.sample_stats(
+        slots.bounds,
+        slots.factors,
+        slots.x,
+        out,
+        slots.idx,
+        slots.guidance,
+        slots.lane_cond,
+        slots.lane_uncond,
+        slots.rows,
+        slots.next,
+    )
+
+
+def update(slots: Slots, out: Tensor, ops: ModuleType, noise: Tensor | None = None) -> None:
+    """Apply each slot's row, then move each slot to its next row."""
+    ops.denoise_step(
+        slots.x,
+        slots.hist,
+        slots.net_in,
+        slots.nonfinite,
+        out,
+        slots.idx,
+        slots.seeds,
+        slots.guidance,
+        slots.lane_cond,
+        slots.lane_uncond,
+        slots.bounds,
+        slots.factors,
+        slots.rows,
+        slots.keys,
+        slots.next,
+        noise,
+    )
+    ops.advance(slots.idx, slots.next)
+
+
+def step(slots: Slots, network: Network, ops: ModuleType, fractional: bool = False) -> Tensor:
+    """The whole reverse step of every slot, for any plan: what a graph captures. Returns out."""
+    out = evaluate(slots, network, fractional)
+    measure(slots, out, ops)
+    update(slots, out, ops)
+    return out
+
+
+def predicted_x0(
+    slots: Slots, out: Tensor, x_t: Tensor, row: list[float], which: slice = slice(None)
+) -> Tensor:
+    """Return the x0 that slots on one row predicted in a step, float32 [s, C, H, W].
+
+    Args:
+        slots: the buffers, after the step.
+        out: the network's output in it.
+        x_t: float32 [s, C, H, W], the state of these slots before it.
+        row: the numbers that the step applied.
+        which: the slots.
+    """
+    out = out[:, : x_t.shape[1]]
+    uncond = slots.lane_uncond[which]
+    o = cond = out[slots.lane_cond[which].long()].float()
+    if not row[Column.UNGUIDED]:
+        o = reference.combine(cond, out[uncond.clamp(min=0).long()], slots.guidance[which])
+        if row[Column.RESCALE]:
+            o *= slots.factors[which].reshape(-1, 1, 1, 1)
+        o = torch.where((uncond >= 0).reshape(-1, 1, 1, 1), o, cond)
+    return reference.predict_x0(x_t, o, row, slots.bounds[which])

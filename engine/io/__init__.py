@@ -1,0 +1,1 @@
+"""Files, images and HTML pages."""

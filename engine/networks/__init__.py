@@ -1,0 +1,1 @@
+"""The U-Nets, their settings, and the conditioning that they take."""

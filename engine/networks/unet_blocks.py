@@ -1,0 +1,245 @@
+"""The blocks of the DDPM U-Net, keyed like diffusers' own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashddpm.networks.unet_config import UNetConfig
+
+
+def sinusoids(t: Tensor, channels: int, freq_shift: int, flip_sin_to_cos: bool) -> Tensor:
+    """Return [sin, cos] of t 10^(-4 i / (half - freq_shift)), float32 [B, channels].
+
+    Args:
+        t: [B], integer or float.
+        channels: twice ``half``; if odd, the last column is 0.
+        freq_shift: 0 or, in the DDPM paper's code, 1.
+        flip_sin_to_cos: return [cos, sin].
+    """
+    half = channels // 2
+    # In diffusers' order of operations: any other moves the angles at t = 999 by up to 6e-5.
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(exponent / (half - freq_shift))
+    pair = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
+    return F.pad(torch.cat(pair, -1), (0, channels % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with a SiLU between."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels] -> [B, width]."""
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv, the time embedding's projection, norm, SiLU, conv, + shortcut.
+
+    With resnet_time_scale_shift "default" the projection is a shift before the second norm; with
+    "scale_shift" it is a scale and a shift after it: norm(h) (1 + scale) + shift.
+
+    Args:
+        c_in, c_out: channels.
+        config: of the network.
+        width: of the time embedding.
+        scale: by which the sum is divided.
+        resize: "down" or "up": a half or twice the size, before the first convolution and in the
+            shortcut, by means of 2 x 2 pixels or by repeating pixels.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        config: UNetConfig,
+        width: int,
+        scale: float = 1.0,
+        resize: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = config.resnet_time_scale_shift == "scale_shift"
+        self.norm1 = nn.GroupNorm(config.norm_num_groups, c_in, config.norm_eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(width, 2 * c_out if self.scale_shift else c_out)
+        self.norm2 = nn.GroupNorm(config.norm_num_groups, c_out, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.c_in, self.c_out, self.scale = c_in, c_out, scale
+        self.resize = {None: None, "down": halve, "up": double}[resize]
+        zero_(self.conv2)
+
+    def forward(self, x: Tensor, projection: Tensor) -> Tensor:
+        """[B, c_in, H, W], [B, c_out or 2 c_out] -> [B, c_out, H, W or half or twice]."""
+        h = F.silu(self.norm1(x))
+        if self.resize is not None:
+            x, h = self.resize(x), self.resize(h)
+        h = self.conv1(h)
+        projection = projection[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = projection.chunk(2, 1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + projection)
+        h = self.conv2(self.dropout(F.silu(h)))
+        shortcut = x if self.c_in == self.c_out else self.conv_shortcut(x)
+        return (shortcut + h) / self.scale if self.scale != 1 else shortcut + h
+
+
+class Attention(nn.Module):
+    """Self-attention over pixels; q, k and v are one packed projection, three in the state dict.
+
+    Args:
+        channels: C.
+        head_dim: channels of a head; None for one head.
+        groups: of the norm before; None for no norm.
+        eps: of the norm.
+        scale: by which the sum is divided.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        head_dim: int | None,
+        groups: int | None,
+        eps: float,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps) if groups else nn.Identity()
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        out = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([out])
+        head_dim = head_dim or channels
+        if channels % head_dim:
+            raise ValueError(f"attention_head_dim={head_dim}: must divide {channels} channels")
+        self.heads = channels // head_dim
+        self.scale = scale
+        zero_(out)
+        self.register_state_dict_post_hook(_split_qkv)
+        self.register_load_state_dict_pre_hook(_pack_qkv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same."""
+        B, C, H, W = x.shape
+        h = self.group_norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)
+        qkv = self.to_qkv(h).reshape(B, H * W, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = self.to_out[0](h.transpose(1, 2).reshape(B, H * W, C))
+        x = x + h.reshape(B, H, W, C).permute(0, 3, 1, 2)
+        return x / self.scale if self.scale != 1 else x
+
+
+def _split_qkv(module: nn.Module, state: dict, prefix: str, _metadata: Any) -> None:
+    for kind in ("weight", "bias"):
+        packed = state.pop(f"{prefix}to_qkv.{kind}")
+        for name, part in zip(("to_q", "to_k", "to_v"), packed.chunk(3), strict=True):
+            state[f"{prefix}{name}.{kind}"] = part
+
+
+def _pack_qkv(module: nn.Module, state: dict, prefix: str, *_: Any) -> None:
+    for kind in ("weight", "bias"):
+        keys = [f"{prefix}{name}.{kind}" for name in ("to_q", "to_k", "to_v")]
+        if all(key in state for key in keys):
+            state[f"{prefix}to_qkv.{kind}"] = torch.cat([state.pop(key) for key in keys])
+
+
+def halve(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, C, H/2, W/2], means of 2 x 2 pixels."""
+    return F.avg_pool2d(x, 2)
+
+
+def double(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, C, 2 H, 2 W], every pixel four times."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class Downsample(nn.Module):
+    """A stride-2 convolution; padding 0 means one row and column at the far edges."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H/2, W/2]."""
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour times 2, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, 2 H, 2 W]."""
+        return self.conv(double(x))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, attention after each if asked, then a change of size.
+
+    Args:
+        resnets: the residual blocks.
+        attentions: as many, or none.
+        down, up: what changes the size, a convolution or a residual block of its own; or neither.
+    """
+
+    def __init__(
+        self,
+        resnets: list[ResnetBlock],
+        attentions: list[Attention],
+        down: nn.Module | None = None,
+        up: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions) if attentions else None
+        self.downsamplers = nn.ModuleList([down]) if down is not None else None
+        self.upsamplers = nn.ModuleList([up]) if up is not None else None
+
+    @property
+    def resize(self) -> nn.Module | None:
+        """What changes the size, if anything does."""
+        layers = self.downsamplers or self.upsamplers
+        return layers[0] if layers is not None else None
+
+    def residual(self) -> Iterator[ResnetBlock]:
+        """Residual blocks in the order in which the forward pass meets them."""
+        yield from cast(Iterable[ResnetBlock], self.resnets)
+        if isinstance(self.resize, ResnetBlock):
+            yield self.resize
+
+    def layer(self, i: int, x: Tensor, projection: Tensor) -> Tensor:
+        """Residual block i and its attention."""
+        x = self.resnets[i](x, projection)
+        return self.attentions[i](x) if self.attentions is not None else x
+
+    def resized(self, x: Tensor, rows: Iterator[Tensor]) -> Tensor:
+        """Change the size; a residual block takes its projection from ``rows``."""
+        assert self.resize is not None
+        return (
+            self.resize(x, next(rows)) if isinstance(self.resize, ResnetBlock) else (self.resize(x))
+        )
+
+
+def zero_(module: nn.Conv2d | nn.Linear) -> None:
+    """Zero a layer, so that its block starts as the identity (Ho et al. 2020's code)."""
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,635 @@
+r"""Sampling: x_T from the seeds, then S times (network, fused update, advance), then images.
+
+``backend="reference"`` is plain PyTorch: the U-Net as written, the update of
+``kernels/reference/``, no compilation, no graph. ``backend="fused"`` is the fast path: on CUDA
+the Triton kernels and a captured step, on the CPU the reference operations with the noise of many
+steps drawn in one call; on both, the time half of our U-Net hoisted and the rest compiled if asked.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from os import PathLike
+from types import SimpleNamespace
+from typing import Any, Protocol, Unpack
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from flashddpm import arguments
+from flashddpm.checkpoints.model_folder import Conditioning
+from flashddpm.checkpoints.pretrained import (
+    Pretrained,
+    load_diffusers,
+    load_pretrained,
+    save_pretrained,
+    scheduler_config,
+)
+from flashddpm.diffusion.parameterization import PREDICTION_TYPES
+from flashddpm.diffusion.plan_options import PlanOptions, RunOptions
+from flashddpm.diffusion.schedule import NoiseSchedule
+from flashddpm.diffusion.scheduler_config import SamplingDefaults
+from flashddpm.diffusion.solvers import Plan
+from flashddpm.errors import NonFiniteError
+from flashddpm.execution.executor import BACKENDS, Execution
+from flashddpm.execution.modes import evaluating
+from flashddpm.execution.processes import check_picklable, renewed_in_child
+from flashddpm.execution.slot_table import Batch, Occupant
+from flashddpm.execution.slots import Call, Slots
+from flashddpm.host import isolated
+from flashddpm.kernels.tables import Purpose
+from flashddpm.sampling import inputs
+from flashddpm.sampling.trajectory import Trajectory, load_trajectory
+
+
+class Guest(Protocol):
+    """Who draws images with a sampler over many of its calls."""
+
+    def emptied(self) -> AbstractContextManager[None]:
+        """Finish the images under way; within the context start no others."""
+
+
+class Sampler:
+    """Draws images from a network.
+
+    Args:
+        network: our UNet, or any callable that predicts from (x_t, t[, labels]).
+        schedule: the forward process it was trained on.
+        shape: (C, H, W) of an image.
+        prediction_type: "epsilon", "sample" or "v_prediction".
+        call: how to call a network of another signature: (x_t, t, labels) -> out, with x_t
+            [L, C, H, W] in the network's dtype, t int64 [L], labels int64 [L] or None. If it has a
+            parameter ``index`` it is given that by name, int64 [L]: each lane's place in ``seeds``,
+            or its `Request.index`, by which to find conditions that are kept outside.
+        conditioning: what labels the network takes.
+        defaults: what ``sample`` does unless told otherwise: spacing, offset, clipping, variance.
+        device: "auto", "cpu", "cuda" or "cuda:N"; a foreign module is moved there.
+        dtype: of the network's input; by default the network's own.
+        backend: "auto" is "fused".
+        compile: True, False, or "auto": on CUDA always for our U-Net, on the CPU when the
+            work asked for repays it, never for a foreign network.
+        capture: whether the step becomes a CUDA graph; "auto" means on CUDA for our U-Net.
+        tune: compile by trying many kernels for each operation (max-autotune), which takes minutes
+            once for each shape: what is found is kept in the user's cache.
+        graph_memory: bytes of the GPU that captured steps may hold, past which they run one by one;
+            by default half of what is free when the first is captured.
+        scheduler: the config with diffusers' keys that schedule, prediction_type and defaults were
+            read from, if any; ``save_pretrained`` writes it.
+
+    Raises:
+        ValueError: an argument that is not allowed.
+    """
+
+    @isolated(grad=False)
+    def __init__(
+        self,
+        network: nn.Module | Callable[..., Tensor],
+        schedule: NoiseSchedule,
+        *,
+        shape: tuple[int, int, int],
+        prediction_type: str = "epsilon",
+        call: Call | None = None,
+        conditioning: Conditioning | None = None,
+        defaults: SamplingDefaults | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype | None = None,
+        backend: str = "auto",
+        compile: bool | str = "auto",
+        capture: bool | str = "auto",
+        tune: bool = False,
+        graph_memory: int | None = None,
+        scheduler: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._arguments: dict[str, Any] = {
+            "network": network,
+            "schedule": schedule,
+            "shape": shape,
+            "prediction_type": prediction_type,
+            "call": call,
+            "conditioning": conditioning,
+            "defaults": defaults,
+            "device": device,
+            "dtype": dtype,
+            "backend": backend,
+            "compile": compile,
+            "capture": capture,
+            "tune": tune,
+            "graph_memory": graph_memory,
+            "scheduler": scheduler,
+        }
+        if not callable(network):
+            raise ValueError(f"network={network!r}: must be a module or a function")
+        if not isinstance(shape, Sequence) or len(shape) != 3:
+            raise ValueError(f"shape={shape!r}: must be (C, H, W)")
+        C, H, W = (arguments.integer("shape", side, 1) for side in shape)
+        self.shape = (C, H, W)
+        self.schedule = schedule
+        self.prediction_type = arguments.one_of(
+            "prediction_type", prediction_type, PREDICTION_TYPES
+        )
+        self.conditioning = conditioning or Conditioning()
+        self.defaults = defaults or SamplingDefaults()
+        self.execution = Execution(
+            network,
+            call,
+            shape=self.shape,
+            num_timesteps=len(schedule),
+            conditioning=self.conditioning,
+            device=arguments.resolve_device(device),
+            dtype=dtype,
+            backend=backend,
+            compile=compile,
+            capture=capture,
+            tune=tune,
+            graph_memory=graph_memory,
+        )
+        self._guests: WeakSet[Guest] = WeakSet()
+        self.after_fork()
+        renewed_in_child(self)
+
+    def after_fork(self) -> None:
+        """Make the lock anew, for whoever held it is not in a forked child."""
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def __copy__(self) -> Sampler:
+        return self.replace()
+
+    @isolated
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sampler:
+        return type(self)(**copy.deepcopy(self._arguments, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle arguments and weights; what was compiled or captured is made anew elsewhere.
+
+        Raises:
+            TypeError: an argument, such as the network or its call, cannot be pickled.
+        """
+        for name, value in self._arguments.items():
+            check_picklable(
+                name,
+                value,
+                "make the Sampler in the other process, of what can be sent: the network's "
+                "state_dict, a folder, a function of a module",
+            )
+        return _rebuild, (type(self), self._arguments)
+
+    @property
+    def network(self) -> nn.Module | Callable[..., Tensor]:
+        """The network, on the sampler's device."""
+        return self.execution.network
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs and where images are."""
+        return self.execution.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the network's input."""
+        return self.execution.dtype
+
+    @property
+    def backend(self) -> str:
+        """The path: "reference" or "fused"."""
+        return self.execution.backend
+
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """Schedule, prediction type and defaults with diffusers' keys, as a folder has them.
+
+        Raises:
+            ValueError: diffusers has no settings for these defaults.
+        """
+        known = self._arguments["scheduler"]
+        if known is not None:
+            return dict(known)
+        return scheduler_config(self.schedule, self.prediction_type, self.defaults)
+
+    @classmethod
+    @isolated(grad=False)
+    def from_pretrained(
+        cls,
+        source: str | PathLike[str],
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype | None = None,
+        *,
+        allow_pickle: bool = False,
+        revision: str | None = None,
+        tables: str = "float64",
+        **options: Unpack[RunOptions],
+    ) -> Sampler:
+        """Load a model in diffusers' layout.
+
+        Args:
+            source: a folder, of a pipeline or flat; or OWNER/NAME on the Hugging Face Hub.
+            device: as for the class.
+            dtype: of the network; by default bfloat16 on CUDA and float32 on the CPU.
+            allow_pickle: read .bin weights, checked, where there are no safetensors.
+            revision: on the hub, a branch, tag or commit.
+            tables: "float64", or "diffusers" for the bits of its float32 schedule.
+            options: backend, compile, capture, tune and graph_memory, as for the class.
+
+        Raises:
+            CheckpointError: no such model, or files or keys missing, broken or not supported.
+            ValueError: an argument that is not allowed.
+        """
+        target = arguments.resolve_device(device)
+        cuda = target.type == "cuda"
+        kind = arguments.resolve_dtype(dtype, torch.bfloat16 if cuda else torch.float32)
+        arguments.one_of("backend", options.get("backend", "auto"), BACKENDS)
+        model = load_pretrained(source, target, kind, allow_pickle, revision, tables)
+        return cls._of(model, options)
+
+    @classmethod
+    @isolated(grad=False)
+    def from_diffusers(
+        cls,
+        model: Any,
+        scheduler: Any = None,
+        *,
+        conditioning: Conditioning | None = None,
+        tables: str = "float64",
+        **options: Unpack[RunOptions],
+    ) -> Sampler:
+        """Take over live objects of diffusers; their weights are copied, where and as they are.
+
+        A U-Net that is more than its weights and config, with hooks, a forward or an attention
+        processor of its own, say, is called itself, as any network of one's own is: not copied,
+        and not compiled unless asked.
+
+        Args:
+            model: a DDPMPipeline or DDIMPipeline, or a UNet2DModel.
+            scheduler: needed beside a UNet2DModel; beside a pipeline, in place of its own.
+            conditioning: what labels the network takes; by default every embedding is a class.
+            tables: "float64", or "diffusers" for the bits of its float32 schedule.
+            options: backend, compile, capture, tune and graph_memory, as for the class.
+
+        Raises:
+            ValueError: other classes, or settings that we have no rows or layers for.
+        """
+        return cls._of(load_diffusers(model, scheduler, conditioning, tables), options)
+
+    @classmethod
+    def _of(cls, model: Pretrained, options: RunOptions) -> Sampler:
+        parameter = next(model.unet.parameters())
+        return cls(
+            model.unet,
+            model.schedule,
+            shape=model.shape,
+            prediction_type=model.prediction_type,
+            conditioning=model.conditioning,
+            defaults=model.defaults,
+            device=parameter.device,
+            dtype=parameter.dtype,
+            scheduler=model.scheduler,
+            **options,
+        )
+
+    @isolated(grad=False)
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write a folder that diffusers loads, and ``from_pretrained`` too.
+
+        Args:
+            folder: made if it does not exist; the one that was loaded may be saved over.
+
+        Raises:
+            ValueError: the network is not ours, or its defaults have no settings in diffusers.
+        """
+        save_pretrained(folder, self.network, self.scheduler_config, self.conditioning)
+
+    def replace(self, **changes: Any) -> Sampler:
+        """Return a sampler like this one, but for these arguments of the class.
+
+        Nothing compiled is taken over. Unless another network is given both share theirs, and
+        follow its weights, whoever changes them.
+
+        Raises:
+            TypeError: no such argument.
+            ValueError: one that is not allowed.
+        """
+        if changes.keys() & {"schedule", "prediction_type", "defaults"}:
+            changes = {"scheduler": None, **changes}  # they no longer are what it says
+        return type(self)(**self._arguments | changes)
+
+    @isolated(grad=False)
+    def initial_noise(self, seeds: int | Iterable[int] | Tensor) -> Tensor:
+        """Return the x_T of these seeds, float32 [B, C, H, W]."""
+        return self.execution.draw(arguments.seed_list(seeds), 0, Purpose.INITIAL)
+
+    @isolated(grad=False)
+    def step_noise(self, seeds: int | Iterable[int] | Tensor, key: int) -> Tensor:
+        """Return the z of the step with noise key ``key``, float32 [B, C, H, W].
+
+        The key of a step is its timestep (``Plan.noise_keys``).
+        """
+        key = arguments.integer("key", key, -(2**63), 2**63 - 1)
+        return self.execution.draw(arguments.seed_list(seeds), key, Purpose.REVERSE_STEP)
+
+    @isolated(grad=False)
+    def plan(
+        self, solver: str | Plan = "ddim", num_steps: int = 50, **options: Unpack[PlanOptions]
+    ) -> Plan:
+        """Return the rows that ``sample`` would apply; arguments are those of ``sample``."""
+        if isinstance(solver, Plan):
+            for name, value in options.items():
+                if value is not None:
+                    raise ValueError(f"{name}={value!r}: must not be given beside a Plan")
+            if solver.timesteps.min() < 0 or solver.timesteps.max() > len(self.schedule) - 1:
+                raise ValueError(
+                    f"solver: the plan's timesteps must be in 0..{len(self.schedule) - 1}"
+                )
+            return solver
+        return self.defaults.plan(self.schedule, self.prediction_type, solver, num_steps, options)
+
+    @isolated(grad=False)
+    def sample(
+        self,
+        seeds: int | Iterable[int] | Tensor,
+        labels: int | Iterable[int] | Tensor | None = None,
+        guidance: float | Sequence[float] = 1.0,
+        solver: str | Plan = "ddim",
+        num_steps: int = 50,
+        *,
+        image: Tensor | None = None,
+        strength: float | None = None,
+        batch_size: int = 64,
+        exact: bool = False,
+        bucket: int | None = None,
+        progress: bool = False,
+        on_step: Callable[[int, Tensor], None] | None = None,
+        initial_noise: Tensor | None = None,
+        step_noise: Callable[[int], Tensor | None] | None = None,
+        **options: Unpack[PlanOptions],
+    ) -> Tensor:
+        """Draw one image a seed.
+
+        Args:
+            seeds: any number of 64-bit integers; an image depends on its own seed only.
+            labels: one label, or one for each seed; None asks for the null class.
+            guidance: w of out = uncond + w (cond - uncond), one or one for each seed; 1 is off
+                and costs one network evaluation a step instead of two.
+            solver: a name of solvers.SOLVERS, or a Plan of your own.
+            num_steps: 1..T; of no effect beside a Plan.
+            image: float [N, C, H, W] or [C, H, W] in [-1, 1] to begin at (SDEdit), noised.
+            strength: in (0, 1], beside an image: the share of the steps that is taken.
+            batch_size: images at a time.
+            exact: run the compiled network on one shape always, whatever is asked for, so that an
+                image's bits do not depend on how many others there are: at the price of a full
+                batch each time.
+            bucket: how many evaluations the network runs at a time, the spare ones included. By
+                default as many as are asked for, or, compiled or captured, the next power of two
+                and ``batch_size`` images at most: one shape for each is compiled.
+            progress: show a bar.
+            on_step: called after each step of each chunk with the step's number and the x0
+                predicted by it, float32 [b, C, H, W].
+            initial_noise: float [N, C, H, W] to begin with instead of the seeds' noise.
+            step_noise: returns the noise of a step, float [N, C, H, W], by its number, to use
+                instead of the seeds' (None where the step takes none); asked for in order, for all
+                images in one batch. Steps are then not captured.
+            options: of the plan (PlanOptions): None is the model's own, or none.
+
+        Returns:
+            float32 [N, C, H, W] in about [-1, 1], on the sampler's device.
+
+        Raises:
+            ValueError: an argument that is not allowed.
+            NonFiniteError: the network's output turned NaN or infinite.
+            RuntimeError: the network's weights were changed meanwhile, by another thread.
+        """
+        batch = arguments.integer("batch_size", batch_size, 1)
+        seed, label, scale = self._images(seeds, labels, guidance)
+        plan, begin = self._begin(solver, num_steps, image, strength, len(seed), options)
+        if len(plan) > len(self.schedule):
+            raise ValueError(f"solver: a plan of {len(plan)} rows; at most {len(self.schedule)}")
+        most = batch if self.conditioning.null_label is None else 2 * batch
+        lanes = [1 if w == 1 else 2 for w in scale]
+        L, compiled = self._width(lanes, batch, most, plan, exact, bucket)
+
+        shape = (len(seed), *self.shape)
+        z = inputs.noise_of("initial_noise", initial_noise, shape, self.device)
+        if step_noise is not None and len(seed) > batch:
+            raise ValueError(
+                f"step_noise: {len(seed)} seeds must be one batch, of at most batch_size={batch}"
+            )
+
+        result = torch.empty(shape, dtype=torch.float32, device=self.device)
+        chunks = range(0, len(seed), batch)
+        with self._exclusive(), _bar(progress, len(chunks) * len(plan)) as bar:
+            unchanged = self.execution.follower.unchanged()
+            self.execution.renew()
+            if exact and L:
+                self.execution.prove_exact(L)
+            for start in chunks:
+                part = slice(start, start + batch)
+                count, width = len(seed[part]), L or sum(lanes[part])
+                buffers = self.execution.slots(count, width, (batch, most))
+                buffers.load_plan(plan)
+                x = self.execution.start(seed[part], plan, _part(begin, part), _part(z, part))
+                self._admit(Batch(buffers), x, start, seed, label, scale, len(plan))
+                slots = buffers.prefix(min(len(buffers.idx), width), width)
+                given = step_noise and inputs.spread(step_noise, slots, count, plan)
+                steps = self.execution.run(slots, plan, compiled, on_step is not None, given)
+                for i, x0 in enumerate(steps):
+                    bar.update()
+                    if on_step is not None and x0 is not None:
+                        on_step(i, x0[:count])
+                self._check_finite(slots, seed[part], len(plan))
+                result[part] = slots.x[:count]
+            unchanged()
+        return result
+
+    @isolated(grad=False)
+    def trajectory(
+        self,
+        seeds: int | Iterable[int] | Tensor,
+        labels: int | Iterable[int] | Tensor | None = None,
+        guidance: float | Sequence[float] = 1.0,
+        solver: str | Plan = "ddim",
+        num_steps: int = 50,
+        *,
+        image: Tensor | None = None,
+        strength: float | None = None,
+        **options: Unpack[PlanOptions],
+    ) -> Trajectory:
+        """Begin to draw images that are stepped by hand, and can be saved on their way.
+
+        Arguments and errors are those of ``sample``; all images are one batch.
+        """
+        seed, label, scale = self._images(seeds, labels, guidance)
+        plan, begin = self._begin(solver, num_steps, image, strength, len(seed), options)
+        x = self.execution.start(seed, plan, begin)
+        return Trajectory(self, plan, x, seed, label, scale)
+
+    @isolated(grad=False)
+    def resume(self, path: str | PathLike[str]) -> Trajectory:
+        """Return the trajectory that ``Trajectory.save`` wrote, to go on from.
+
+        Raises:
+            CheckpointError: no such file, or not one of images that this sampler draws.
+        """
+        return load_trajectory(self, path)
+
+    @isolated(grad=False)
+    def predict(
+        self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, *, evaluations: int = 0
+    ) -> Tensor:
+        """Return what the network says of noisy images, without guidance, for training's losses.
+
+        Args:
+            x_t: float [B, C, H, W] on the sampler's device.
+            t: int64 [B], timesteps.
+            labels: int64 [B], or None for a network that takes none.
+            evaluations: how many of one image are to come, for compile="auto" to judge by; all
+                calls should then be of one B, since a network is compiled for each.
+
+        Returns:
+            [B, C or 2C, H, W] in the network's dtype.
+
+        Raises:
+            ValueError: the network returns another shape.
+        """
+        with self._exclusive():
+            self.execution.renew()
+            return self.execution.predict(x_t, t, labels, evaluations)
+
+    def _images(
+        self, seeds: Any, labels: Any, guidance: Any
+    ) -> tuple[list[int], list[int] | None, list[float]]:
+        """Return seed, label and guidance of every image."""
+        seed = arguments.seed_list(seeds)
+        label = inputs.labels_of(labels, len(seed), self.conditioning)
+        return seed, label, inputs.guidance_of(guidance, len(seed), labels, self.conditioning)
+
+    def _width(
+        self,
+        lanes: list[int],
+        batch: int,
+        most: int,
+        plan: Plan,
+        exact: bool,
+        bucket: int | None,
+    ) -> tuple[int | None, bool]:
+        """Return the lanes of every chunk, None for as many as it uses, and whether compiled.
+
+        Args:
+            lanes: of each image.
+            batch: images of a chunk.
+            most: lanes that so many images may take.
+            plan, exact, bucket: as for ``sample``.
+        """
+        used = max(sum(lanes[i : i + batch]) for i in range(0, len(lanes), batch))
+        if bucket is not None:
+            arguments.integer("bucket", bucket, used)
+        if arguments.boolean("exact", exact):
+            self.execution.check_exact(plan)
+            return bucket or most, True
+        L = bucket or self.execution.bucket(used, most, compiled=True)
+        compiled = self.execution.compiles(len(plan) * sum(lanes), L)
+        if bucket or compiled or self.execution.capture:
+            return L, compiled
+        return None, compiled
+
+    def _begin(
+        self,
+        solver: str | Plan,
+        num_steps: int,
+        image: Tensor | None,
+        strength: float | None,
+        count: int,
+        options: PlanOptions,
+    ) -> tuple[Plan, Tensor | None]:
+        """Return the plan, and the images that it begins at."""
+        plan = self.plan(solver, num_steps, **options)
+        if strength is not None:
+            plan = plan.start(strength)
+        return plan, inputs.begin_of(image, (count, *self.shape), plan, self.device)
+
+    def _admit(
+        self,
+        batch: Batch,
+        x: Tensor,
+        start: int,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None,
+        guidance: Sequence[float],
+        length: int,
+    ) -> None:
+        """Start the images from number ``start`` on, one for each of x, at row 1 of a plan."""
+        null = self.conditioning.null_label
+        for x_T, i in zip(x, range(start, start + len(x)), strict=True):
+            label = None if labels is None else labels[i]
+            batch.admit(Occupant(seeds[i], label, null, guidance[i], 1, length, i), x_T)
+        batch.upload()
+
+    def _check_finite(self, slots: Slots, seeds: Sequence[int], num_steps: int) -> None:
+        for seed, row in zip(seeds, slots.nonfinite.tolist(), strict=False):
+            if row:
+                raise NonFiniteError(seed, row - 1, num_steps)
+
+    @isolated(grad=False)
+    def update_weights(self, state: dict[str, Tensor]) -> None:
+        """Copy new weights into our U-Net, in place; every call follows them.
+
+        Engines of this sampler first finish the images that they are at, and start no others
+        meanwhile, so that every image is of one network.
+
+        Args:
+            state: a state dict with diffusers' keys.
+
+        Raises:
+            RuntimeError: called by a callback of an engine's, or of the sampler's own.
+            ValueError: the network is not our UNet, or the state is not one of its finite,
+                matching state dicts; then nothing was changed.
+        """
+        self.execution.check_state(state)
+        self._check_not_within()
+        with ExitStack() as emptied:
+            for guest in list(self._guests):
+                emptied.enter_context(guest.emptied())
+            with self._exclusive():
+                self.execution.update_weights(state)
+
+    def welcome(self, guest: Guest) -> None:
+        """Have whoever draws images over many calls, such as an `Engine`, empty at new weights."""
+        self._guests.add(guest)
+
+    def _check_not_within(self) -> None:
+        if self._owner == threading.get_ident():
+            raise RuntimeError("a callback called the sampler that it is called by")
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Let one call at a time have the buffers, with the network in evaluation mode.
+
+        Others wait, but a call from within cannot.
+        """
+        self._check_not_within()
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                with evaluating(self.execution.follower.modules), self.execution.turn():
+                    yield
+            finally:
+                self._owner = None
+
+
+def _part(whole: Any, part: slice) -> Any:
+    return None if whole is None else whole[part]
+
+
+def _bar(progress: bool, total: int) -> AbstractContextManager[Any]:
+    """Return a bar with ``update()``, or one that shows nothing."""
+    if not progress:
+        return nullcontext(SimpleNamespace(update=lambda: None))
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="step")
+
+
+def _rebuild(kind: type[Sampler], given: dict[str, Any]) -> Sampler:
+    return kind(**given)

@@ -1,0 +1,1 @@
+"""The Engine: images for many requests at once, in one batch that never waits."""

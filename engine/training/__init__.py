@@ -1,0 +1,1 @@
+"""The Trainer: its settings, data loader, training step, states and progress."""
