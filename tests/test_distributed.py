@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import flashddpm as fd
-from flashddpm import distributed as sharding
+from flashddpm import distributed
 from flashddpm.checkpoints.model_folder import save_model
 from flashddpm.cli import main as cli
 from flashddpm.cli import manifest
 from flashddpm.distributed import World
 
-THREADS = max(1, sharding.cores() // 2)
+THREADS = max(1, distributed.cores() // 2)
 """What each of two processes takes; the one that they are compared with must take as many."""
 
 COMMAND = os.path.join(os.path.dirname(sys.executable), "flashddpm")
@@ -211,7 +211,7 @@ def test_the_environment_says_who_this_is():
     four = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     assert World.from_environment({}) == World(0, 1, 0, 1)
     assert World.from_environment(four) == World(0, 1, 0, 1)  # a container's, not torchrun's
-    launched = {sharding.LAUNCHED: "none", **four}
+    launched = {distributed.LAUNCHED: "none", **four}
     assert World.from_environment(launched) == World(5, 8, 1, 4)
     for name, bad in (("RANK", "8"), ("RANK", "x"), ("WORLD_SIZE", ""), ("LOCAL_RANK", "-1")):
         with pytest.raises(ValueError, match=f"{name}="):

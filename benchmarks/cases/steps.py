@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import flashddpm as fd
-from flashddpm.benchmarks.cases import roofline as floors
+from flashddpm.benchmarks.cases import roofline
 from flashddpm.benchmarks.cases.sampling import DTYPES
 from flashddpm.benchmarks.measure import harness
 from flashddpm.benchmarks.measure.agreement import check, check_low
@@ -82,7 +82,7 @@ def latency(name: str, dtype: str, batch: int) -> Case:
             torch.cuda.reset_peak_memory_stats()
         seconds = seconds_a_step(draw, few, many)
         values = {"ms_a_step": seconds * 1e3, "image_steps_a_second": batch / seconds}
-        values |= shares(of, kind, batch, seconds, floors.speed(device, kind))
+        values |= shares(of, kind, batch, seconds, roofline.speed(device, kind))
         values["loop_ms"] = 1e3 * seconds_a_step(
             drawing(without_network(of, device), batch), *LOOP_SPAN
         )
@@ -101,10 +101,10 @@ def latency(name: str, dtype: str, batch: int) -> Case:
 
 
 def shares(
-    of: Model, dtype: torch.dtype, batch: int, seconds: float, speed: floors.Speed
+    of: Model, dtype: torch.dtype, batch: int, seconds: float, speed: roofline.Speed
 ) -> dict[str, float]:
     """Return the work of a step and how much of its time each floor is."""
-    work = floors.work_of(of, dtype, batch)
+    work = roofline.work_of(of, dtype, batch)
     return {
         "gflop": work.flops / 1e9,
         "mbytes": work.bytes / 1e6,

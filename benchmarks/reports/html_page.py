@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from flashddpm.benchmarks.measure.runs import Run
 from flashddpm.benchmarks.reports.plots import PLOTS
 from flashddpm.benchmarks.reports.table import table
-from flashddpm.io import html as pages
+from flashddpm.io import html_pages
 
 
 def page(runs: Sequence[Run]) -> str:
     """Return the page of some runs, each with its own tables and pictures."""
-    return pages.page("flashddpm: measured", "".join(_section(run) for run in runs))
+    return html_pages.page("flashddpm: measured", "".join(_section(run) for run in runs))
 
 
 def _section(run: Run) -> str:
@@ -23,7 +23,7 @@ def _section(run: Run) -> str:
     for title, draw in PLOTS.items():
         figure = draw(run)
         if figure is not None:
-            image = pages.picture(pages.png_of(figure), title)
+            image = html_pages.picture(html_pages.png_of(figure), title)
             parts.append(f"<h3>{html.escape(title)}</h3>{image}")
     parts.append(_table(rows))
     parts.append("<h3>What each case does</h3><ul>")
@@ -38,4 +38,4 @@ def _table(markdown: str) -> str:
     lines = markdown.splitlines()
     rows = [line.strip("|").split("|") for line in lines if line.startswith("| ")]
     rest = "".join(f"<p>{html.escape(line)}</p>" for line in lines if line and line[0] != "|")
-    return pages.table([[cell.strip() for cell in row] for row in rows]) + rest
+    return html_pages.table([[cell.strip() for cell in row] for row in rows]) + rest

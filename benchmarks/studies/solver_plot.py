@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashddpm.diffusion.solvers import SIGMA_SPACINGS, SOLVERS, SPACINGS
 from flashddpm.io.files import read_json
-from flashddpm.io.html import png_of
+from flashddpm.io.html_pages import png_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

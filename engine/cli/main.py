@@ -238,7 +238,7 @@ def warm(
     """Compile a model ahead of its first use; later processes find the code in the user's cache."""
     import flashddpm as fd
     from flashddpm import arguments
-    from flashddpm.execution import compile_cache as caches
+    from flashddpm.execution import compile_cache
 
     try:
         sizes = [int(part) for part in batch_size.split(",")]
@@ -256,7 +256,7 @@ def warm(
         w, batch = 2.0 if guided else 1.0, max(size, 64)  # the bucket that sample() takes
         sampler.sample(range(size), label, w, num_steps=1, batch_size=batch)
         print(f"{size} images at a time: {time.perf_counter() - start:.1f} s")
-    print(f"kept in {caches.folder()}")
+    print(f"kept in {compile_cache.folder()}")
 
 
 @app.command()

@@ -28,7 +28,7 @@ from flashddpm import arguments
 from flashddpm.data import ImageSource, to_float
 from flashddpm.errors import CheckpointError
 from flashddpm.evaluation.classifier import Classifier
-from flashddpm.execution import compile_cache as caches
+from flashddpm.execution import compile_cache
 from flashddpm.host import isolated
 from flashddpm.io.files import read_tensors, require_file, write_atomic
 
@@ -272,7 +272,8 @@ def cached_features(
         fingerprint = fingerprint_of(images) if isinstance(images, Tensor) else images.fingerprint()
     key = json.dumps([fingerprint, extractor.fingerprint, len(images)])
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    path = (caches.folder() / "features" if folder is None else folder) / f"{name}.safetensors"
+    folder = compile_cache.folder() / "features" if folder is None else folder
+    path = folder / f"{name}.safetensors"
     if path.exists():
         try:
             return _read(path, key)

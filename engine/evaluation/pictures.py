@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from flashddpm.data import to_float
-from flashddpm.io.html import png_of
+from flashddpm.io.html_pages import png_of
 from flashddpm.io.images import make_grid
 
 if TYPE_CHECKING:

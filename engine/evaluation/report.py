@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flashddpm.io import html as pages
+from flashddpm.io import html_pages
 from flashddpm.io.files import write_atomic, write_json
 
 TITLE = "flashddpm: how good the model is"
@@ -101,7 +101,7 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
 
 def page(result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """Return the page; ``pictures`` are PNGs by the names in CAPTIONS."""
-    parts = [pages.table(summary(result))]
+    parts = [html_pages.table(summary(result))]
     parts += [f"<p>{html.escape(line)}</p>" for line in _notes(result)]
     parts.append(
         "<p>Real images: as many training images, of the samples' classes, beside the same "
@@ -111,7 +111,7 @@ def page(result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     )
     for name, caption in CAPTIONS.items():
         if name in pictures:
-            image = pages.picture(pictures[name], caption)
+            image = html_pages.picture(pictures[name], caption)
             parts.append(f"<h2>{html.escape(caption)}</h2>{image}")
     if "recognised" in result:
         parts.append("<h2>Recognised as asked, by class</h2>" + _classes(result["recognised"]))
@@ -119,7 +119,7 @@ def page(result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         parts.append("<h2>The bound, bits a dimension</h2>" + _bound(result["bound"]))
     facts = {key: result[key] for key in FACTS if key in result}
     parts.append(f"<h2>Of what</h2><pre>{html.escape(json.dumps(facts, indent=2))}</pre>")
-    return pages.page(TITLE, "\n".join(parts))
+    return html_pages.page(TITLE, "\n".join(parts))
 
 
 FACTS = ("model", "samples", "data", "reference", "features", "environment")
@@ -131,7 +131,7 @@ def _classes(found: Mapping[str, Any]) -> str:
         (name, _share(ours), _share(theirs))
         for name, ours, theirs in zip(found["class_names"], found["by_class"], real, strict=True)
     ]
-    return pages.table([("class", "samples", "real images"), *rows])
+    return html_pages.table([("class", "samples", "real images"), *rows])
 
 
 def _bound(bound: Mapping[str, Any]) -> str:
@@ -141,7 +141,7 @@ def _bound(bound: Mapping[str, Any]) -> str:
     rows.append(("L_1 to L_(T-1)", f"{middle:.6f}", ""))
     rows.append(("decoder, L_0", f"{bound['decoder']:.6f}", f"{bound['decoder_stderr']:.6f}"))
     rows.append(("in all", f"{bound['total']:.6f}", f"{bound['total_stderr']:.6f}"))
-    return pages.table(rows)
+    return html_pages.table(rows)
 
 
 def write(out: Path, result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Path:

@@ -18,7 +18,7 @@ from flashddpm.checkpoints.model_folder import Conditioning
 from flashddpm.checkpoints.weights import mismatches
 from flashddpm.diffusion.solvers import Plan
 from flashddpm.errors import CompilationError
-from flashddpm.execution import cpu_noise as noise
+from flashddpm.execution import cpu_noise
 from flashddpm.execution.calls import by_call, positional
 from flashddpm.execution.compiled_network import CompiledNetwork, repays
 from flashddpm.execution.cpu_noise import CompiledNoise
@@ -39,7 +39,7 @@ from flashddpm.execution.slots import (
 from flashddpm.execution.upload import send
 from flashddpm.kernels import reference
 from flashddpm.kernels.tables import Purpose
-from flashddpm.networks import registry as networks
+from flashddpm.networks import registry
 from flashddpm.networks.customized import hanging
 from flashddpm.networks.hoisted_unet import HoistedUNet, flops_per_image, unhoistable
 from flashddpm.networks.unet import UNet
@@ -94,11 +94,11 @@ class Execution:
             log.info("Triton is not installed: reference backend on %s", device)
             self.backend, fused = "reference", False
 
-        own = network if isinstance(network, networks.Network) and call is None else None
+        own = network if isinstance(network, registry.Network) and call is None else None
         if own is not None:
             _check_unet(own, shape, conditioning)
         # What hangs on a network may be any code: it runs as a network of the user's own does.
-        plain = own is not None and not hanging(own) and type(own) in networks.CLASSES
+        plain = own is not None and not hanging(own) and type(own) in registry.CLASSES
         self.compile = compile if fused and (plain or compile is True) else False
         self.capture = fused and cuda and (plain if capture == "auto" else bool(capture))
         self.ops = kernels if fused and cuda else reference
@@ -172,7 +172,7 @@ class Execution:
 
     def auto_compile(self, evaluations: int) -> tuple[bool, str]:
         """Return what compile="auto" chooses for so many evaluations of one image, and why."""
-        if not isinstance(self.network, networks.Network):
+        if not isinstance(self.network, registry.Network):
             return False, "a foreign network is compiled only when asked"
         if self.device.type == "cuda":
             return True, "our U-Net on CUDA is always compiled"
@@ -180,7 +180,7 @@ class Execution:
 
     @cached_property
     def _flops(self) -> int:
-        assert isinstance(self.network, networks.Network)
+        assert isinstance(self.network, registry.Network)
         return flops_per_image(self.network.config, self.shape)
 
     def on_device(self) -> AbstractContextManager[Any]:
@@ -266,7 +266,7 @@ class Execution:
         out = evaluate(slots, self._network(compiled), fractional)
         if stats:
             measure(slots, out, self.ops)
-        update(slots, out, self.ops, noise.of_rows(slots) if self._draws_ahead else None)
+        update(slots, out, self.ops, cpu_noise.of_rows(slots) if self._draws_ahead else None)
         return out
 
     def run(
@@ -332,7 +332,7 @@ class Execution:
 
     def check_plan(self, plan: Plan) -> None:
         """Refuse a plan that our U-Net has not the channels for; others show when they are run."""
-        if isinstance(self.network, networks.Network):
+        if isinstance(self.network, registry.Network):
             self.check_variance(plan, self.network.config.out_channels)
 
     def check_exact(self, plan: Plan) -> None:
@@ -434,12 +434,13 @@ class Execution:
     def _noise(self, slots: Slots, plan: Plan, compiled: bool) -> Iterator[Tensor | None]:
         """Yield each step's noise; None where the step draws its own, or none."""
         if self._draws_ahead:
-            return noise.ahead(slots, plan, self._compiled_noise if compiled else reference.philox)
+            draw = self._compiled_noise if compiled else reference.philox
+            return cpu_noise.ahead(slots, plan, draw)
         return repeat(None)
 
     def check_state(self, state: dict[str, Tensor]) -> None:
         """Refuse a state dict that `update_weights` cannot load."""
-        if not isinstance(self.network, networks.Network):
+        if not isinstance(self.network, registry.Network):
             raise ValueError("update_weights: the network is not flashddpm's own")
         wrong = mismatches(self.network, state)
         if wrong:
@@ -448,7 +449,7 @@ class Execution:
     def update_weights(self, state: dict[str, Tensor]) -> None:
         """Copy weights into our U-Net, in place; the next call renews what depends on them."""
         self.check_state(state)
-        assert isinstance(self.network, networks.Network)
+        assert isinstance(self.network, registry.Network)
         self.network.load_state_dict(state)
 
 
@@ -464,7 +465,7 @@ def _at_rest(slots: Slots, take: Step) -> Iterator[Step]:
 
 
 def _check_unet(
-    unet: networks.Network, shape: tuple[int, int, int], conditioning: Conditioning
+    unet: registry.Network, shape: tuple[int, int, int], conditioning: Conditioning
 ) -> None:
     """Refuse a U-Net that does not take these images or labels."""
     config, (C, H, W) = unet.config, shape

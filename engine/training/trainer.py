@@ -34,7 +34,7 @@ from flashddpm.io.files import write_json
 from flashddpm.io.images import save_grid
 from flashddpm.networks.unet import UNet
 from flashddpm.sampling.sampler import Sampler
-from flashddpm.training import resume as train_state
+from flashddpm.training import resume
 from flashddpm.training.config import TrainConfig
 from flashddpm.training.draws import Draws
 from flashddpm.training.initial_network import first_network
@@ -192,7 +192,7 @@ class Trainer:
             self._save_models()
             write_json(self.out / TrainConfig.FILE, self.config.to_dict())
             plot_loss(self.out)
-            train_state.write(self.out, self.state(), self.config.keep)
+            resume.write(self.out, self.state(), self.config.keep)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -217,7 +217,7 @@ class Trainer:
         )
 
     def _machine(self) -> dict[str, object]:
-        return train_state.machine(self.device, self.compiled, self.world.size)
+        return resume.machine(self.device, self.compiled, self.world.size)
 
     @isolated(grad=True)
     def resume(self, allow: Sequence[str] = ()) -> None:
@@ -233,8 +233,8 @@ class Trainer:
             CheckpointError: no state there, only broken ones, or one of another network.
             ValueError: the run was started with other settings or data; each is named.
         """
-        state = train_state.read_newest(self.out)
-        where = self.out / train_state.FOLDER
+        state = resume.read_newest(self.out)
+        where = self.out / resume.FOLDER
         expected = self.stepper.tensors()
         wrong = sorted(
             key
@@ -243,10 +243,10 @@ class Trainer:
             or key not in state.tensors
             or state.tensors[key].shape != expected[key].shape
         )
-        train_state.check_settings(state, self.config, self.data.fingerprint(), allow)
+        resume.check_settings(state, self.config, self.data.fingerprint(), allow)
         if wrong:
             raise CheckpointError(f"{where}: is of another network: {', '.join(wrong[:5])} differ")
-        train_state.report_machine(state.machine, self._machine())
+        resume.report_machine(state.machine, self._machine())
         self.load(state)
 
     @isolated(grad=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flashddpm as fd
-from flashddpm.execution import compiled_network as compilation
+from flashddpm.execution import compiled_network
 from flashddpm.execution.cpu_noise import CompiledNoise
 from flashddpm.kernels import reference
 
@@ -194,7 +194,7 @@ def broken(monkeypatch, caplog):
     """A compiler that fails, and that auto would choose; and what is logged."""
     monkeypatch.setattr("flashddpm.execution.executor.repays", lambda flops: (True, "by decree"))
     monkeypatch.setattr("flashddpm.execution.executor.Execution._flops", 1)
-    monkeypatch.setattr(compilation.torch, "compile", Broken)
+    monkeypatch.setattr(compiled_network.torch, "compile", Broken)
     monkeypatch.setattr(Broken, "good", 0)
     caplog.set_level(logging.WARNING, "flashddpm")
     return caplog
@@ -296,7 +296,7 @@ class TestAskedFor:
 
             return call
 
-        monkeypatch.setattr(compilation.torch, "compile", compiled)
+        monkeypatch.setattr(compiled_network.torch, "compile", compiled)
         with pytest.raises(ZeroDivisionError, match="of the network"):
             tiny_sampler(compile=True).sample(SEEDS, num_steps=3)
 

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from flashddpm.checkpoints import model_folder as checkpoint
+from flashddpm.checkpoints import model_folder
 from flashddpm.checkpoints.model_folder import (
     WEIGHTS,
     Conditioning,
@@ -199,7 +199,7 @@ def test_diffusers_loads_a_class_conditional_float16_unet(
     assert [r.getMessage() for r in complaints.records] == []
 
 
-@pytest.mark.parametrize("scheduler", checkpoint.SCHEDULERS)
+@pytest.mark.parametrize("scheduler", model_folder.SCHEDULERS)
 def test_we_load_what_diffusers_saves(tmp_path: Path, scheduler: str) -> None:
     import diffusers
 

@@ -16,7 +16,7 @@ import typer.main
 from PIL import Image
 
 from flashddpm.cli import main as cli
-from flashddpm.training import resume as train_state
+from flashddpm.training import resume
 from flashddpm.training.config import TrainConfig
 from flashddpm.training.trainer import Trainer
 
@@ -66,8 +66,8 @@ def stored(out) -> dict:
     return json.loads((out / TrainConfig.FILE).read_text())
 
 
-def newest(out) -> train_state.State:
-    return train_state.read_newest(out)
+def newest(out) -> resume.State:
+    return resume.read_newest(out)
 
 
 def assert_equal_bits(a, b) -> None:
@@ -301,7 +301,7 @@ def test_a_signal_ends_the_command_with_a_state(idx_folder, tmp_path, number, co
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         end = time.monotonic() + 100
-        while not train_state.states(out):
+        while not resume.states(out):
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.01)
         process.send_signal(number)
@@ -315,7 +315,7 @@ def test_a_full_disk_is_one_line(run, idx_folder, tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train_state, "write_atomic", full)
+    monkeypatch.setattr(resume, "write_atomic", full)
     code, _, err = run(idx_folder, "--out", tmp_path / "run", "--steps", 1, *TRAIN)
     assert code == 2 and "Traceback" not in err
     assert "step 1 could not be saved (No space left on device); what was saved before" in err
@@ -326,4 +326,4 @@ def test_a_run_that_diverges_says_what_to_try(run, idx_folder, tmp_path):
     options = ("--steps", 9, "--learning-rate", 1e30, "--warmup-steps", 0, "--grad-clip", 0, *TRAIN)
     code, _, err = run(idx_folder, "--out", out, *options)
     assert code == 2 and "training diverged" in err and "a lower learning_rate" in err
-    assert not train_state.states(out)
+    assert not resume.states(out)

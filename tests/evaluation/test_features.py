@@ -12,7 +12,7 @@ from flashddpm.data import ImageData, to_float
 from flashddpm.errors import CheckpointError
 from flashddpm.evaluation.classifier import Classifier
 from flashddpm.evaluation.features import Features, cached_features, features_of, fingerprint_of
-from flashddpm.execution import compile_cache as caches
+from flashddpm.execution import compile_cache
 
 
 def images(n: int, seed: int = 0) -> torch.Tensor:
@@ -246,8 +246,8 @@ def test_source_is_known_by_its_own_fingerprint(extractor, tmp_path):
 def test_files_lie_in_the_cache_of_the_user(extractor, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cached_features(images(3), extractor)
-    assert len(list((caches.folder() / "features").glob("*.safetensors"))) == 1
-    assert caches.folder().parent == tmp_path
+    assert len(list((compile_cache.folder() / "features").glob("*.safetensors"))) == 1
+    assert compile_cache.folder().parent == tmp_path
 
 
 def flip_a_bit(path) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from flashddpm.evaluation import pictures, report
-from flashddpm.io import html as pages
+from flashddpm.io import html_pages
 
 BOUND = {
     "timesteps": [0, 5, 12], "terms": [1.0, 0.25, 0.125], "terms_stderr": [0.1, 0.01, 0.2],
@@ -182,8 +182,8 @@ def test_pictures_of_a_bound_follow_its_numbers(monkeypatch):
 
 
 def test_a_table_escapes_its_cells():
-    text = pages.table([("a", "b"), ("<1>", "&")])
+    text = html_pages.table([("a", "b"), ("<1>", "&")])
     assert text == (
         "<table><tr><th>a</th><th>b</th></tr><tr><td>&lt;1&gt;</td><td>&amp;</td></tr></table>"
     )
-    assert "<title>a &lt; b</title>" in pages.page("a < b", "")
+    assert "<title>a &lt; b</title>" in html_pages.page("a < b", "")

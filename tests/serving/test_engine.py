@@ -14,11 +14,8 @@ import torch
 
 import flashddpm as fd
 from flashddpm.diffusion.plan_options import PlanOptions
-from flashddpm.serving import engine as service
-from flashddpm.serving import engine_loop as loop
-from flashddpm.serving import metrics
-from flashddpm.serving import request_queue as desk
-from flashddpm.serving import running_batch as flight
+from flashddpm.serving import engine as engine_module
+from flashddpm.serving import engine_loop, metrics, request_queue, running_batch
 
 SHAPE = (1, 3, 5)
 MANY = [
@@ -146,7 +143,7 @@ class TestImages:
         assert kinds == [torch.float32] * 2 + [torch.int64] * 2
 
     def test_more_plans_than_rows(self, sampler, start, monkeypatch):
-        monkeypatch.setattr(flight, "PLAN_ROWS", 60)
+        monkeypatch.setattr(running_batch, "PLAN_ROWS", 60)
         engine = start(4)
         requests = [ask(i, solver="ddpm", num_steps=20 + i) for i in range(12)]
         futures = [engine.submit(request) for request in requests]
@@ -393,7 +390,7 @@ class TestAdmission:
             return real(*args, **options)
 
         monkeypatch.setattr(sampler, "plan", plan)
-        monkeypatch.setattr(service, "CACHED_PLANS", 2)
+        monkeypatch.setattr(engine_module, "CACHED_PLANS", 2)
         engine = start()
         for _ in range(5):
             engine.submit(ask(num_steps=3))
@@ -414,7 +411,7 @@ class TestEnds:
     @pytest.fixture
     def clock(self, monkeypatch):
         clock = Clock()
-        for module in (desk, loop, service):
+        for module in (request_queue, engine_loop, engine_module):
             monkeypatch.setattr(module, "time", clock)
         return clock
 
@@ -591,9 +588,9 @@ class TestFaults:
 
     @pytest.mark.parametrize("name", ["evaluate", "update"])
     def test_network_and_update(self, sampler, start, monkeypatch, name):
-        from flashddpm.execution import executor as execution
+        from flashddpm.execution import executor
 
-        on_call(monkeypatch, execution, name, {1})
+        on_call(monkeypatch, executor, name, {1})
         engine = start()
         with monkeypatch.context():
             requests = [ask(i) for i in range(4)]

@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from flashddpm.checkpoints.model_folder import WEIGHTS
 from flashddpm.data import ImageData
 from flashddpm.errors import CheckpointError
-from flashddpm.training import resume as train_state
+from flashddpm.training import resume
 from flashddpm.training.config import MAY_CHANGE, NETWORK, ONLY_WITH, TrainConfig
 from flashddpm.training.progress import read_metrics
 
 
 def state_files(out: Path) -> list[int]:
-    return [int(path.stem) for path in train_state.states(out)]
+    return [int(path.stem) for path in resume.states(out)]
 
 
 def copied(whole, tmp_path: Path) -> Path:
@@ -63,7 +63,7 @@ def test_a_plus_b_steps_are_a_then_b(tmp_path_factory, training, a, b, labels, c
     left, right = training.files(one), training.files(two)
     for name in (f"unet/{WEIGHTS}", f"ema-20/unet/{WEIGHTS}", TrainConfig.FILE):
         assert left[name] == right[name], name
-    tensors = [train_state.read_newest(out).tensors for out in (one, two)]
+    tensors = [resume.read_newest(out).tensors for out in (one, two)]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensors[1][key], value) for key, value in tensors[0].items())
 
@@ -71,7 +71,7 @@ def test_a_plus_b_steps_are_a_then_b(tmp_path_factory, training, a, b, labels, c
 def test_a_cosine_is_gone_on_with(tmp_path, training):
     changes = {"lr_schedule": "cosine", "save_every": 4}
     whole = training.run(training.trainer(tmp_path, **changes))
-    newest = train_state.states(tmp_path)[0]
+    newest = resume.states(tmp_path)[0]
     newest.unlink()
     rest = training.resumed(tmp_path, **changes)
     assert rest.step == 4
@@ -144,12 +144,12 @@ def test_kills_at_random_moments(tmp_path, training):
     for _ in range(reached + 2):
         whole.train_step()
     training.assert_same(rest, training.state(whole))
-    assert not list((out / train_state.FOLDER).glob(".*"))
+    assert not list((out / resume.FOLDER).glob(".*"))
     assert state_files(out) == [reached + 2, reached]
     assert read_metrics(out)[-1]["step"] == reached + 2
 
 
-@pytest.mark.parametrize("place", [train_state.FOLDER, "unet"])
+@pytest.mark.parametrize("place", [resume.FOLDER, "unet"])
 def test_a_full_disk_costs_no_state(tmp_path, training, monkeypatch, place):
     fsync = os.fsync
 
@@ -161,14 +161,14 @@ def test_a_full_disk_costs_no_state(tmp_path, training, monkeypatch, place):
 
     whole = training.run(training.trainer(tmp_path / "a"))
     run = training.run(training.trainer(tmp_path / "b", steps=3, save_every=1))
-    before = training.files(tmp_path / "b" / train_state.FOLDER)
+    before = training.files(tmp_path / "b" / resume.FOLDER)
     monkeypatch.setattr(os, "fsync", full)
     run = training.resumed(tmp_path / "b")
     message = "step 6 could not be saved .No space left on device.; what was saved before is kept"
     with pytest.raises(OSError, match=message) as raised:
         training.run(run)
     assert raised.value.errno == errno.ENOSPC
-    assert training.files(tmp_path / "b" / train_state.FOLDER) == before
+    assert training.files(tmp_path / "b" / resume.FOLDER) == before
     assert not list((tmp_path / "b").rglob("*.tmp"))
     monkeypatch.setattr(os, "fsync", fsync)
     rest = training.resumed(tmp_path / "b")
@@ -178,7 +178,7 @@ def test_a_full_disk_costs_no_state(tmp_path, training, monkeypatch, place):
 
 def test_a_torn_state_falls_back_to_the_one_before(tmp_path, training, whole, caplog):
     training.run(training.trainer(tmp_path, save_every=2, keep=3))
-    paths = train_state.states(tmp_path)
+    paths = resume.states(tmp_path)
     assert state_files(tmp_path) == [6, 4, 2]
     for broken in (b"", b"\xff" * 100, paths[0].read_bytes()[:-1]):
         paths[0].write_bytes(broken)
@@ -197,7 +197,7 @@ def test_a_torn_state_falls_back_to_the_one_before(tmp_path, training, whole, ca
 def test_the_newest_are_kept_and_litter_is_not(tmp_path, training):
     training.run(training.trainer(tmp_path, save_every=1, keep=3))
     assert state_files(tmp_path) == [6, 5, 4]
-    litter = tmp_path / train_state.FOLDER / ".000000007.safetensors.1.tmp"
+    litter = tmp_path / resume.FOLDER / ".000000007.safetensors.1.tmp"
     litter.write_bytes(b"half")
     assert training.resumed(tmp_path, keep=1).step == 6
     training.run(training.resumed(tmp_path, steps=7, keep=1))
@@ -208,8 +208,8 @@ def test_a_run_from_elsewhere_says_that_bits_may_differ(tmp_path, training, whol
     out = copied(whole, tmp_path)
     training.resumed(out)
     assert "bits may differ" not in caplog.text
-    path = train_state.states(out)[0]
-    state = train_state.read(path)
+    path = resume.states(out)[0]
+    state = resume.read(path)
     here = dict(state.machine)
     assert here["threads"] == 1 and here["processes"] == 1 and here["device"] == "cpu"
     assert here["torch"] == torch.__version__ and not here["compiled"]
@@ -218,7 +218,7 @@ def test_a_run_from_elsewhere_says_that_bits_may_differ(tmp_path, training, whol
         ("threads", 7), ("instructions", "AVX9"), ("processes", 2), ("torch", "1.0"),
         ("device", "cuda"), ("compiled", True), ("card", "H100"),
     ):  # fmt: skip
-        train_state.write(out, dataclasses.replace(state, machine={**here, name: there}), 1)
+        resume.write(out, dataclasses.replace(state, machine={**here, name: there}), 1)
         caplog.clear()
         training.assert_same(training.resumed(out), whole[1])
         assert caplog.text.count("bits may differ") == 1
@@ -230,7 +230,7 @@ def test_a_run_from_elsewhere_says_that_bits_may_differ(tmp_path, training, whol
 
 def test_an_empty_folder_is_refused(tmp_path, training):
     for out in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(CheckpointError, match=f"^{out / train_state.FOLDER}: is missing"):
+        with pytest.raises(CheckpointError, match=f"^{out / resume.FOLDER}: is missing"):
             training.resumed(out)
 
 
@@ -253,7 +253,7 @@ def test_another_network_is_refused(training, whole, labels, changes):
     before = training.state(run)
     with pytest.raises(ValueError, match=f"^{next(iter(changes), 'data')}="):
         run.resume()
-    message = f"^{whole[0] / train_state.FOLDER}: is of another network: "
+    message = f"^{whole[0] / resume.FOLDER}: is of another network: "
     with pytest.raises(CheckpointError, match=message):
         run.resume(["data", *changes])
     found = training.state(run)
@@ -351,17 +351,17 @@ def test_settings_of_a_loss_are_compared_too(tmp_path, training, name, value, ow
 
 def test_a_state_of_another_version_has_other_settings(tmp_path, training, whole):
     """What it does not name was at its default: that goes on, and nothing else does."""
-    state = train_state.read_newest(whole[0])
+    state = resume.read_newest(whole[0])
     config = dict(state.config)
     for name in ("loss", "huber_delta", "loss_weighting", "min_snr_gamma", "p2_gamma"):
         del config[name]
-    train_state.write(tmp_path, dataclasses.replace(state, config=config), 1)
+    resume.write(tmp_path, dataclasses.replace(state, config=config), 1)
     training.assert_same(training.resumed(tmp_path), whole[1])
     for name, value, default in (("loss", "l1", "mse"), ("loss_weighting", "p2", "constant")):
         with pytest.raises(ValueError, match=f"^{name}='{value}' .the run has '{default}'"):
             training.resumed(tmp_path, **{name: value})
     newer = dataclasses.replace(state, config={**state.config, "optimizer": "lion"})
-    train_state.write(tmp_path, newer, 1)
+    resume.write(tmp_path, newer, 1)
     with pytest.raises(ValueError, match="^optimizer=None .the run has 'lion'.: "):
         training.resumed(tmp_path)
 
@@ -379,16 +379,16 @@ GOOD = {"step": "6", "config": "{}", "data": "sha256:0", "machine": "{}"}
     ],
 )
 def test_broken_metadata_are_refused(tmp_path, training, whole, metadata):
-    path = tmp_path / train_state.FOLDER / "000000006.safetensors"
+    path = tmp_path / resume.FOLDER / "000000006.safetensors"
     path.parent.mkdir()
-    tensors = train_state.read_newest(whole[0]).tensors
+    tensors = resume.read_newest(whole[0]).tensors
     safetensors.torch.save_file(tensors, path, metadata)
     with pytest.raises(CheckpointError, match=f"^{path}: its metadata"):
         training.resumed(tmp_path)
 
 
 def test_the_state_keeps_its_format(training, whole):
-    path = whole[0] / train_state.FOLDER / "000000006.safetensors"
+    path = whole[0] / resume.FOLDER / "000000006.safetensors"
     with safetensors.safe_open(path, "pt") as file:
         assert file.metadata().keys() == GOOD.keys()
         assert file.metadata()["step"] == "6"

@@ -14,7 +14,7 @@ import torch
 
 from flashddpm.data import load_npz
 from flashddpm.distributed import World
-from flashddpm.training import resume as train_state
+from flashddpm.training import resume
 from flashddpm.training.progress import read_metrics
 from flashddpm.training.trainer import Trainer
 
@@ -99,7 +99,7 @@ def test_two_processes_have_the_losses_of_one(training, data, tmp_path):
         assert losses(tmp_path / name) == pytest.approx(want, rel=TOLERANCE)
         # Only the first process writes: every step has one line.
         assert (tmp_path / name / "metrics.jsonl").read_bytes().count(b"\n") == 10
-        state = train_state.read_newest(tmp_path / name)
+        state = resume.read_newest(tmp_path / name)
         assert state.step == 10 and state.machine["processes"] == 2
         for key, value in one.state().tensors.items():
             if key.startswith(("model.", "ema-")):
@@ -108,7 +108,7 @@ def test_two_processes_have_the_losses_of_one(training, data, tmp_path):
     # In a file each: what two processes print in the same moment mixes.
     diverged = {path.name: path.read_text() for path in tmp_path.glob("diverged-*")}
     assert diverged == {"diverged-0": "3", "diverged-1": "3"}
-    assert not train_state.states(tmp_path / "bad")
+    assert not resume.states(tmp_path / "bad")
     alone = Trainer(config, images, tmp_path / "two", "cpu")
     alone.resume()
     assert alone.step == 10
@@ -135,7 +135,7 @@ def test_sigterm_ends_both_processes_with_a_state(data, tmp_path):
     workers = []
     try:
         end = time.monotonic() + 150
-        while not train_state.states(out):
+        while not resume.states(out):
             assert run.poll() is None and time.monotonic() < end
             time.sleep(0.01)
         workers = children(run.pid)
@@ -148,7 +148,7 @@ def test_sigterm_ends_both_processes_with_a_state(data, tmp_path):
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-    state = train_state.read_newest(out)
+    state = resume.read_newest(out)
     assert err.count(f"SIGTERM: stopped after step {state.step} of 1000000, saved") == 1
     assert "flashddpm: error" not in err and "gloo" not in err
     assert state.machine["processes"] == 2
@@ -183,7 +183,7 @@ def test_an_error_in_one_process_ends_both_with_one_line(data, tmp_path):
     assert end.returncode == 1
     assert re.findall("flashddpm: error: .*", end.stderr) == ["flashddpm: error: a.png: is broken"]
     assert "RuntimeError" not in end.stderr
-    assert train_state.read_newest(tmp_path / "run").step == 7
+    assert resume.read_newest(tmp_path / "run").step == 7
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from flashddpm.benchmarks.cases import operations
 from flashddpm.benchmarks.cases.operations import LARGE, SMALLEST, Card, Work
 from flashddpm.benchmarks.measure import harness
-from flashddpm.benchmarks.peers import compiled_ops as peers
+from flashddpm.benchmarks.peers import compiled_ops
 from flashddpm.kernels import OPS, Column, LossColumn, reference, registry
 from flashddpm.kernels.checks import counting, plain, scorecard
 from flashddpm.kernels.launch import INTERPRETED
@@ -115,7 +115,7 @@ def test_bytes_are_those_that_the_kernels_move(name, dtype):
     op = OPS[name]
     if dtype in op.dtypes:
         arguments = operations.arguments_of(op, dtype, (2, (3, 4, 4)), "cpu")
-        for way, make in peers.directions(op, arguments, op.fast).items():
+        for way, make in compiled_ops.directions(op, arguments, op.fast).items():
             call = make()
             with counting.counted() as moved:
                 call()
@@ -153,7 +153,7 @@ def test_the_plain_chain_of_the_statistics_computes_them():
     reference.sample_stats(**args)
     torch.testing.assert_close((bounds, factors), (args["bounds"], args["factors"]))
     assert (bounds == 1).any() and (bounds == 1.5).any() and ((bounds > 1) & (bounds < 1.5)).any()
-    assert peers.CHAINS["sample_stats"] is plain.CHAINS["sample_stats"] is plain.sample_stats
+    assert compiled_ops.CHAINS["sample_stats"] is plain.CHAINS["sample_stats"] is plain.sample_stats
 
 
 def test_bytes_and_elements():
@@ -173,7 +173,7 @@ def test_bytes_and_elements():
         assert operations.bytes_of(op, arguments, False) == forward, name
         if backward is not None:
             assert operations.bytes_of(op, arguments, True) == backward, name
-        assert peers.elements_of(arguments) == elements, name
+        assert compiled_ops.elements_of(arguments) == elements, name
     noise = OPS["philox"]
     arguments = operations.arguments_of(noise, torch.float32, size, "cpu")
     assert operations.memory_of(noise, arguments) == 2 * 16 + 4 * n
@@ -224,7 +224,7 @@ def test_figures_of_the_smallest_size():
 def test_choice_of_the_compiled_peer(name):
     op = OPS[name]
     arguments = operations.arguments_of(op, torch.float32, SIZE, "cpu")
-    said, peer = peers.compiled_peer(op, arguments, backend="aot_eager")
+    said, peer = compiled_ops.compiled_peer(op, arguments, backend="aot_eager")
     if name in ("sample_stats", "denoise_step"):  # their references read numbers on the host
         assert said.startswith("compiled plain chain; the reference does not compile whole: ")
         result = peer(**arguments)
@@ -242,14 +242,14 @@ def test_choice_of_the_compiled_peer(name):
 def test_calls_have_arguments_of_their_own(op):
     arguments = operations.arguments_of(op, torch.float32, SIZE, "cpu")
     before = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor)}
-    for make in peers.directions(op, arguments, op.fast).values():
+    for make in compiled_ops.directions(op, arguments, op.fast).values():
         once = make()
         first = once()
         if not op.mutates:
             torch.testing.assert_close(first, once(), rtol=0, atol=0)
     for name, value in before.items():
         assert torch.equal(arguments[name], value) and not arguments[name].requires_grad
-    assert len(peers.directions(op, arguments, op.fast)) == 1 + bool(op.differentiable)
+    assert len(compiled_ops.directions(op, arguments, op.fast)) == 1 + bool(op.differentiable)
 
 
 class Timer(types.SimpleNamespace):
@@ -376,4 +376,4 @@ def test_another_clock():
     ],
 )
 def test_what_a_compiler_complains_of_is_one_line(message, said):
-    assert peers._said(RuntimeError(message)) == said
+    assert compiled_ops._said(RuntimeError(message)) == said

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import flashddpm as fd
-from flashddpm.benchmarks.cases import energy, first_call, steps
-from flashddpm.benchmarks.cases import roofline as floors
+from flashddpm.benchmarks.cases import energy, first_call, roofline, steps
 from flashddpm.benchmarks.cases.roofline import Speed, Work
 from flashddpm.benchmarks.measure import harness
 from flashddpm.benchmarks.peers import models
@@ -42,7 +41,7 @@ def test_the_warm_up_does_not_count(clock):
 
 def test_the_counted_work_of_a_known_network():
     """One 1x1 convolution's worth of a U-Net is counted by hand."""
-    with floors.Traffic() as traffic:
+    with roofline.Traffic() as traffic:
         x = torch.zeros(2, 3, 4, 4)
         torch.nn.Conv2d(3, 5, 3, padding=1)(x)
         torch.nn.Linear(4, 7)(x)
@@ -54,12 +53,12 @@ def test_the_counted_work_of_a_known_network():
 
 def test_work_grows_with_the_batch_and_weights_are_read_once():
     of, kind = models.model("bundled"), torch.bfloat16
-    one, two, four = (floors.work_of(of, kind, batch) for batch in (1, 2, 4))
+    one, two, four = (roofline.work_of(of, kind, batch) for batch in (1, 2, 4))
     assert two.flops == 2 * one.flops and four.flops == 4 * one.flops
     image = two.bytes - one.bytes
     assert four.bytes - two.bytes == 2 * image > 0
     assert one.bytes - image == 2 * sum(p.numel() for p in of.unet.parameters())
-    wide = floors.work_of(of, torch.float32, 1)
+    wide = roofline.work_of(of, torch.float32, 1)
     C, H, W = of.shape
     assert wide.bytes - 8 * C * H * W == 2 * (one.bytes - 8 * C * H * W)
 
@@ -70,17 +69,17 @@ def test_the_floor_is_the_longer_of_two_times():
 
 
 def test_shares_of_the_floors(monkeypatch):
-    monkeypatch.setattr(floors, "work_of", lambda *a: Work(200, 10))
+    monkeypatch.setattr(roofline, "work_of", lambda *a: Work(200, 10))
     values = steps.shares(None, torch.float32, 1, 4.0, Speed(100.0, 10.0))
     assert values["of_flop_floor"] == 0.5 and values["of_byte_floor"] == 0.25
 
 
 def test_speeds_are_measured(monkeypatch):
-    monkeypatch.setattr(floors, "MATMUL", {"cpu": 64})
-    monkeypatch.setattr(floors, "COPIED", {"cpu": 2**12})
-    floors.speed.cache_clear()
-    found = floors.speed("cpu", torch.float32)
-    floors.speed.cache_clear()
+    monkeypatch.setattr(roofline, "MATMUL", {"cpu": 64})
+    monkeypatch.setattr(roofline, "COPIED", {"cpu": 2**12})
+    roofline.speed.cache_clear()
+    found = roofline.speed("cpu", torch.float32)
+    roofline.speed.cache_clear()
     assert found.flops > 0 and found.bytes > 0
 
 

@@ -10,8 +10,7 @@ from PIL import Image
 
 from flashddpm.benchmarks.measure.harness import Result
 from flashddpm.benchmarks.measure.runs import Failure, Run
-from flashddpm.benchmarks.reports import html_page as report
-from flashddpm.benchmarks.reports import plots, table
+from flashddpm.benchmarks.reports import html_page, plots, table
 
 WHERE = {
     "gpu": {"name": "a card"}, "cpu": "a CPU", "capability": "AVX2", "threads": 1,
@@ -117,7 +116,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_page_needs_no_other_file():
-    text = report.page([RUN, RUN])
+    text = html_page.page([RUN, RUN])
     page = Page(text)
     assert page.open == [] and len(page.sources) == 2 * 3
     for source in page.sources:

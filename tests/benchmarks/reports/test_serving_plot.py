@@ -10,7 +10,7 @@ from PIL import Image
 
 import flashddpm as fd
 from flashddpm.benchmarks.cases import serving
-from flashddpm.benchmarks.reports import serving_plot as plot
+from flashddpm.benchmarks.reports import serving_plot
 from flashddpm.benchmarks.reports.serving_record import Bar, record
 
 SLOTS = 3
@@ -93,7 +93,7 @@ def pixels(path):
 
 
 def colour(solver, step):
-    return np.round(255 * np.array(plot.shade(solver, step, 2)[:3]))
+    return np.round(255 * np.array(serving_plot.shade(solver, step, 2)[:3]))
 
 
 def count(path, wanted):
@@ -102,25 +102,25 @@ def count(path, wanted):
 
 def test_slots_are_drawn(tmp_path):
     path = tmp_path / "slots.png"
-    plot.save(plot.draw_slots(BARS, np.array([0.0, 0.9, 1.1]), 2), path)
+    serving_plot.save(serving_plot.draw_slots(BARS, np.array([0.0, 0.9, 1.1]), 2), path)
     with Image.open(path) as image:
         assert image.format == "PNG" and image.width > 600 and image.height > 250
     for solver in ("ddim", "ddpm", "dpmpp_2m"):
         for step in range(2):
             assert count(path, colour(solver, step)) > 3000, (solver, step)
-    plot.save(plot.draw_slots(BARS[:2], np.zeros(1), 2), path)
+    serving_plot.save(serving_plot.draw_slots(BARS[:2], np.zeros(1), 2), path)
     assert count(path, colour("ddim", 0)) > 3000 and count(path, colour("ddpm", 0)) == 0
 
 
 def test_shades_darken():
-    for solver in plot.COLOURS:
-        shades = [sum(plot.shade(solver, step, 5)[:3]) for step in range(5)]
+    for solver in serving_plot.COLOURS:
+        shades = [sum(serving_plot.shade(solver, step, 5)[:3]) for step in range(5)]
         assert shades == sorted(shades, reverse=True) and len(set(shades)) == 5
 
 
 def test_every_solver_of_the_mixes_has_a_colour():
     for kinds in serving.MIXES.values():
-        assert {kind[0] for kind in kinds} <= set(plot.COLOURS)
+        assert {kind[0] for kind in kinds} <= set(serving_plot.COLOURS)
 
 
 def results(*mixes):
@@ -146,24 +146,24 @@ def test_curves_are_by_policy_in_the_order_of_loads():
     for result in content["results"]:
         if "eager" in result["case"] and "p50_seconds" in result["values"]:
             result["values"]["p50_seconds"] = 7.0
-    found = plot.curves(content, "uniform")
+    found = serving_plot.curves(content, "uniform")
     assert set(found) == {"in-flight", "static", "one-at-a-time"}
     assert [v["load"] for v in found["static"]] == [0.3, 0.7]
     assert [v["p50_seconds"] for v in found["static"]] == [0.5, 0.5]
-    assert plot.curves(content, "eager-uniform")["static"][0]["p50_seconds"] == 7.0
-    assert plot.curves(content, "mixed") == {}
+    assert serving_plot.curves(content, "eager-uniform")["static"][0]["p50_seconds"] == 7.0
+    assert serving_plot.curves(content, "mixed") == {}
 
 
 def test_results_are_drawn(tmp_path):
     one, two = tmp_path / "one.png", tmp_path / "two.png"
-    plot.save(plot.draw_results(results("uniform")), one)
-    plot.save(plot.draw_results(results("uniform", "mixed")), two)
+    serving_plot.save(serving_plot.draw_results(results("uniform")), one)
+    serving_plot.save(serving_plot.draw_results(results("uniform", "mixed")), two)
     heights = []
     for path in (one, two):
         with Image.open(path) as image:
             assert image.format == "PNG" and image.width > 800
             heights.append(image.height)
-        for line in plot.LINES.values():
+        for line in serving_plot.LINES.values():
             wanted = [int(line[i : i + 2], 16) for i in (1, 3, 5)]
             assert count(path, wanted) > 100
     assert heights[1] > 1.5 * heights[0]
@@ -174,7 +174,7 @@ def test_nothing_is_drawn_beyond_an_axis():
     for result in content["results"]:
         if "mixed" in result["case"]:
             result["values"] = {key: 5 * value for key, value in result["values"].items()}
-    for axes in plot.draw_results(content).axes:
+    for axes in serving_plot.draw_results(content).axes:
         low, high = axes.get_ylim()
         y = np.concatenate([line.get_ydata() for line in axes.get_lines()])
         assert low <= y.min() and y.max() <= high
@@ -182,26 +182,28 @@ def test_nothing_is_drawn_beyond_an_axis():
 
 def test_results_without_serving_are_refused():
     with pytest.raises(ValueError, match="no case of serving"):
-        plot.draw_results(results("eager-mixed"))
-    assert len(plot.draw_results(results("eager-mixed"), eager=True).axes) == len(plot.PANELS)
+        serving_plot.draw_results(results("eager-mixed"))
+    assert len(serving_plot.draw_results(results("eager-mixed"), eager=True).axes) == len(
+        serving_plot.PANELS
+    )
 
 
 def test_the_command_draws_both(tmp_path, monkeypatch, engine):
     source, out, slots = (tmp_path / name for name in ("r.json", "r.png", "s.png"))
     source.write_text(json.dumps(results("mixed")))
-    monkeypatch.setattr(plot.fd.Sampler, "from_pretrained", lambda *a, **k: engine.sampler)
-    monkeypatch.setattr(plot, "IMAGES", 8)
-    plot.main(source, out, slots=slots)
+    monkeypatch.setattr(serving_plot.fd.Sampler, "from_pretrained", lambda *a, **k: engine.sampler)
+    monkeypatch.setattr(serving_plot, "IMAGES", 8)
+    serving_plot.main(source, out, slots=slots)
     assert out.stat().st_size > 1000 and slots.stat().st_size > 1000
     for few in ((source, None, slots), (None, None, None)):
         with pytest.raises(typer.BadParameter):
-            plot.main(*few)
+            serving_plot.main(*few)
 
 
 def test_a_panel_has_the_lines_it_is_given():
-    axes = plot.Figure().subplots()
-    lines = plot.curves(results("mixed"), "mixed")
-    plot._panel(axes, lines, "throughput_per_second", False)
+    axes = serving_plot.Figure().subplots()
+    lines = serving_plot.curves(results("mixed"), "mixed")
+    serving_plot._panel(axes, lines, "throughput_per_second", False)
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
     assert set(drawn) == {"offered", "in flight", "full static batches", "one at a time"}
     assert drawn["in flight"] == [[0.3, 3.0], [0.7, 7.0]]
