@@ -40,10 +40,11 @@ test-gpu: $(VENV)/installed-test ## the suite on an NVIDIA GPU, gpu-marked tests
 	@$(NEEDS_GPU)
 	$(BIN)/pytest $(ARGS)
 
-lint: $(VENV)/installed-dev ## ruff and mypy
+lint: $(VENV)/installed-dev ## ruff, mypy, and what the rooms may import
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(VENV)/installed-bench ## benchmarks on the CPU, against diffusers
 	$(BIN)/python -m flashddpm.benchmarks --device cpu $(ARGS)

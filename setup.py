@@ -46,7 +46,7 @@ BENCH = [
     TORCHVISION,
     "nvidia-ml-py>=12",
 ]
-LINT = ["build>=1.2", "mypy>=1.11", "pre-commit>=3.8", "ruff>=0.6"]
+LINT = ["build>=1.2", "import-linter>=2.9", "mypy>=1.11", "pre-commit>=3.8", "ruff>=0.6"]
 
 setup(
     name="flashddpm",

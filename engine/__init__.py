@@ -7,15 +7,18 @@ x = sampler.sample(seeds=range(64), labels=3)
 fd.save_grid(x, "samples.png")
 """
 
+from importlib.metadata import version
+
 from flashddpm import kernels
 from flashddpm.checkpoints.bundled import bundled
-from flashddpm.checkpoints.model_folder import Conditioning
+from flashddpm.checkpoints.model_folder import load_unet
 from flashddpm.diffusion.schedule import NoiseSchedule
 from flashddpm.diffusion.scheduler_config import SamplingDefaults
 from flashddpm.diffusion.solvers import Plan, make_plan
 from flashddpm.errors import CheckpointError, CompilationError, DataError, NonFiniteError
 from flashddpm.integrations.diffusers_pipelines import DDIMPipeline, DDPMPipeline
 from flashddpm.io.images import make_grid, save_grid, to_pil, to_uint8
+from flashddpm.networks.conditioning import Conditioning
 from flashddpm.networks.unet import UNet
 from flashddpm.networks.unet_config import UNetConfig
 from flashddpm.sampling.sampler import Sampler
@@ -30,7 +33,7 @@ from flashddpm.serving.request import (
     Timings,
 )
 
-__version__ = "0.1.0"
+__version__ = version("flashddpm")
 
 __all__ = [
     "CheckpointError",
@@ -56,6 +59,7 @@ __all__ = [
     "UNetConfig",
     "bundled",
     "kernels",
+    "load_unet",
     "make_grid",
     "make_plan",
     "save_grid",

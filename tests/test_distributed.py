@@ -13,7 +13,7 @@ import torch
 
 import flashddpm as fd
 from flashddpm import distributed
-from flashddpm.checkpoints.model_folder import save_model
+from flashddpm.checkpoints.model_folder import fingerprint, save_model
 from flashddpm.cli import main as cli
 from flashddpm.cli import manifest
 from flashddpm.distributed import World
@@ -91,7 +91,7 @@ def test_two_processes_write_the_files_of_one(model, alone, tmp_path):
     two, one = (json.loads((tmp_path / n / manifest.NAME).read_text()) for n in ("two", "one"))
     assert two["complete"] and one["complete"]
     assert two["settings"] == one["settings"]
-    assert two["settings"]["model"] == manifest.fingerprint(model)
+    assert two["settings"]["model"] == fingerprint(model)
     assert two["run"] == {**one["run"], "world_size": 2}
     assert two["images"] == {
         "5.png": {"seed": 5, "label": 2, "rank": 0},
@@ -136,16 +136,17 @@ def test_a_killed_run_is_finished_by_the_same_command(model, alone, tmp_path):
 SCENES = """
 import os, sys
 from contextlib import nullcontext
-from flashddpm.cli import main as cli, sample as cli_sample
+from flashddpm.cli import exits, main as cli
+from flashddpm.cli.sample_job import SampleJob
 from flashddpm.distributed import World
 model, root, first_failure = sys.argv[1:]
-rank, real = int(os.environ["RANK"]), cli_sample.Job.draw
+rank, real = int(os.environ["RANK"]), SampleJob.draw
 def failing(self, part, *rest):
     if rank == 1 and part.start >= int(first_failure):
         raise FloatingPointError("planted in process 1")
     return real(self, part, *rest)
-leave = cli._leave_torchrun
-cli._leave_torchrun = lambda code: leave(code) if code else None
+leave = exits.leave_torchrun
+exits.leave_torchrun = lambda code: leave(code) if code else None
 def call(*arguments):
     sys.argv = ["flashddpm", "sample", model, "--num-steps", "3", "--device", "cpu", *arguments]
     try:
@@ -158,7 +159,7 @@ with World.from_environment().joined("cpu"):
     if first_failure == "0":
         call("--num-images", "1", "--out", root + "/single")
         call("--num-images", "5", "--batch-size", "2", "--out", root + "/grid.png")
-    cli_sample.Job.draw = failing
+    SampleJob.draw = failing
     call("--num-images", "6", "--batch-size", "1", "--out", root + "/failed")
 """
 

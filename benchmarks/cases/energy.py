@@ -16,7 +16,7 @@ from typing import Any
 from flashddpm.benchmarks.cases import sampling
 from flashddpm.benchmarks.cases.sampling import PEERS, Setting
 from flashddpm.benchmarks.measure import harness
-from flashddpm.benchmarks.measure.harness import Result
+from flashddpm.benchmarks.measure.harness import Measurement
 from flashddpm.benchmarks.measure.runner import Case
 
 WINDOW = 10.0
@@ -61,7 +61,7 @@ def energy(setting: Setting, peer: str = "best") -> Case:
     """Return the case of the energy of an image, ours and a peer's, on CUDA."""
     case = f"energy-{setting.name}"
 
-    def measure(device: str) -> Iterator[Result]:
+    def measure(device: str) -> Iterator[Measurement]:
         sampling.agree(setting, peer, device)
         sides = (sampling.ours(setting, device), sampling.theirs(setting, peer, device))
         found = []
@@ -77,7 +77,7 @@ def energy(setting: Setting, peer: str = "best") -> Case:
             "ours_of_peer": found[0] / found[1],
         }
         note = f"{setting.note}; against {PEERS[peer]}; windows of {WINDOW:g} s, idle subtracted"
-        yield Result(case, PEERS[peer], note, values)
+        yield Measurement(case, PEERS[peer], note, values)
 
     return Case(case, "step", measure, ("diffusers",))
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flashddpm.benchmarks.cases.startup import run_child
-from flashddpm.benchmarks.measure.harness import Result
+from flashddpm.benchmarks.measure.harness import Measurement
 from flashddpm.benchmarks.measure.runner import Case
 
 SCRIPT = """
@@ -119,13 +119,13 @@ def first_call(name: str, dtype: str, batch: int, tune: bool = False) -> Case:
     """Return the case of the first images of a process, the compile cache empty and then warm."""
     case = f"first-call-{name}-{dtype}-batch-{batch}" + ("-tuned" if tune else "")
 
-    def measure(device: str) -> Iterator[Result]:
+    def measure(device: str) -> Iterator[Measurement]:
         how = "tuned" if tune else "best"
         command = [sys.executable, "-P", "-c", SCRIPT, name, dtype, str(batch), device, how]
         with tempfile.TemporaryDirectory() as cache:
             for state in ("cold", "warm"):
                 values = json.loads(run_child(command, cache).splitlines()[-1])
                 note = f"2 steps of ddim, a fresh process, compile cache {state}"
-                yield Result(f"{case}-{state}", "nothing", note, values)
+                yield Measurement(f"{case}-{state}", "nothing", note, values)
 
     return Case(case, "startup", measure)

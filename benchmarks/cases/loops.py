@@ -14,9 +14,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-import flashddpm as fd
 from flashddpm.benchmarks.measure.agreement import check
-from flashddpm.benchmarks.measure.harness import Result, compare
+from flashddpm.benchmarks.measure.harness import Measurement, compare
+from flashddpm.checkpoints.bundled import bundled
+from flashddpm.diffusion.schedule import NoiseSchedule
+from flashddpm.sampling.sampler import Sampler
 
 STEPS = 50
 LOOP_STEPS = 1000  # so many that starting a run does not count
@@ -24,23 +26,23 @@ EXACT_STEPS, EXACT_BATCH = 10, 16
 DDPT_STEPS, BATCHES = 50, (1, 16)
 
 
-def price_of_exact(device: str) -> Iterator[Result]:
+def price_of_exact(device: str) -> Iterator[Measurement]:
     """What exact=True costs: a full batch for every step, however few images are asked for."""
-    sampler = fd.Sampler.from_pretrained(fd.bundled(), device, "float32", compile=True)
+    sampler = Sampler.from_pretrained(bundled(), device, "float32", compile=True)
     run = partial(sampler.sample, solver="ddim", num_steps=EXACT_STEPS, batch_size=EXACT_BATCH)
     note = f"bundled model, float32, ddim, {EXACT_STEPS} steps; exact pads to {EXACT_BATCH} images"
     counts = (1, EXACT_BATCH)
     try:
         alone, crowd = (run(range(n), [i % 10 for i in range(n)], exact=True) for n in counts)
     except ValueError as error:  # this machine's compiled code has other bits in other lanes
-        yield Result("exact", str(error), note, {})
+        yield Measurement("exact", str(error), note, {})
         return
     if not torch.equal(alone, crowd[:1]):
         raise AssertionError("exact=True: one image has other bits than among others, not timed")
     for count in counts:
         few = partial(run, range(count), [i % 10 for i in range(count)])
         check(few(), crowd[:count], f"exact at {count}", "exact=True")
-        yield Result.of(
+        yield Measurement.of(
             f"exact-{count}-of-{EXACT_BATCH}",
             "the same with exact=True",
             f"{note}; the ratio is its price",
@@ -48,18 +50,18 @@ def price_of_exact(device: str) -> Iterator[Result]:
         )
 
 
-def against_schedulers(device: str) -> Iterator[Result]:
+def against_schedulers(device: str) -> Iterator[Measurement]:
     """A whole run whose network returns its input, against the scheduler's steps alone."""
     from diffusers import DDIMScheduler, DDPMScheduler
 
-    sampler = fd.Sampler(
+    sampler = Sampler(
         lambda x, t: x,
-        fd.NoiseSchedule.create(),
+        NoiseSchedule.create(),
         shape=(1, 28, 28),
         device=device,
         compile=False,
     )
-    model = fd.Sampler.from_pretrained(fd.bundled(), device, "float32", compile=True)
+    model = Sampler.from_pretrained(bundled(), device, "float32", compile=True)
     x_T = sampler.initial_noise([0]).contiguous()
     kinds: tuple[tuple[str, Any], ...] = (("ddim", DDIMScheduler), ("ddpm", DDPMScheduler))
     for solver, kind in kinds:
@@ -75,7 +77,7 @@ def against_schedulers(device: str) -> Iterator[Result]:
         ours = partial(sampler.sample, [0], solver=solver, num_steps=LOOP_STEPS)
         if solver == "ddim":
             check(ours(), peer(), "loop")
-        yield Result.of(
+        yield Measurement.of(
             f"loop-{solver}",
             f"diffusers {kind.__name__}.step",
             f"{LOOP_STEPS} steps of one 28x28 image, the network returning its input; ours "
@@ -84,7 +86,7 @@ def against_schedulers(device: str) -> Iterator[Result]:
         )
         short = partial(sampler.sample, [0], solver=solver, num_steps=STEPS)
         network = partial(model.sample, [0], 0, solver=solver, num_steps=STEPS)
-        yield Result(
+        yield Measurement(
             f"loop-{solver}-share",
             "the bundled model's run",
             f"the loop's share of {STEPS} steps of the bundled model, batch 1, compiled",
@@ -92,7 +94,7 @@ def against_schedulers(device: str) -> Iterator[Result]:
         )
 
 
-def against_ddpt(device: str) -> Iterator[Result]:
+def against_ddpt(device: str) -> Iterator[Measurement]:
     """Our loop against denoising-diffusion-pytorch's, around its own U-Net: the same module.
 
     Its U-Net cannot hold our weights, nor ours its, so this compares the loops alone.
@@ -110,8 +112,8 @@ def against_ddpt(device: str) -> Iterator[Result]:
         beta_schedule="linear",
         auto_normalize=False,
     ).to(device)
-    schedule = fd.NoiseSchedule.from_config({"trained_betas": peer.betas.tolist()})
-    sampler = fd.Sampler(unet, schedule, shape=(3, side, side), device=device)
+    schedule = NoiseSchedule.from_config({"trained_betas": peer.betas.tolist()})
+    sampler = Sampler(unet, schedule, shape=(3, side, side), device=device)
     for batch in BATCHES:
         shape = (batch, 3, side, side)
         ours = partial(sampler.sample, range(batch), solver="ddpm", num_steps=steps)
@@ -122,7 +124,7 @@ def against_ddpt(device: str) -> Iterator[Result]:
         # Its first draw is x_T; its last step draws none.
         mine = ours(initial_noise=noise[0], step_noise=[*noise[1:], None].__getitem__)
         check(mine, theirs, f"loop at batch {batch}", "denoising-diffusion-pytorch")
-        yield Result.of(
+        yield Measurement.of(
             f"loop-ddpt-batch-{batch}",
             "denoising-diffusion-pytorch GaussianDiffusion",
             f"{steps} steps of ddpm, {batch} {side}x{side} images, around the same eager module, "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flashddpm.benchmarks.measure.harness import Result, compare
+from flashddpm.benchmarks.measure.harness import Measurement, compare
 from flashddpm.benchmarks.measure.runner import Case
 from flashddpm.benchmarks.peers.compiled_ops import (
     compiled_peer,
@@ -55,7 +55,7 @@ READ_AGAIN = {"sample_stats": ("x", "out")}
 whether a cache holds them for the others is the kernel's affair, and no part of its bound."""
 
 
-def noise_on_the_cpu(device: str) -> Iterator[Result]:
+def noise_on_the_cpu(device: str) -> Iterator[Measurement]:
     """Compiled noise against the eager reference, the bits compared first."""
     draw = CompiledNoise()
     for batch in (16, 800):
@@ -63,7 +63,7 @@ def noise_on_the_cpu(device: str) -> Iterator[Result]:
         arguments = (seeds, keys, (1, 28, 28), Purpose.REVERSE_STEP)
         if not torch.equal(draw(*arguments), reference.philox(*arguments)):
             raise AssertionError("compiled noise differs from the reference, not timed")
-        yield Result.of(
+        yield Measurement.of(
             f"noise-{batch}x784",
             "eager reference",
             f"{batch * 784} normals a call",
@@ -272,7 +272,7 @@ def note_of(card: Card, work: Work, flushed: bool, sets: int, clock: float | Non
 
 def measure(
     op: Op, dtype: torch.dtype, size: Any, card: Card, timer: Any, device: str = "cuda"
-) -> Iterator[Result]:
+) -> Iterator[Measurement]:
     """Check an operation, then time it and its gradient at one size against both peers.
 
     Args:
@@ -308,18 +308,18 @@ def measure(
         clock = timer.sm_clock(ours)
         hot = timer.median_seconds(make) if size == SMALLEST else None
         took = comparison.ours_seconds
-        yield Result(
+        yield Measurement(
             case,
             "",
             note_of(card, work, sets * footprint > card.cache, sets, clock),
             figures(card, size, work, took, clock or CLOCK, sets * footprint, hot),
         )
         if way in theirs:
-            yield Result.of(case, peer_name, "kernel times, in CUDA graphs alike", comparison)
+            yield Measurement.of(case, peer_name, "kernel times, in CUDA graphs alike", comparison)
         else:
-            yield Result(f"{case}-peer", peer_name, "no compiled peer", {})
+            yield Measurement(f"{case}-peer", peer_name, "no compiled peer", {})
         del ours
-        yield Result.of(
+        yield Measurement.of(
             case,
             "eager reference",
             "calls from Python, the host's part included",
@@ -327,10 +327,10 @@ def measure(
         )
 
 
-def speed_of_card(device: str) -> Iterator[Result]:
+def speed_of_card(device: str) -> Iterator[Measurement]:
     """What the kernels are held against."""
     card = this_card()
-    yield Result(
+    yield Measurement(
         "card",
         "",
         "a copy of 1 GiB, read and written; an empty kernel in a graph; the L2 cache",
@@ -338,7 +338,7 @@ def speed_of_card(device: str) -> Iterator[Result]:
     )
 
 
-def on_a_gpu(name: str, dtype: torch.dtype, size: Any, device: str) -> Iterator[Result]:
+def on_a_gpu(name: str, dtype: torch.dtype, size: Any, device: str) -> Iterator[Measurement]:
     """One operation of the registry at one size."""
     from flashddpm.benchmarks.measure import kernel_time
     from flashddpm.kernels.registry import OPS

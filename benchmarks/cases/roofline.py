@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import flashddpm as fd
 from flashddpm.benchmarks.measure.harness import synchronize
 from flashddpm.benchmarks.peers.models import Model
+from flashddpm.networks.unet import UNet
 
 INPUTS = {torch.conv2d: 1, F.conv2d: 1, F.linear: 1, F.scaled_dot_product_attention: 3}
 """Functions whose arguments and results are moved, and how many arguments are images."""
@@ -69,13 +69,13 @@ class Speed:
         return max(work.flops / self.flops, work.bytes / self.bytes)
 
 
-def counted(unet: fd.UNet, shape: tuple[int, int, int]) -> tuple[int, int]:
+def counted(unet: UNet, shape: tuple[int, int, int]) -> tuple[int, int]:
     """Return the operations of one evaluation of one image, and the elements that it moves.
 
     Of the convolutional half: the time embedding is not part of a step. Weights are left out.
     """
     with torch.device("meta"), torch.no_grad():
-        twin = fd.UNet(unet.config)
+        twin = UNet(unet.config)
         projections = torch.zeros(1, sum(b.time_emb_proj.out_features for b in twin.resnets()))
         with FlopCounterMode(display=False) as flops, Traffic() as traffic:
             twin.body(torch.zeros(1, *shape), projections)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from flashddpm.benchmarks.measure import agreement
-from flashddpm.benchmarks.measure.harness import Result, compare
+from flashddpm.benchmarks.measure.harness import Measurement, compare
 from flashddpm.benchmarks.measure.runner import Case
 from flashddpm.benchmarks.peers import pipelines
 from flashddpm.benchmarks.peers.models import model
@@ -134,12 +134,12 @@ def versus(setting: Setting, peer: str) -> Case:
     """Return the case of ours against one peer."""
     name = f"{setting.name}-{peer}"
 
-    def measure(device: str) -> Iterator[Result]:
+    def measure(device: str) -> Iterator[Measurement]:
         agree(setting, peer, device)
         mine, other = ours(setting, device), theirs(setting, peer, device)
         called = BEST_ON_CUDA if peer == "best" and device == "cuda" else PEERS[peer]
         comparison = compare(mine.timed, other.timed, rounds=setting.rounds)
-        yield Result.of(name, called, setting.note, comparison)
+        yield Measurement.of(name, called, setting.note, comparison)
 
     needs = ("diffusers",) if peer in (*DIFFUSERS_LOOP, "unet") else ()
     return Case(name, "sampling", measure, needs)

@@ -21,11 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import flashddpm as fd
 from flashddpm.benchmarks.measure import harness
 from flashddpm.benchmarks.measure.agreement import check
-from flashddpm.benchmarks.measure.harness import Result
+from flashddpm.benchmarks.measure.harness import Measurement
 from flashddpm.benchmarks.peers.serving_policies import Batches, InFlight, Kind, Policy
+from flashddpm.checkpoints.bundled import bundled
+from flashddpm.sampling.sampler import Sampler
+from flashddpm.serving.engine import Engine
+from flashddpm.serving.request import Request, Result
 
 MIXES: dict[str, tuple[Kind, ...]] = {
     "uniform": (("ddim", 10, 1.0),),
@@ -92,14 +95,14 @@ def arrivals(rate: float, count: int, seed: int) -> NDArray[np.float64]:
     return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))
 
 
-def make_requests(kinds: Sequence[Kind], count: int, seed: int) -> list[fd.Request]:
+def make_requests(kinds: Sequence[Kind], count: int, seed: int) -> list[Request]:
     """Return as many requests of each kind, in random order; request i has seed i."""
     order = np.random.default_rng(seed).permutation(count) % len(kinds)
     requests = []
     for i, kind in enumerate(order.tolist()):
         solver, num_steps, guidance = kinds[kind]
         requests.append(
-            fd.Request(
+            Request(
                 seed=i,
                 label=i % CLASSES,
                 guidance=guidance,
@@ -110,7 +113,7 @@ def make_requests(kinds: Sequence[Kind], count: int, seed: int) -> list[fd.Reque
     return requests
 
 
-def serve(policy: Policy, requests: Sequence[fd.Request], due: NDArray[np.float64]) -> Served:
+def serve(policy: Policy, requests: Sequence[Request], due: NDArray[np.float64]) -> Served:
     """Submit each request when it is due, in seconds from now; close, and wait for all images.
 
     Raises:
@@ -118,7 +121,7 @@ def serve(policy: Policy, requests: Sequence[fd.Request], due: NDArray[np.float6
     """
     ends: SimpleQueue[tuple[int, float]] = SimpleQueue()
 
-    def ended(i: int, future: Future[fd.Result]) -> None:
+    def ended(i: int, future: Future[Result]) -> None:
         ends.put((i, time.perf_counter()))
 
     futures = []
@@ -144,7 +147,7 @@ class Case:
     """
 
     def __init__(
-        self, sampler: fd.Sampler, engine: fd.Engine, kinds: Sequence[Kind], setting: Setting
+        self, sampler: Sampler, engine: Engine, kinds: Sequence[Kind], setting: Setting
     ) -> None:
         self.sampler, self.engine, self.kinds, self.setting = sampler, engine, kinds, setting
         self.policies: dict[str, Callable[[], Policy]] = {
@@ -221,21 +224,21 @@ def shares(runs: dict[str, list[dict[str, float]]]) -> dict[str, float]:
 
 def under_load(
     device: str, compiled: bool = True, setting: Setting | None = None
-) -> Iterator[Result]:
+) -> Iterator[Measurement]:
     """Latency and throughput of the three policies on the bundled model, at every load and mix."""
     setting = setting or (ON_CUDA if device == "cuda" else ON_CPU)
-    sampler = fd.Sampler.from_pretrained(fd.bundled(), device, "float32", compile=compiled)
+    sampler = Sampler.from_pretrained(bundled(), device, "float32", compile=compiled)
     for mix, kinds in MIXES.items():
         queue = max(setting.requests, setting.max_batch * len(kinds))
         buckets = setting.buckets if compiled else None
-        with fd.Engine(sampler, setting.max_batch, buckets=buckets, queue_size=queue) as engine:
+        with Engine(sampler, setting.max_batch, buckets=buckets, queue_size=queue) as engine:
             case = Case(sampler, engine, kinds, setting)
             engine.warm()
             case.check()
             yield from results(case, mix if compiled else f"eager-{mix}")
 
 
-def results(case: Case, mix: str) -> Iterator[Result]:
+def results(case: Case, mix: str) -> Iterator[Measurement]:
     """Measure one case, whose policies are warm and draw the same."""
     setting, capacity = case.setting, case.capacity()
     steps = ", ".join(
@@ -250,14 +253,16 @@ def results(case: Case, mix: str) -> Iterator[Result]:
         offered = {"load": load, "offered_per_second": load * capacity}
         runs = case.under_load(load * capacity)
         for name, each in runs.items():
-            yield Result(f"serving-{mix}-{load:g}-{name}", "nothing", note, offered | summary(each))
-        yield Result(f"serving-{mix}-{load:g}", "static", f"{note} of ratios", shares(runs))
+            yield Measurement(
+                f"serving-{mix}-{load:g}-{name}", "nothing", note, offered | summary(each)
+            )
+        yield Measurement(f"serving-{mix}-{load:g}", "static", f"{note} of ratios", shares(runs))
 
     def seconds(name: str) -> float:
         return setting.requests / case.run(name, None, 0)["throughput_per_second"]
 
     comparison = harness.compare("in-flight", "static", setting.rounds, clock=seconds)
-    yield Result.of(
+    yield Measurement.of(
         f"serving-{mix}-all-at-once",
         "static batches",
         f"{setting.requests} requests at once ({steps}): the time to the last image, so that the "

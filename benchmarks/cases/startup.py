@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flashddpm.benchmarks.measure.harness import Result
+from flashddpm.benchmarks.measure.harness import Measurement
 
 RUNS, IMPORTS = 3, 5
 FIRST_IMAGE = """
@@ -44,7 +44,7 @@ def _run(*command: str, cache: str) -> tuple[float, float]:
     return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 
 
-def first_run(device: str) -> Iterator[Result]:
+def first_run(device: str) -> Iterator[Measurement]:
     """64 images from process start to the picture, and import over torch's own."""
     with tempfile.TemporaryDirectory() as folder:
         command = (sys.executable, "-P", "-m", "flashddpm", "sample", "--device", device)
@@ -52,7 +52,7 @@ def first_run(device: str) -> Iterator[Result]:
         for i in range(RUNS):
             fresh = Path(folder) / str(i)
             runs.append(_run(*command, "--out", str(fresh / "samples.png"), cache=str(fresh)))
-        yield Result(
+        yield Measurement(
             "first-run",
             "nothing",
             "process start to samples.png: 64 images, the command's default solver and steps, "
@@ -68,7 +68,7 @@ def first_run(device: str) -> Iterator[Result]:
             ours.append(_run(sys.executable, "-P", "-c", "import flashddpm", cache=folder)[0])
             torch_alone.append(_run(sys.executable, "-P", "-c", "import torch", cache=folder)[0])
         extra = sorted(a - b for a, b in zip(ours, torch_alone, strict=True))
-        yield Result(
+        yield Measurement(
             "import",
             "import torch",
             f"seconds of a process that imports flashddpm beyond one that imports torch, the "
@@ -80,13 +80,13 @@ def first_run(device: str) -> Iterator[Result]:
         )
 
 
-def first_image(device: str) -> Iterator[Result]:
+def first_image(device: str) -> Iterator[Measurement]:
     """One image in a fresh process, compiled and not: with an empty compile cache, then again."""
     for how in ("compiled", "uncompiled"):
         command = (sys.executable, "-P", "-c", FIRST_IMAGE, device, how)
         with tempfile.TemporaryDirectory() as cache:
             cold, warm = (_run(*command, cache=cache)[0] for _ in range(2))
-        yield Result(
+        yield Measurement(
             f"first-image-{how}",
             "nothing",
             "process start to one image of 2 steps: the first process with an empty compile "

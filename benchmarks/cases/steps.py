@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-import flashddpm as fd
 from flashddpm.benchmarks.cases import roofline
 from flashddpm.benchmarks.cases.sampling import DTYPES
 from flashddpm.benchmarks.measure import harness
 from flashddpm.benchmarks.measure.agreement import check, check_low
-from flashddpm.benchmarks.measure.harness import Result, compare
+from flashddpm.benchmarks.measure.harness import Measurement, compare
 from flashddpm.benchmarks.measure.runner import Case
 from flashddpm.benchmarks.peers import pipelines
 from flashddpm.benchmarks.peers.models import Model, model
+from flashddpm.sampling.sampler import Sampler
 
 # Steps of the short run and of the long one: so many that the difference is some seconds on a CPU.
 SPAN = {
@@ -46,7 +46,7 @@ Draw = Callable[[int], Any]
 """Draws a batch in so many steps."""
 
 
-def drawing(sampler: fd.Sampler, batch: int, solver: str = "ddim") -> Draw:
+def drawing(sampler: Sampler, batch: int, solver: str = "ddim") -> Draw:
     """Return what draws a batch of the sampler's, in a number of steps."""
     classes = sampler.conditioning.num_classes
     labels = None if classes is None else [i % classes for i in range(batch)]
@@ -72,7 +72,7 @@ def latency(name: str, dtype: str, batch: int) -> Case:
     """Return the case of a step of so many images: seconds, images a second, shares of floors."""
     case = f"step-{name}-{dtype}-batch-{batch}"
 
-    def measure(device: str) -> Iterator[Result]:
+    def measure(device: str) -> Iterator[Measurement]:
         of, kind = model(name), DTYPES[dtype]
         sampler = pipelines.sampler(name, kind, device)
         few, many = SPAN[device][name]
@@ -95,7 +95,7 @@ def latency(name: str, dtype: str, batch: int) -> Case:
             "the same with a network that returns its input; floors: operations over a measured "
             "product, bytes over a measured copy"
         )
-        yield Result(case, "nothing", note, values)
+        yield Measurement(case, "nothing", note, values)
 
     return Case(case, "step", measure)
 
@@ -115,13 +115,13 @@ def shares(
     }
 
 
-def without_network(of: Model, device: str) -> fd.Sampler:
+def without_network(of: Model, device: str) -> Sampler:
     """Return a sampler for the same images whose network returns its input."""
     captured = device == "cuda"
     return of.around(lambda x, t, labels=None: x, device, compile=False, capture=captured)
 
 
-def host_seconds(sampler: fd.Sampler, batch: int) -> float:
+def host_seconds(sampler: Sampler, batch: int) -> float:
     """Return what the host takes to launch a step, waiting for none."""
     classes = sampler.conditioning.num_classes
     labels = None if classes is None else [i % classes for i in range(batch)]
@@ -169,7 +169,7 @@ def graph(name: str, dtype: str, batch: int) -> Case:
     """Return the case of captured steps against the same steps launched one by one."""
     case = f"graph-{name}-{dtype}-batch-{batch}"
 
-    def measure(device: str) -> Iterator[Result]:
+    def measure(device: str) -> Iterator[Measurement]:
         kind = DTYPES[dtype]
         few, many = SPAN[device][name]
         sides = [
@@ -184,7 +184,7 @@ def graph(name: str, dtype: str, batch: int) -> Case:
             check_low(captured, plain, plain, case)
         comparison = compare(ours, peer, rounds=ROUNDS)
         note = f"{many} steps of ddim, {dtype}, compiled alike: where the graph stops paying"
-        yield Result.of(case, "the same steps uncaptured", note, comparison)
+        yield Measurement.of(case, "the same steps uncaptured", note, comparison)
 
     return Case(case, "step", measure)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from flashddpm.benchmarks.cases import training_split
-from flashddpm.benchmarks.measure.harness import Result, compare
+from flashddpm.benchmarks.measure.harness import Measurement, compare
 from flashddpm.benchmarks.measure.runner import Case
 from flashddpm.benchmarks.peers.models import model, random_unet
 from flashddpm.benchmarks.peers.training_peers import (
@@ -28,8 +28,9 @@ from flashddpm.benchmarks.peers.training_peers import (
     agree,
     ours_steps,
 )
-from flashddpm.checkpoints.model_folder import Conditioning, save_model
+from flashddpm.checkpoints.model_folder import save_model
 from flashddpm.data import ImageData
+from flashddpm.networks.conditioning import Conditioning
 from flashddpm.networks.unet import UNet
 from flashddpm.training.config import TrainConfig
 from flashddpm.training.trainer import Trainer
@@ -87,7 +88,7 @@ def training(network: str, config: TrainConfig, device: str) -> Iterator[Trainer
         yield Trainer(begun, made, Path(folder, "run"), device)
 
 
-def timed(case: str, called: str, note: str, ours: Ours, peer: Peer, device: str) -> Result:
+def timed(case: str, called: str, note: str, ours: Ours, peer: Peer, device: str) -> Measurement:
     """Time calls of some steps of both sides in turn."""
     count = STEPS[device]
     comparison = compare(
@@ -96,7 +97,7 @@ def timed(case: str, called: str, note: str, ours: Ours, peer: Peer, device: str
         rounds=ROUNDS[device],
         warm_ups=WARM_UPS[device],
     )
-    return Result.of(case, called, f"a call is {count} steps of {note}", comparison)
+    return Measurement.of(case, called, f"a call is {count} steps of {note}", comparison)
 
 
 def against_diffusers(network: str, batch: int, precision: str, compiled: bool) -> Case:
@@ -104,7 +105,7 @@ def against_diffusers(network: str, batch: int, precision: str, compiled: bool) 
     how = "compiled" if compiled else "eager"
     case = f"training-{network}-{precision}-batch-{batch}-{how}"
 
-    def measure(device: str) -> Iterator[Result]:
+    def measure(device: str) -> Iterator[Measurement]:
         for kind in dict.fromkeys(("float32", precision)):  # checked in float32
             with training(network, settings(batch, kind), device) as trainer:
                 peer = Diffusers(trainer, compiled)
@@ -126,7 +127,7 @@ def against_ddpt(batch: int, precision: str) -> Case:
     """Return the case of ours around denoising-diffusion-pytorch's network against its Trainer."""
     case = f"training-ddpt-{precision}-batch-{batch}"
 
-    def measure(device: str) -> Iterator[Result]:
+    def measure(device: str) -> Iterator[Measurement]:
         made = data(DDPT_SHAPE, labels=False)
         for kind in dict.fromkeys(("float32", precision)):
             with tempfile.TemporaryDirectory() as folder:
@@ -150,14 +151,14 @@ def split(network: str, batch: int, precision: str) -> Case:
     """Return the case of what a step of ours is made of."""
     case = f"training-split-{network}-{precision}-batch-{batch}"
 
-    def measure(device: str) -> Iterator[Result]:
+    def measure(device: str) -> Iterator[Measurement]:
         with training(network, settings(batch, precision), device) as trainer:
             values = training_split.milliseconds(trainer, 2 * ROUNDS[device])
         note = (
             f"{batch} images, the {network} network, {precision}; medians, each part by itself, "
             "the batch read as the step begins; rest: the whole less the parts"
         )
-        yield Result(case, "nothing", note, values)
+        yield Measurement(case, "nothing", note, values)
 
     return Case(case, "training", measure)
 
@@ -166,7 +167,7 @@ def memory(network: str, batch: int, precision: str, prediction_type: str) -> Ca
     """Return the case of the memory that is saved where noise and target are not stored."""
     case = f"training-memory-{network}-{precision}-batch-{batch}-{prediction_type}"
 
-    def measure(device: str) -> Iterator[Result]:
+    def measure(device: str) -> Iterator[Measurement]:
         config = settings(batch, precision, prediction_type=prediction_type)
         with training(network, config, device) as trainer:
             values = training_split.mebibytes(trainer)
@@ -175,7 +176,7 @@ def memory(network: str, batch: int, precision: str, prediction_type: str) -> Ca
             f"{prediction_type}: inputs and what is kept for the backward pass, our kernels "
             "against noise and target as tensors"
         )
-        yield Result(case, "the usual step", note, values)
+        yield Measurement(case, "the usual step", note, values)
 
     return Case(case, "training", measure, ("diffusers",))
 

@@ -104,9 +104,7 @@ def _quantile(ordered: list[float], q: float) -> float:
 
 def environment(device: str) -> dict[str, Any]:
     """Return what figures depend on besides their inputs: command, machine, versions, commit."""
-    import flashddpm
-
-    versions = {"flashddpm": flashddpm.__version__, "torch": torch.__version__}
+    versions = {"flashddpm": metadata.version("flashddpm"), "torch": torch.__version__}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
@@ -197,7 +195,7 @@ def card_state() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Result:
+class Measurement:
     """One measured case.
 
     Attributes:
@@ -213,7 +211,7 @@ class Result:
     values: dict[str, float]
 
     @classmethod
-    def of(cls, case: str, peer: str, note: str, comparison: Comparison) -> Result:
+    def of(cls, case: str, peer: str, note: str, comparison: Comparison) -> Measurement:
         """Return the result of a comparison."""
         return cls(case, peer, note, asdict(comparison))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from flashddpm.benchmarks.measure import harness
-from flashddpm.benchmarks.measure.harness import Result
+from flashddpm.benchmarks.measure.harness import Measurement
 from flashddpm.benchmarks.measure.runs import Failure, Run
 
 
@@ -31,7 +31,7 @@ class Case:
 
     name: str
     suite: str
-    measure: Callable[[str], Iterator[Result]]
+    measure: Callable[[str], Iterator[Measurement]]
     needs: tuple[str, ...] = ()
 
 
@@ -99,7 +99,7 @@ def run_cases(
     return run
 
 
-def _generator(case: Case, device: str) -> Generator[Result]:
+def _generator(case: Case, device: str) -> Generator[Measurement]:
     yield from case.measure(device)
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashddpm.benchmarks.measure.harness import Result
+from flashddpm.benchmarks.measure.harness import Measurement
 
 SCHEMA = 2
 READABLE = (1, 2)
@@ -46,7 +46,7 @@ class Run:
     """
 
     environment: dict[str, Any]
-    results: list[Result] = field(default_factory=list)
+    results: list[Measurement] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     cards: list[dict[str, Any]] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Run:
             schema = content.pop("schema")
             if schema not in READABLE:
                 raise ValueError(f"schema={schema!r}: must be one of {READABLE}")
-            results = [Result(**result) for result in content.pop("results")]
+            results = [Measurement(**result) for result in content.pop("results")]
             failures = [Failure(**failure) for failure in content.pop("failures", [])]
             return cls(results=results, failures=failures, **content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

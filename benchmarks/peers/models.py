@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-import flashddpm as fd
+from flashddpm.checkpoints.bundled import bundled
+from flashddpm.checkpoints.model_folder import load_unet
+from flashddpm.diffusion.schedule import NoiseSchedule
+from flashddpm.diffusion.scheduler_config import SamplingDefaults
+from flashddpm.networks.conditioning import Conditioning
+from flashddpm.networks.unet import UNet
+from flashddpm.networks.unet_config import UNetConfig
+from flashddpm.sampling.sampler import Sampler
 
 SEED = 0
 OUTPUT = 0.02  # deviation of what a random network returns
@@ -62,9 +69,9 @@ class Model:
     """
 
     name: str
-    unet: fd.UNet
+    unet: UNet
     scheduler: dict[str, Any]
-    conditioning: fd.Conditioning
+    conditioning: Conditioning
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -78,23 +85,23 @@ class Model:
         classes = self.conditioning.num_classes
         return None if classes is None else [i % classes for i in range(batch)]
 
-    def network(self, device: str, dtype: torch.dtype) -> fd.UNet:
+    def network(self, device: str, dtype: torch.dtype) -> UNet:
         """Return a copy of the network."""
         return copy.deepcopy(self.unet).to(device, dtype)
 
-    def sampler(self, device: str, dtype: torch.dtype, **options: Any) -> fd.Sampler:
+    def sampler(self, device: str, dtype: torch.dtype, **options: Any) -> Sampler:
         """Return a sampler of a copy of the network; ``options`` are the sampler's."""
         return self.around(self.network(device, dtype), device, **options)
 
-    def around(self, network: Any, device: str, **options: Any) -> fd.Sampler:
+    def around(self, network: Any, device: str, **options: Any) -> Sampler:
         """Return a sampler of another network for the same process."""
-        return fd.Sampler(
+        return Sampler(
             network,
-            fd.NoiseSchedule.from_config(self.scheduler),
+            NoiseSchedule.from_config(self.scheduler),
             shape=self.shape,
             prediction_type=self.scheduler.get("prediction_type", "epsilon"),
             conditioning=self.conditioning,
-            defaults=fd.SamplingDefaults.from_config(self.scheduler),
+            defaults=SamplingDefaults.from_config(self.scheduler),
             device=device,
             **options,
         )
@@ -112,21 +119,21 @@ class Model:
 def model(name: str) -> Model:
     """Return the model of a name of MODELS."""
     if name == "bundled":
-        folder = Path(fd.bundled())
+        folder = Path(bundled())
         text = (folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8")
-        loaded = fd.Sampler.from_pretrained(folder, "cpu", "float32", compile=False)
-        unet = fd.UNet.from_pretrained(folder, "cpu", "float32").eval()
+        loaded = Sampler.from_pretrained(folder, "cpu", "float32", compile=False)
+        unet = load_unet(folder, "cpu", "float32").eval()
         return Model(name, unet, json.loads(text), loaded.conditioning)
     config, variance_type = PUBLISHED[name]
     scheduler = {"_class_name": "DDPMScheduler", "variance_type": variance_type}
-    return Model(name, random_unet(config), scheduler, fd.Conditioning())
+    return Model(name, random_unet(config), scheduler, Conditioning())
 
 
-def random_unet(config: dict[str, Any]) -> fd.UNet:
+def random_unet(config: dict[str, Any]) -> UNet:
     """Return a U-Net of random weights, those too that a fresh one has at zero."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
-        unet = fd.UNet(fd.UNetConfig.from_dict(config))
+        unet = UNet(UNetConfig.from_dict(config))
         for parameter in unet.parameters():
             if parameter.ndim > 1 and not parameter.any():
                 nn.init.normal_(parameter, std=1 / math.sqrt(parameter[0].numel()))

@@ -14,8 +14,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-import flashddpm as fd
 from flashddpm.benchmarks.peers.models import Model, model
+from flashddpm.sampling.sampler import Sampler
 
 RECOMPILE_LIMIT = 64
 """Shapes that one network is compiled for, past which Dynamo would stop."""
@@ -53,7 +53,7 @@ class Ours:
     """
 
     def __init__(
-        self, sampler: fd.Sampler, batch: int, solver: str, num_steps: int, dtype: torch.dtype
+        self, sampler: Sampler, batch: int, solver: str, num_steps: int, dtype: torch.dtype
     ) -> None:
         self.sampler, self.dtype = sampler, dtype
         classes = sampler.conditioning.num_classes
@@ -186,7 +186,7 @@ def diffusers_unet(name: str, dtype: torch.dtype, device: str, how: str = "best"
 
 
 @lru_cache(maxsize=4)
-def sampler(name: str, dtype: torch.dtype, device: str, how: str = "best") -> fd.Sampler:
+def sampler(name: str, dtype: torch.dtype, device: str, how: str = "best") -> Sampler:
     """Return our sampler of a model.
 
     Args:

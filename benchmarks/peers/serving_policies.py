@@ -14,14 +14,16 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Protocol
 
-import flashddpm as fd
 from flashddpm.benchmarks.measure import harness
+from flashddpm.sampling.sampler import Sampler
+from flashddpm.serving.engine import Engine
+from flashddpm.serving.request import Request, Result, Timings
 
 Kind = tuple[str, int, float]
 """What images of one call of `Sampler.sample` share: solver, number of steps, guidance."""
 
 
-def kind_of(request: fd.Request) -> Kind:
+def kind_of(request: Request) -> Kind:
     """Return the kind of a request whose solver has a name and that has no further options."""
     assert isinstance(request.solver, str)
     return request.solver, request.num_steps, request.guidance
@@ -30,7 +32,7 @@ def kind_of(request: fd.Request) -> Kind:
 class Policy(Protocol):
     """A way to serve."""
 
-    def submit(self, request: fd.Request) -> Future[fd.Result]:
+    def submit(self, request: Request) -> Future[Result]:
         """Take a request; return the future of its result."""
 
     def close(self) -> None:
@@ -40,11 +42,11 @@ class Policy(Protocol):
 class InFlight:
     """An engine, which goes on after ``close``: its graphs and compiled code serve the next."""
 
-    def __init__(self, engine: fd.Engine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._steps_before: int = engine.metrics()["steps"]
 
-    def submit(self, request: fd.Request) -> Future[fd.Result]:
+    def submit(self, request: Request) -> Future[Result]:
         """Hand the request to the engine."""
         return self.engine.submit(request)
 
@@ -66,13 +68,13 @@ class Batches:
     compiled network keeps its shape.
     """
 
-    def __init__(self, sampler: fd.Sampler, size: int) -> None:
+    def __init__(self, sampler: Sampler, size: int) -> None:
         self.sampler, self.size = sampler, size
         self._queue: SimpleQueue[_Waiting | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def submit(self, request: fd.Request) -> Future[fd.Result]:
+    def submit(self, request: Request) -> Future[Result]:
         """Queue the request."""
         waiting = _Waiting(request)
         self._queue.put(waiting)
@@ -116,13 +118,13 @@ class Batches:
             return
         now = time.perf_counter()
         for waiting, image in zip(group, images, strict=False):
-            timings = fd.Timings(began - waiting.submitted, now - began)
-            waiting.future.set_result(fd.Result(image, waiting.request, timings))
+            timings = Timings(began - waiting.submitted, now - began)
+            waiting.future.set_result(Result(image, waiting.request, timings))
 
 
 class _Waiting:
     """A request, its future, and when it came."""
 
-    def __init__(self, request: fd.Request) -> None:
+    def __init__(self, request: Request) -> None:
         self.request, self.submitted = request, time.perf_counter()
-        self.future: Future[fd.Result] = Future()
+        self.future: Future[Result] = Future()

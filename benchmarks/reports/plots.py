@@ -10,7 +10,7 @@ from dataclasses import asdict
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flashddpm.benchmarks.measure.harness import Result
+from flashddpm.benchmarks.measure.harness import Measurement
 from flashddpm.benchmarks.measure.runs import Run
 
 DPI = 110
@@ -86,7 +86,7 @@ def roofline(run: Run) -> Figure | None:
     return figure
 
 
-def _steps(axes: Axes, results: Sequence[Result]) -> None:
+def _steps(axes: Axes, results: Sequence[Measurement]) -> None:
     """Mark each step by operations a byte and operations a second, under its dtype's roof."""
     for result in results:
         v = result.values
@@ -102,7 +102,7 @@ def _steps(axes: Axes, results: Sequence[Result]) -> None:
     axes.set(xlabel="operations a byte", ylabel="TFLOP/s")
 
 
-def _kernels(axes: Axes, results: Sequence[Result]) -> None:
+def _kernels(axes: Axes, results: Sequence[Measurement]) -> None:
     """Mark each kernel by its time and its share of the bound of its bytes and instructions."""
     for name in dict.fromkeys(r.case.split("-")[0] for r in results):
         mine = [r.values for r in results if r.case.split("-")[0] == name]

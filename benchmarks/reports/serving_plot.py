@@ -23,9 +23,11 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
-import flashddpm as fd
 from flashddpm.benchmarks.cases import serving
 from flashddpm.benchmarks.reports.serving_record import Bar, record
+from flashddpm.checkpoints.bundled import bundled
+from flashddpm.sampling.sampler import Sampler
+from flashddpm.serving.engine import Engine
 
 DPI = 110
 COLOURS = {"ddim": "Blues", "ddpm": "Greens", "dpmpp_2m": "Oranges"}
@@ -99,9 +101,9 @@ def save(figure: Figure, path: Path) -> None:
 
 def picture_of_slots(compiled: bool = False) -> Figure:
     """Record a run of the bundled model on the CPU, and draw it."""
-    sampler = fd.Sampler.from_pretrained(fd.bundled(), "cpu", "float32", compile=compiled)
+    sampler = Sampler.from_pretrained(bundled(), "cpu", "float32", compile=compiled)
     requests = serving.make_requests(serving.MIXES["mixed"], IMAGES, SEED)
-    engine = fd.Engine(sampler, SLOTS, threaded=False)
+    engine = Engine(sampler, SLOTS, threaded=False)
     engine.warm()
     for _ in range(2):  # the second tells how many images a second
         seconds = record(engine, requests, np.zeros(IMAGES))[-1].end

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-import flashddpm as fd
-from flashddpm.serving.request import Job
+from flashddpm.serving.engine import Engine
+from flashddpm.serving.request import Job, Request, Result
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,7 @@ class Bar:
     end: float
 
 
-def record(
-    engine: fd.Engine, requests: Sequence[fd.Request], due: NDArray[np.float64]
-) -> list[Bar]:
+def record(engine: Engine, requests: Sequence[Request], due: NDArray[np.float64]) -> list[Bar]:
     """Turn an engine that has no thread of its own until all requests are answered.
 
     Args:
@@ -59,7 +57,7 @@ def record(
     numbers = {id(request): i for i, request in enumerate(requests)}
     steps: Counter[int] = Counter()
     bars: list[Bar] = []
-    futures: list[Future[fd.Result]] = []
+    futures: list[Future[Result]] = []
     start = time.perf_counter()
     busy = False
     while busy or len(futures) < len(requests):
@@ -94,5 +92,5 @@ def record(
     return bars
 
 
-def _jobs(engine: fd.Engine) -> list[tuple[int, Job]]:
+def _jobs(engine: Engine) -> list[tuple[int, Job]]:
     return list(engine._loop.flight.jobs.items())

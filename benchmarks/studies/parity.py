@@ -18,10 +18,12 @@ import torch
 import typer
 from torch import Tensor
 
-import flashddpm as fd
-import flashddpm.diffusion.diffusers_quirks
+from flashddpm.diffusion import diffusers_quirks
 from flashddpm.diffusion.parameterization import PREDICTION_TYPES
+from flashddpm.diffusion.schedule import NoiseSchedule
+from flashddpm.diffusion.scheduler_config import SamplingDefaults
 from flashddpm.diffusion.timesteps import SPACINGS
+from flashddpm.sampling.sampler import Sampler
 
 SHAPE = (2, 3, 8, 8)
 STEPS = 50
@@ -150,7 +152,7 @@ def network(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
     random = np.random.default_rng(SEED)
     w, slope, share, extra = random.standard_normal((4, 4)).tolist()
     bias = torch.from_numpy(random.standard_normal((4, *SHAPE[1:]))).float()
-    abar = fd.NoiseSchedule.create(case.beta_schedule).alphas_cumprod
+    abar = NoiseSchedule.create(case.beta_schedule).alphas_cumprod
 
     def bounded(u: Tensor) -> Tensor:
         return u / (1 + u * u).sqrt()
@@ -200,12 +202,12 @@ def theirs(case: Case) -> Tensor:
 
 def ours(case: Case, tables: str, faults: str = "mended") -> Tensor:
     """Return our images, float32 [B, C, H, W]."""
-    sampler = fd.Sampler(
+    sampler = Sampler(
         network(case),
-        fd.NoiseSchedule.from_config(case.config, tables),
+        NoiseSchedule.from_config(case.config, tables),
         shape=SHAPE[1:],
         prediction_type=case.prediction_type,
-        defaults=fd.SamplingDefaults.from_config(case.config),
+        defaults=SamplingDefaults.from_config(case.config),
         device="cpu",
         dtype="float32",
     )
@@ -292,7 +294,7 @@ def page(command: str) -> str:
     cases = list(possible())
     few = pairwise(cases)
     table = [HEAD + "".join(measure(case).line() + "\n" for case in some) for some in (few, LONG)]
-    faults = flashddpm.diffusion.diffusers_quirks.__doc__ or ""
+    faults = diffusers_quirks.__doc__ or ""
     return PAGE.format(
         command=command,
         diffusers=diffusers.__version__,

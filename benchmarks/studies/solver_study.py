@@ -37,8 +37,7 @@ from flashddpm.benchmarks.studies.solver_plot import (
     read_study,
 )
 from flashddpm.checkpoints.hub import locate
-from flashddpm.cli import manifest
-from flashddpm.cli.sample import parse_labels
+from flashddpm.checkpoints.model_folder import fingerprint
 from flashddpm.diffusion.solvers import SOLVERS
 from flashddpm.evaluation import distances
 from flashddpm.evaluation.classifier import FEATURES
@@ -47,6 +46,7 @@ from flashddpm.evaluation.features import Features, cached_features, features_of
 from flashddpm.evaluation.job import (
     AUTO,
     check_out,
+    classes_in_turn,
     features_for,
     load_images,
     require_matplotlib,
@@ -122,7 +122,7 @@ def measure(
         end: the reading of time.monotonic after which nothing more is begun.
     """
     count = study["settings"]["images"]
-    labels = parse_labels(None, sampler, count)
+    labels = classes_in_turn(sampler, count)
     keys = {key_of(vars(case)) for case in wanted}
     study["left_out"] = [case for case in study["left_out"] if key_of(case) not in keys]
     done = {key_of(result) for result in study["results"]}
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
     where = environment(sampler)
     settings = {
         "device": where["device"],
-        "model": manifest.fingerprint(folder),
+        "model": fingerprint(folder),
         "data": data.fingerprint(),
         "reference": reference.fingerprint(),
         "features": extractor.fingerprint,
@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> None:
     study |= {"environment": where, "training": None}
     if held_out:
         same = sampler.conditioning.num_classes == data.num_classes
-        labels = parse_labels(None, sampler, args.num_images) if same else None
+        labels = classes_in_turn(sampler, args.num_images) if same else None
         known = counterpart(data, args.num_images, labels)
         if known is not None:
             study["training"] = distances.frechet(features_of(known, extractor), real)

@@ -11,8 +11,8 @@ that a file says is imported or run: classes are names, looked up in the lists b
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,26 +22,34 @@ import torch
 from torch import Tensor
 
 from flashddpm import arguments
-from flashddpm.checkpoints.weights import INDEX, WEIGHTS, mismatches, read_weights, shards
+from flashddpm.checkpoints.weights import INDEX, WEIGHTS, read_weights, shards
 from flashddpm.diffusion.scheduler_config import SCHEDULERS
 from flashddpm.errors import CheckpointError
 from flashddpm.host import isolated
 from flashddpm.io.files import read_json, write_atomic, write_json
-from flashddpm.io.files import read_tensors as read_tensors  # some look for it here
+from flashddpm.networks.conditioning import Conditioning
 from flashddpm.networks.registry import LIBRARIES, Network, NetworkConfig, on_meta, read_config
+from flashddpm.networks.state_dict import mismatches
 
 UNETS = ("UNet2DModel",)
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 MAX_PARAMETERS = 4_000_000_000
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What labels a model takes: 0..num_classes-1, and null_label for "no label"."""
-
-    num_classes: int | None = None
-    null_label: int | None = None
-    class_names: tuple[str, ...] | None = None
+def fingerprint(folder: Path) -> str:
+    """Return a hash of the files that a model is read from, in diffusers' layout or flat."""
+    unet, scheduler = (
+        folder / sub if (folder / sub).is_dir() else folder for sub in ("unet", "scheduler")
+    )
+    files = [unet / "config.json", *sorted(unet.glob("*.safetensors"))]
+    files += [scheduler / "scheduler_config.json", folder / "flashddpm.json"]
+    digest = hashlib.sha256()
+    for path in files:
+        if path.is_file():
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.name}\0{content}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def find(folder: Path, sub: str, name: str) -> Path:
@@ -53,22 +61,29 @@ def find(folder: Path, sub: str, name: str) -> Path:
 @isolated
 def load_unet(
     folder: str | PathLike[str],
-    device: torch.device,
-    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
     allow_pickle: bool = False,
 ) -> Network:
-    """Load the U-Net of a pipeline's folder or of its own.
+    """Load the U-Net of a model folder, in evaluation mode and without gradients.
 
     Args:
-        folder: with unet/ in it, or config.json and the weights.
-        device, dtype: of the network.
-        allow_pickle: read diffusion_pytorch_model.bin where there are no safetensors.
+        folder: a pipeline's, with unet/ in it, or a U-Net's own, with config.json and the weights.
+        device: the device of the weights: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: the dtype of the weights; float32 by default.
+        allow_pickle: whether diffusion_pytorch_model.bin is read where there are no safetensors.
+
+    Returns:
+        A UNet or an RMSUNet, whichever config.json names.
 
     Raises:
         CheckpointError: files missing or broken, a config that cannot be built or asks for more
             than 4e9 parameters, keys or shapes that do not match it (every mismatch is listed),
             weights that are not finite, or a pickle that was not asked for.
+        ValueError: a device or dtype that is not allowed.
     """
+    device = arguments.resolve_device(device)
+    dtype = arguments.resolve_dtype(dtype, torch.float32)
     root = Path(folder)
     if not root.is_dir():
         raise CheckpointError(f"{root}: no such folder")

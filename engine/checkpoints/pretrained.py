@@ -19,14 +19,12 @@ from flashddpm import arguments
 from flashddpm.checkpoints.hub import locate
 from flashddpm.checkpoints.model_folder import (
     UNETS,
-    Conditioning,
     find,
     load_conditioning,
     load_scheduler_config,
     load_unet,
     save_model,
 )
-from flashddpm.checkpoints.weights import mismatches
 from flashddpm.diffusion.parameterization import PREDICTION_TYPES
 from flashddpm.diffusion.schedule import TABLES, NoiseSchedule
 from flashddpm.diffusion.scheduler_config import (
@@ -38,8 +36,10 @@ from flashddpm.diffusion.scheduler_config import (
 )
 from flashddpm.errors import CheckpointError
 from flashddpm.host import plain_factories
+from flashddpm.networks.conditioning import Conditioning
 from flashddpm.networks.customized import altered, has_hooks
 from flashddpm.networks.registry import Network, NetworkConfig
+from flashddpm.networks.state_dict import mismatches
 from flashddpm.networks.unet import UNet
 from flashddpm.networks.unet_config import UNetConfig
 

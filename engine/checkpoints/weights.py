@@ -10,11 +10,9 @@ In order of preference, as diffusers has it:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashddpm.checkpoints.pickles import read_pickled
 from flashddpm.errors import CheckpointError
@@ -23,7 +21,6 @@ from flashddpm.io.files import read_json, read_tensors, require_file
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 PICKLED = "diffusion_pytorch_model.bin"
-STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{,200}\.safetensors")
 MAX_SHARDS = 1000
@@ -112,30 +109,3 @@ def _rename(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: holds {name} under its old name and its new one")
         result[name] = value
     return result
-
-
-def mismatches(
-    unet: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype | None = None
-) -> list[str]:
-    """Return all that keeps a state dict from being this U-Net's, in words; [] if nothing does.
-
-    Args:
-        unet: only its keys and shapes are read, and its dtype if none is given.
-        state: keys, shapes and finiteness are checked.
-        dtype: in which the numbers must be finite.
-    """
-    dtype = dtype or next(unet.parameters()).dtype
-    expected = {key: tuple(value.shape) for key, value in unet.state_dict().items()}
-    wrong = [f"{key} is missing" for key in expected if key not in state]
-    wrong += [f"{key} is not expected" for key in state if key not in expected]
-    wrong += [
-        f"{key} has shape {tuple(state[key].shape)}, must be {shape}"
-        for key, shape in expected.items()
-        if key in state and tuple(state[key].shape) != shape
-    ]
-    for key, value in state.items():
-        if value.dtype not in STORED:
-            wrong.append(f"{key} holds {value.dtype}, must hold floating-point numbers")
-        elif not bool(value.to(dtype).isfinite().all()):
-            wrong.append(f"{key} holds numbers that are not finite in {dtype}")
-    return wrong

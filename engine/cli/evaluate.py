@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from flashddpm.cli import exits
 from flashddpm.cli.options import (
     AllowPickle,
     BatchSize,
@@ -22,9 +22,10 @@ from flashddpm.cli.options import (
     Spacing,
     VarianceType,
 )
+from flashddpm.cli.parsing import parse_seeds
 
 Option = typer.Option
-INTERRUPTED = 130
+NUM_IMAGES = 1000
 
 
 def evaluate(
@@ -79,6 +80,7 @@ def evaluate(
     any work is done. Needs flashddpm[evaluate].
     """
     from flashddpm.evaluation import report
+    from flashddpm.evaluation.evaluate import evaluate as measure
     from flashddpm.evaluation.job import Settings, prepare
 
     plan = {
@@ -96,12 +98,11 @@ def evaluate(
         out,
         reference,
         tuple(name.strip() for name in metrics.split(",") if name.strip()),
-        num_images,
-        seeds,
+        samples_of(seeds, num_images),
         plan,
         guidance,
         bound_images,
-        bound_timesteps,
+        timesteps_of(bound_timesteps),
         features,
         feature_input,
         device,
@@ -110,12 +111,33 @@ def evaluate(
         allow_pickle,
     )
     try:
-        job = prepare(settings)
-        from flashddpm.evaluation.evaluate import evaluate as measure
-
-        result, pictures = measure(job)
+        result, pictures = measure(prepare(settings))
     except KeyboardInterrupt:
-        print("flashddpm: error: interrupted, nothing written", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        exits.fail("interrupted, nothing written", exits.INTERRUPTED)
     numbers = report.write(out, result, pictures)
     print(f"{report.text(result)}\n-> {out}, {numbers}")
+
+
+def samples_of(seeds: str | None, num_images: int | None) -> list[int]:
+    """Return the seeds of the samples: 1,000 from the first one, unless more is said.
+
+    Raises:
+        ValueError: as `parse_seeds`.
+    """
+    if num_images is None and (seeds is None or not set(seeds) & set(":,")):
+        num_images = NUM_IMAGES
+    return parse_seeds(seeds, num_images)
+
+
+def timesteps_of(given: str | None) -> int | str | None:
+    """Return the timesteps of the bound: how many, "all", or None where nothing was said.
+
+    Raises:
+        ValueError: neither a number nor "all".
+    """
+    if given is None or given == "all":
+        return given
+    try:
+        return int(given)
+    except ValueError:
+        raise ValueError(f"bound_timesteps={given!r}: must be a number or all") from None

@@ -12,7 +12,6 @@ It is written before the first image and again after the last, so that no image 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -25,25 +24,10 @@ log = logging.getLogger("flashddpm")
 
 NAME = "manifest.json"
 FORMAT = 1
-PARTS = ("unet", "scheduler")
 FREE = ("world_size",)
 """What of ``run`` no bit depends on."""
 
 Manifest = dict[str, Any]
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a hash of the files that a model is read from, in diffusers' layout or flat."""
-    unet, scheduler = (folder / sub if (folder / sub).is_dir() else folder for sub in PARTS)
-    files = [unet / "config.json", *sorted(unet.glob("*.safetensors"))]
-    files += [scheduler / "scheduler_config.json", folder / "flashddpm.json"]
-    digest = hashlib.sha256()
-    for path in files:
-        if path.is_file():
-            with open(path, "rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{path.name}\0{content}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
 
 
 def read(folder: Path) -> Manifest | None:

@@ -1,14 +1,10 @@
-"""Options that several commands share, and how a model is sampled where they say nothing."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from typer import Option
-
-if TYPE_CHECKING:
-    from flashddpm.sampling.sampler import Sampler
 
 AllowPickle = Annotated[
     bool, Option("--allow-pickle", help="Read .bin weights where there are no safetensors.")
@@ -42,31 +38,3 @@ VarianceType = Annotated[
         help="Of ddpm: fixed_small, fixed_large, learned or learned_range.  [default: the model's]"
     ),
 ]
-
-MULTISTEP_STEPS, STEPS = 20, 50
-OF_DDPM = ("variance_type", "timesteps")
-"""Options that ask for ddpm: OpenAI's scripts, whose respacings these are, draw by it."""
-
-
-def with_defaults(options: Mapping[str, Any], sampler: Sampler) -> dict[str, Any]:
-    """Return options of `Sampler.plan` with a solver and a number of steps.
-
-    A model that names ancestral sampling, as all do that were saved with the scheduler they were
-    trained with, is sampled by dpmpp_2m_sde: the solver study of docs/evaluation.md finds its 20
-    steps nearer to the real images than 100 of ddpm.
-
-    Args:
-        options: by name; None is "not given".
-        sampler: of the model.
-    """
-    options, T = dict(options), len(sampler.schedule)
-    if options.get("solver") is None:
-        options["solver"] = sampler.defaults.solver
-        free = all(options.get(name) is None for name in OF_DDPM)
-        if options["solver"] == "ddpm" and free and T > MULTISTEP_STEPS:
-            options["solver"] = "dpmpp_2m_sde"
-            options["spacing"] = options.get("spacing") or "linspace"
-    if options.get("num_steps") is None:
-        multistep = str(options["solver"]).startswith("dpmpp_")
-        options["num_steps"] = min(MULTISTEP_STEPS if multistep else STEPS, T)
-    return options

@@ -12,12 +12,14 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from flashddpm import arguments
+from flashddpm.cli import exits
+from flashddpm.distributed import World
 from flashddpm.errors import CheckpointError
 from flashddpm.io.files import read_json
 from flashddpm.training.config import TrainConfig
 
 Option = typer.Option
-FAILED, INTERRUPTED = 2, 130
 
 
 def train(
@@ -45,8 +47,6 @@ def train(
 
     Under torchrun every process takes its part of each batch. Ctrl-C and SIGTERM save first.
     """
-    from flashddpm.distributed import World
-
     world = World.from_environment()
     device = world.device(device)
     with world.joined(device):
@@ -90,9 +90,8 @@ def _run(
     compile: str,
     resume: bool,
     allow: str,
-    world: Any,
+    world: World,
 ) -> str:
-    from flashddpm import arguments
     from flashddpm.data import load_data
     from flashddpm.training.resume import states
     from flashddpm.training.trainer import Trainer
@@ -120,11 +119,11 @@ def _run(
                 f"flashddpm: error: interrupted at step {trainer.step}, saved; go on with --resume",
                 file=sys.stderr,
             )
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(exits.INTERRUPTED) from None
     except RuntimeError as error:
         if not _is_of_another_process(error):
             raise
-        raise SystemExit(FAILED) from None  # it, or torchrun, says why
+        raise SystemExit(exits.USAGE) from None  # it, or torchrun, says why
     return f"{trainer.step} steps of {settings.batch_size} images, {trainer.device} -> {out}"
 
 

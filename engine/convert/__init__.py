@@ -14,12 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from flashddpm import arguments
-from flashddpm.checkpoints.model_folder import Conditioning, save_model
+from flashddpm.checkpoints.model_folder import save_model
 from flashddpm.checkpoints.pickles import read_pickled
 from flashddpm.convert import lucidrains, openai_flags
 from flashddpm.errors import CheckpointError
 from flashddpm.host import isolated
 from flashddpm.io.files import read_tensors
+from flashddpm.networks.conditioning import Conditioning
 from flashddpm.networks.registry import NetworkConfig
 
 SOURCES = (*openai_flags.PROJECTS, "ddpt")

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashddpm import arguments
-from flashddpm.checkpoints.weights import mismatches
 from flashddpm.diffusion.schedule import MAX_TIMESTEPS, NoiseSchedule
 from flashddpm.errors import CheckpointError
 from flashddpm.networks.registry import on_meta
 from flashddpm.networks.rms_unet import RMSUNetConfig
+from flashddpm.networks.state_dict import mismatches
 
 Table = NDArray[np.float64]
 

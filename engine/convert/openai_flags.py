@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from flashddpm import arguments
-from flashddpm.checkpoints.weights import mismatches
 from flashddpm.convert.openai import Layout, convert_state, read_layout, unet_config
 from flashddpm.diffusion.schedule import MAX_TIMESTEPS, NoiseSchedule
 from flashddpm.diffusion.timesteps import respaced, timesteps
 from flashddpm.errors import CheckpointError
 from flashddpm.networks.registry import on_meta
+from flashddpm.networks.state_dict import mismatches
 from flashddpm.networks.unet_config import UNetConfig
 
 PROJECTS = ("improved", "guided")

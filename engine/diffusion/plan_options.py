@@ -1,9 +1,13 @@
-"""Options of `Sampler` that several of its methods take, by name and type."""
+"""Options of a plan by name and type, and those of a model where nothing is said."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+MULTISTEP_STEPS, STEPS = 20, 50
+OF_DDPM = ("variance_type", "timesteps")
+"""Options that ask for ddpm: OpenAI's scripts, whose respacings these are, draw by it."""
 
 
 class PlanOptions(TypedDict, total=False):
@@ -51,3 +55,28 @@ class RunOptions(TypedDict, total=False):
     capture: bool | str
     tune: bool
     graph_memory: int | None
+
+
+def with_defaults(options: Mapping[str, Any], solver: str, num_timesteps: int) -> dict[str, Any]:
+    """Return options of `Sampler.plan` with a solver and a number of steps.
+
+    A model that names ancestral sampling, as all do that were saved with the scheduler they were
+    trained with, is sampled by dpmpp_2m_sde: the solver study of docs/evaluation.md finds its 20
+    steps nearer to the real images than 100 of ddpm.
+
+    Args:
+        options: by name; None is "not given".
+        solver: the solver of the model's scheduler (`SamplingDefaults.solver`).
+        num_timesteps: how many timesteps the model was trained with.
+    """
+    options, T = dict(options), num_timesteps
+    if options.get("solver") is None:
+        options["solver"] = solver
+        free = all(options.get(name) is None for name in OF_DDPM)
+        if options["solver"] == "ddpm" and free and T > MULTISTEP_STEPS:
+            options["solver"] = "dpmpp_2m_sde"
+            options["spacing"] = options.get("spacing") or "linspace"
+    if options.get("num_steps") is None:
+        multistep = str(options["solver"]).startswith("dpmpp_")
+        options["num_steps"] = min(MULTISTEP_STEPS if multistep else STEPS, T)
+    return options

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from flashddpm import arguments
 from flashddpm.checkpoints.hub import locate
-from flashddpm.cli import manifest
-from flashddpm.cli.options import with_defaults
-from flashddpm.cli.sample import parse_labels, parse_seeds
+from flashddpm.checkpoints.model_folder import fingerprint
 from flashddpm.data import ImageData, ImageSource, load_data
 from flashddpm.diffusion.parameterization import vlb_rows
+from flashddpm.diffusion.plan_options import with_defaults
 from flashddpm.evaluation import distances
 from flashddpm.evaluation.classifier import FEATURES, Classifier, classifier_for
 from flashddpm.evaluation.features import INPUTS, Features
@@ -48,7 +47,7 @@ class Settings:
         reference: real images to compare with; None: the IDX test images in ``data`` where it has
             them, else ``data`` itself.
         metrics: of METRICS.
-        num_images, seeds: as for ``flashddpm sample``; by default 1,000 from seed 0.
+        seeds: the seed of each sample; by default 0 to 999.
         plan: arguments of `Sampler.plan` by name; None is "not given" (`with_defaults`).
         guidance: w; 1 is off.
         bound_images: real images that the bound is of; None: 256, or all where there are fewer.
@@ -63,12 +62,11 @@ class Settings:
     out: Path
     reference: Path | None = None
     metrics: Sequence[str] = METRICS
-    num_images: int | None = None
-    seeds: str | None = None
+    seeds: Sequence[int] = range(NUM_IMAGES)
     plan: Mapping[str, Any] = field(default_factory=dict)
     guidance: float = 1.0
     bound_images: int | None = None
-    bound_timesteps: str | None = None
+    bound_timesteps: int | str | None = None
     features: str = AUTO
     feature_input: str = "uint8"
     device: str = "auto"
@@ -189,14 +187,16 @@ def prepare(settings: Settings) -> Job:
         DataError: of the images.
     """
     metrics = _check_options(settings)
-    seeds = parse_seeds(*_seeds(settings))
+    seeds = arguments.seed_list(settings.seeds)
     folder = locate(settings.model, settings.allow_pickle)
     sampler = Sampler.from_pretrained(
         folder, settings.device, settings.dtype, allow_pickle=settings.allow_pickle
     )
-    labels = parse_labels(None, sampler, len(seeds))
+    labels = classes_in_turn(sampler, len(seeds))
     inputs.guidance_of(settings.guidance, len(seeds), labels, sampler.conditioning)
-    settings = replace(settings, plan=with_defaults(settings.plan, sampler))
+    settings = replace(
+        settings, plan=with_defaults(settings.plan, sampler.defaults.solver, len(sampler.schedule))
+    )
     sampler.plan(**settings.plan)
     data, reference, held_out = load_images(settings.data, settings.reference, sampler.shape)
     conditional, labelled = _classes(sampler, data, reference)
@@ -220,7 +220,7 @@ def prepare(settings: Settings) -> Job:
         settings,
         sampler,
         folder,
-        manifest.fingerprint(folder),
+        fingerprint(folder),
         data,
         reference,
         held_out,
@@ -233,16 +233,6 @@ def prepare(settings: Settings) -> Job:
         extractor,
         classifier,
     )
-
-
-def _seeds(settings: Settings) -> tuple[str | None, int | None]:
-    """Return seeds and number of samples as `parse_seeds` wants them: 1,000 unless told."""
-    if settings.num_images is not None:
-        arguments.integer("num_images", settings.num_images, 1)
-    single = settings.seeds is None or not set(settings.seeds) & set(":,")
-    if settings.num_images is None and single:
-        return settings.seeds, NUM_IMAGES
-    return settings.seeds, settings.num_images
 
 
 def _check_options(settings: Settings) -> tuple[str, ...]:
@@ -286,6 +276,12 @@ def require_matplotlib() -> None:
         raise ValueError(f"the pictures need matplotlib ({error}): {distances.EXTRA}") from None
 
 
+def classes_in_turn(sampler: Sampler, count: int) -> list[int] | None:
+    """Return a label for each of so many images: 0, 1, ... and again; None without classes."""
+    classes = sampler.conditioning.num_classes
+    return None if classes is None else [i % classes for i in range(count)]
+
+
 def _classes(sampler: Sampler, data: ImageSource, reference: ImageSource) -> tuple[bool, bool]:
     """Return ``conditional`` and ``labelled`` of the job.
 
@@ -320,11 +316,7 @@ def _bound(
         return images, None
     if given is None:
         return images, BOUND_TIMESTEPS
-    try:
-        number = int(given)
-    except ValueError:
-        raise ValueError(f"bound_timesteps={given!r}: must be a number or all") from None
-    return images, arguments.integer("bound_timesteps", number, 2, T)
+    return images, arguments.integer("bound_timesteps", given, 2, T)
 
 
 def subset_size(count: int) -> int:

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from flashddpm import arguments, host, kernels
-from flashddpm.checkpoints.model_folder import Conditioning
-from flashddpm.checkpoints.weights import mismatches
 from flashddpm.diffusion.solvers import Plan
 from flashddpm.errors import CompilationError
 from flashddpm.execution import cpu_noise
@@ -40,8 +38,10 @@ from flashddpm.execution.upload import send
 from flashddpm.kernels import reference
 from flashddpm.kernels.tables import Purpose
 from flashddpm.networks import registry
+from flashddpm.networks.conditioning import Conditioning
 from flashddpm.networks.customized import hanging
 from flashddpm.networks.hoisted_unet import HoistedUNet, flops_per_image, unhoistable
+from flashddpm.networks.state_dict import mismatches
 from flashddpm.networks.unet import UNet
 
 log = logging.getLogger("flashddpm")

@@ -12,7 +12,6 @@ so a sampler computes ``emb`` once for the rows of a plan, and does one matrix p
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from os import PathLike
 from typing import cast
 
 import torch
@@ -20,8 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flashddpm import arguments
-from flashddpm.errors import CheckpointError
 from flashddpm.networks.customized import touched
 from flashddpm.networks.unet_blocks import (
     Attention,
@@ -106,29 +103,6 @@ class UNet(nn.Module):
                 up = Upsample(c)
             resnets, attentions = _layers(config, width, pairs, i, kind)
             self.up_blocks.append(Level(resnets, attentions, up=up))
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | PathLike[str],
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype | None = None,
-    ) -> UNet:
-        """Load a diffusers folder: a pipeline's (with unet/ in it) or a U-Net's own.
-
-        Raises:
-            CheckpointError: files or keys are missing, broken or do not match the config, or the
-                folder holds another network.
-        """
-        from flashddpm.checkpoints.model_folder import load_unet
-
-        unet = load_unet(
-            folder, arguments.resolve_device(device), arguments.resolve_dtype(dtype, torch.float32)
-        )
-        if not isinstance(unet, cls):
-            kind = type(unet).__name__
-            raise CheckpointError(f"{folder}: holds an {kind}; must hold a UNet2DModel")
-        return unet
 
     def resnets(self) -> Iterator[ResnetBlock]:
         """Residual blocks in the order in which the forward pass meets them."""

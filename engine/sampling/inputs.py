@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from flashddpm import arguments
-from flashddpm.checkpoints.model_folder import Conditioning
 from flashddpm.diffusion.plan import Plan
 from flashddpm.execution.slots import Slots
 from flashddpm.kernels.tables import Column
+from flashddpm.networks.conditioning import Conditioning
 
 Shape = tuple[int, int, int, int]
 """(N, C, H, W) of the images of a call."""

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from flashddpm import arguments
-from flashddpm.checkpoints.model_folder import Conditioning
 from flashddpm.checkpoints.pretrained import (
     Pretrained,
     load_diffusers,
@@ -42,6 +41,7 @@ from flashddpm.execution.slot_table import Batch, Occupant
 from flashddpm.execution.slots import Call, Slots
 from flashddpm.host import isolated
 from flashddpm.kernels.tables import Purpose
+from flashddpm.networks.conditioning import Conditioning
 from flashddpm.sampling import inputs
 from flashddpm.sampling.trajectory import Trajectory, load_trajectory
 

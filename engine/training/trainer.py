@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashddpm import arguments
-from flashddpm.checkpoints.model_folder import Conditioning, save_model
+from flashddpm.checkpoints.model_folder import save_model
 from flashddpm.data import ImageSource
 from flashddpm.diffusion.schedule import NoiseSchedule
 from flashddpm.diffusion.scheduler_config import SamplingDefaults
@@ -32,6 +32,7 @@ from flashddpm.errors import CheckpointError, DivergedError
 from flashddpm.host import ints, isolated
 from flashddpm.io.files import write_json
 from flashddpm.io.images import save_grid
+from flashddpm.networks.conditioning import Conditioning
 from flashddpm.networks.unet import UNet
 from flashddpm.sampling.sampler import Sampler
 from flashddpm.training import resume

@@ -30,12 +30,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashddpm.checkpoints.model_folder import Conditioning, save_model
+from flashddpm.checkpoints.model_folder import save_model
 from flashddpm.checkpoints.pickles import MAX_PICKLE
 from flashddpm.checkpoints.pretrained import Pretrained, load_pretrained
 from flashddpm.checkpoints.weights import INDEX, PICKLED, WEIGHTS
 from flashddpm.errors import CheckpointError
 from flashddpm.io.files import MAX_HEADER, MAX_JSON, read_json
+from flashddpm.networks.conditioning import Conditioning
 from flashddpm.networks.registry import on_meta
 from flashddpm.networks.rms_unet import RMSUNetConfig
 from flashddpm.networks.unet_config import UNetConfig

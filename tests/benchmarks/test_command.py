@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from flashddpm.benchmarks.cases import suites
 from flashddpm.benchmarks.command import bench
 from flashddpm.benchmarks.measure import runner
-from flashddpm.benchmarks.measure.harness import Result
+from flashddpm.benchmarks.measure.harness import Measurement
 from flashddpm.benchmarks.measure.runner import Case
 from flashddpm.benchmarks.measure.runs import Failure, Run
 
@@ -34,7 +34,7 @@ def call(*arguments):
 def comparison(case, ratio):
     values = {"ours_seconds": 1.0, "peer_seconds": ratio, "ratio": ratio, "pairs": 2.0}
     values |= {"ratio_low": ratio, "ratio_high": ratio, "spread": 0.01}
-    return Result(case, "peer", "a note", values)
+    return Measurement(case, "peer", "a note", values)
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_cases_are_chosen_by_a_pattern(tmp_path, monkeypatch):
     def case(name):
         def measure(device):
             ran.append(name)
-            yield Result(name, "peer", "a note", {"figure": 1.0})
+            yield Measurement(name, "peer", "a note", {"figure": 1.0})
 
         return Case(name, "sampling", measure)
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from flashddpm.checkpoints import model_folder
 from flashddpm.checkpoints.model_folder import (
     WEIGHTS,
-    Conditioning,
     load_conditioning,
     load_scheduler_config,
     load_unet,
@@ -28,6 +27,7 @@ from flashddpm.checkpoints.model_folder import (
 )
 from flashddpm.errors import CheckpointError
 from flashddpm.io.files import MAX_HEADER
+from flashddpm.networks.conditioning import Conditioning
 from flashddpm.networks.unet import UNet
 from flashddpm.networks.unet_config import UNetConfig
 
@@ -123,7 +123,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(
 
 def test_casts_to_the_dtype_asked_for(saved: Path) -> None:
     assert_same(load(saved, torch.float16).state_dict(), random_unet().half().state_dict())
-    unet = UNet.from_pretrained(saved, "cpu", "bfloat16")
+    unet = load_unet(saved, "cpu", "bfloat16")
     assert unet.conv_in.weight.dtype is torch.bfloat16
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flashddpm.checkpoints import hub
-from flashddpm.checkpoints.model_folder import Conditioning, load_scheduler_config
+from flashddpm.checkpoints.model_folder import load_scheduler_config
 from flashddpm.checkpoints.pretrained import (
     Pretrained,
     load_diffusers,
@@ -30,6 +30,7 @@ from flashddpm.checkpoints.weights import INDEX, LEGACY, PICKLED, WEIGHTS
 from flashddpm.diffusion.schedule import NoiseSchedule
 from flashddpm.diffusion.scheduler_config import SCHEDULERS, SamplingDefaults
 from flashddpm.errors import CheckpointError
+from flashddpm.networks.conditioning import Conditioning
 
 CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {

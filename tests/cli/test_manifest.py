@@ -7,10 +7,10 @@ import sys
 import pytest
 
 import flashddpm as fd
-from flashddpm.checkpoints.model_folder import save_model
+from flashddpm.checkpoints.model_folder import fingerprint, save_model
 from flashddpm.cli import main as cli
 from flashddpm.cli import manifest
-from flashddpm.cli import sample as cli_sample
+from flashddpm.cli.sample_job import SampleOptions, prepare
 from flashddpm.distributed import World
 
 
@@ -91,7 +91,7 @@ def test_other_weights_and_configs_are_refused(run, model, tmp_path):
     run("--num-images", 3)
     other = tmp_path / "other"
     shutil.copytree(model, other)
-    assert manifest.fingerprint(other) == manifest.fingerprint(model)
+    assert fingerprint(other) == fingerprint(model)
     assert run("--num-images", 3, folder=other)[0] == 0
     for name in ("unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"):
         shutil.copytree(model, other, dirs_exist_ok=True)
@@ -105,7 +105,7 @@ def test_other_weights_and_configs_are_refused(run, model, tmp_path):
         assert code == 2 and "other settings: model='sha256:" in err
     shutil.copytree(model, other, dirs_exist_ok=True)
     (other / "notes.txt").write_text("no part of the model")
-    assert manifest.fingerprint(other) == manifest.fingerprint(model)
+    assert fingerprint(other) == fingerprint(model)
 
 
 def test_other_seeds_are_added(run, tmp_path, caplog):
@@ -154,9 +154,9 @@ def test_a_bad_option_leaves_no_folder(run, tmp_path):
 
 def test_a_trajectory_is_of_one_process(model, tmp_path):
     options = {"num_steps": 2}
-    request = cli_sample.Request(
+    request = SampleOptions(
         model, tmp_path / "o", 2, None, None, "cpu", None, "auto", "off", 2,
         tmp_path / "t.gif", options,
     )  # fmt: skip
     with pytest.raises(ValueError, match="trajectory=.*: is drawn by one process only"):
-        cli_sample._prepare(request, World(0, 2, 0, 2))
+        prepare(request, World(0, 2, 0, 2))

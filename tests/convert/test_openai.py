@@ -76,7 +76,7 @@ def difference(out: Tensor, case: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_our_network_gives_their_output(name: str, folders: dict[str, Path]) -> None:
     case, _ = tables(name)
-    unet = UNet.from_pretrained(folders[name])
+    unet = fd.load_unet(folders[name])
     out = unet(case["x"], case["t"], case.get("y"))
     assert difference(out, case) <= 1e-5
 
@@ -132,7 +132,7 @@ def test_what_the_weights_do_not_say_matters() -> None:
 def test_the_network_is_told_their_timesteps(folders: dict[str, Path]) -> None:
     case, _ = tables("improved_rescaled")
     assert case["told"].tolist() == [999.5, 0.75]
-    config = UNet.from_pretrained(folders["improved_rescaled"]).config
+    config = fd.load_unet(folders["improved_rescaled"]).config
     assert (config.time_embedding_type, config.num_train_timesteps) == ("rescaled", 4000)
     # With T = 1000 nothing is rescaled, whatever the flag says.
     config, _, _ = openai_flags.convert(state_of(SMALL), flags_of(SMALL, rescale_timesteps=True))
@@ -330,7 +330,7 @@ def test_reads_weights_that_mixed_precision_saves(tmp_path: Path) -> None:
     assert (tmp_path / "model.pt").stat().st_size < 1.1 * sum(v.nbytes for v in state.values())
     convert(tmp_path / "model.pt", tmp_path / "out", "improved", True, **CASES[SMALL])
     case, _ = tables(SMALL)
-    assert difference(UNet.from_pretrained(tmp_path / "out")(case["x"], case["t"]), case) <= 1e-5
+    assert difference(fd.load_unet(tmp_path / "out")(case["x"], case["t"]), case) <= 1e-5
 
     del state["out.2.bias"]  # a hole in the one tensor: more was saved than is named
     torch.save(state, tmp_path / "model.pt")
@@ -373,7 +373,7 @@ def test_the_command_takes_their_flags_as_they_stand(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "6,507,750 parameters, 1000 timesteps (squaredcos_cap_v2), epsilon" in result.output
     case, _ = tables(name)
-    assert difference(UNet.from_pretrained(out)(case["x"], case["t"], case["y"]), case) <= 1e-5
+    assert difference(fd.load_unet(out)(case["x"], case["t"], case["y"]), case) <= 1e-5
     dashed = [part.replace("_", "-") if part[0] == "-" else part for part in pasted.split()]
     assert run(checkpoint, str(out), "--from", "guided", *dashed).exit_code == 0
     wrong = run(checkpoint, str(out), "--from", "guided", "--image-size", "64", "--class-cond", "x")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import flashddpm as fd
 from flashddpm.checkpoints.model_folder import save_model
 from flashddpm.cli import main as cli
-from flashddpm.cli.sample import parse_seeds
+from flashddpm.cli.evaluate import samples_of, timesteps_of
+from flashddpm.cli.parsing import parse_seeds
 from flashddpm.data import ImageData, load_data
 from flashddpm.errors import NonFiniteError
 from flashddpm.evaluation import evaluate, job, report
@@ -75,10 +76,14 @@ def settings(model, data, tmp_path):
 
     def make(**changes) -> Settings:
         given = {
-            "num_images": 72, "plan": {"solver": "ddim", "num_steps": 2}, "device": "cpu",
+            "model": str(model), "data": data, "out": tmp_path / "out.html", "device": "cpu",
+            "num_images": 72, "plan": {"solver": "ddim", "num_steps": 2},
             "guidance": 2.0, "bound_images": 6, "bound_timesteps": "4", "batch_size": 16,
         }  # fmt: skip
-        return Settings(str(model), data, tmp_path / "out.html", **given | changes)
+        given |= changes
+        given["seeds"] = samples_of(given.pop("seeds", None), given.pop("num_images"))
+        given["bound_timesteps"] = timesteps_of(given["bound_timesteps"])
+        return Settings(**given)
 
     return make
 
@@ -310,9 +315,8 @@ def test_features_of_a_file(settings, script, data, monkeypatch, kind, scale):
     ],
 )
 def test_refused_before_any_work(settings, no_work, changes, message):
-    given = settings()
     with pytest.raises(ValueError, match=message):
-        prepare(dataclasses.replace(given, **changes))
+        prepare(settings(**changes))
 
 
 def test_labels_that_the_model_does_not_know_are_refused(settings, no_work, data):

@@ -11,15 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from flashddpm.checkpoints.model_folder import (
-    Conditioning,
-    load_conditioning,
-    load_unet,
-    save_model,
-)
+from flashddpm.checkpoints.model_folder import load_conditioning, load_unet, save_model
 from flashddpm.data import ImageData
 from flashddpm.diffusion.parameterization import PREDICTION_TYPES
 from flashddpm.errors import CheckpointError, DivergedError
+from flashddpm.networks.conditioning import Conditioning
 from flashddpm.sampling.sampler import Sampler
 from flashddpm.training.trainer import Trainer
 

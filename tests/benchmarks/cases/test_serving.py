@@ -373,5 +373,5 @@ def test_the_settings_let_static_batches_fill():
 
 def test_results_can_be_written(tmp_path, case):
     values = serving.summary([case.run("in-flight", 100.0, 0)])
-    runs.Run({}, [harness.Result("serving", "", "", values)]).write(tmp_path / "r.json")
+    runs.Run({}, [harness.Measurement("serving", "", "", values)]).write(tmp_path / "r.json")
     assert "occupancy_low" in (tmp_path / "r.json").read_text()

@@ -37,7 +37,7 @@ def test_spread_is_that_of_ours_against_itself(monkeypatch):
 
 def test_results_are_written_in_the_schema(tmp_path):
     comparison = harness.compare(lambda: None, lambda: None, rounds=1)
-    result = harness.Result.of("case", "peer", "note", comparison)
+    result = harness.Measurement.of("case", "peer", "note", comparison)
     assert "case against peer" in result.line()
     runs.Run(harness.environment("cpu"), [result]).write(tmp_path / "new" / "r.json")
     content = json.loads((tmp_path / "new" / "r.json").read_text())

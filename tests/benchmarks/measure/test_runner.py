@@ -6,13 +6,13 @@ import types
 import pytest
 
 from flashddpm.benchmarks.measure import harness, runner, runs
-from flashddpm.benchmarks.measure.harness import Result
+from flashddpm.benchmarks.measure.harness import Measurement
 from flashddpm.benchmarks.measure.runner import Case, run_cases
 from flashddpm.benchmarks.measure.runs import Failure, Run
 
 
 def result(case, peer="peer", **values):
-    return Result(case, peer, "note", values or {"seconds": 1.0})
+    return Measurement(case, peer, "note", values or {"seconds": 1.0})
 
 
 def case(name, *results, error=None, needs=(), suite="step"):
@@ -162,4 +162,4 @@ def test_files_of_the_first_schema_are_read(tmp_path):
     path = tmp_path / "r.json"
     values = {"case": "a", "peer": "", "note": "", "values": {}}
     path.write_text(json.dumps({"schema": 1, "environment": {}, "results": [values]}))
-    assert Run.read(path) == Run({}, [Result("a", "", "", {})])
+    assert Run.read(path) == Run({}, [Measurement("a", "", "", {})])

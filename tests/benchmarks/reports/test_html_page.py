@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flashddpm.benchmarks.measure.harness import Result
+from flashddpm.benchmarks.measure.harness import Measurement
 from flashddpm.benchmarks.measure.runs import Failure, Run
 from flashddpm.benchmarks.reports import html_page, plots, table
 
@@ -20,7 +20,9 @@ WHERE = {
 
 def ratio(case, value, spread=0.01):
     values = {"ours_seconds": 0.5, "peer_seconds": 0.5 * value, "ratio": value, "spread": spread}
-    return Result(case, "p", "n", values | {"ratio_low": value - 0.1, "ratio_high": value + 0.1})
+    return Measurement(
+        case, "p", "n", values | {"ratio_low": value - 0.1, "ratio_high": value + 0.1}
+    )
 
 
 def step(batch, ms=2.0, loop=0.5, flop=0.25, byte=0.125):
@@ -28,7 +30,7 @@ def step(batch, ms=2.0, loop=0.5, flop=0.25, byte=0.125):
         "ms_a_step": ms, "loop_ms": loop, "of_flop_floor": flop, "of_byte_floor": byte,
         "gflop": 1.0, "mbytes": 10.0, "tflop_a_second_peak": 2.0, "gbyte_a_second_peak": 100.0,
     }  # fmt: skip
-    return Result(f"step-m-float32-batch-{batch}", "nothing", "n", values)
+    return Measurement(f"step-m-float32-batch-{batch}", "nothing", "n", values)
 
 
 RUN = Run(
@@ -38,8 +40,8 @@ RUN = Run(
         ratio("m-ddpm-batch-1-best", 1.0),
         *(ratio(f"graph-m-batch-{b}", r) for b, r in ((1, 1.5), (4, 1.2), (16, 1.005), (64, 1.0))),
         *(step(b) for b in (1, 16)),
-        Result("philox-1x3x32x32-float32", "", "n", {"us": 2.0, "of_bound": 0.5}),
-        Result("a<b", "nothing", "note & more", {"seconds": 1.0}),
+        Measurement("philox-1x3x32x32-float32", "", "n", {"us": 2.0, "of_bound": 0.5}),
+        Measurement("a<b", "nothing", "note & more", {"seconds": 1.0}),
     ],
     [Failure("bad", "they differ")],
     ["late"],
@@ -142,5 +144,5 @@ def test_a_page_is_filled_from_the_files_that_it_names(tmp_path):
 
 def test_figures_stand_with_their_quartiles():
     values = {"load": 0.7, "p50_seconds": 1.0, "p50_seconds_low": 0.5, "p50_seconds_high": 2.0}
-    run = Run(WHERE, [Result("a", "nothing", "", values | {"low": 3.0})])
+    run = Run(WHERE, [Measurement("a", "nothing", "", values | {"low": 3.0})])
     assert "| a | load 0.7, p50 seconds 1 (0.5 to 2), low 3 | | | |" in table.table(run)

@@ -191,7 +191,7 @@ def test_results_without_serving_are_refused():
 def test_the_command_draws_both(tmp_path, monkeypatch, engine):
     source, out, slots = (tmp_path / name for name in ("r.json", "r.png", "s.png"))
     source.write_text(json.dumps(results("mixed")))
-    monkeypatch.setattr(serving_plot.fd.Sampler, "from_pretrained", lambda *a, **k: engine.sampler)
+    monkeypatch.setattr(serving_plot.Sampler, "from_pretrained", lambda *a, **k: engine.sampler)
     monkeypatch.setattr(serving_plot, "IMAGES", 8)
     serving_plot.main(source, out, slots=slots)
     assert out.stat().st_size > 1000 and slots.stat().st_size > 1000

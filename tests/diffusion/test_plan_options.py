@@ -4,10 +4,14 @@ import pytest
 import torch
 
 import flashddpm as fd
-from flashddpm.cli.options import with_defaults
+from flashddpm.diffusion import plan_options
 from flashddpm.diffusion.scheduler_config import SamplingDefaults
 
 ASKED = {"spacing": None, "sigmas": None, "eta": 0.0}
+
+
+def with_defaults(options: dict, sampler: fd.Sampler) -> dict:
+    return plan_options.with_defaults(options, sampler.defaults.solver, len(sampler.schedule))
 
 
 @pytest.fixture

@@ -1,0 +1,168 @@
+"""What ``flashddpm sample`` was asked for, checked, with its model loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flashddpm import arguments
+from flashddpm.checkpoints.bundled import bundled
+from flashddpm.checkpoints.hub import locate
+from flashddpm.cli.parsing import parse_labels, parse_seeds
+from flashddpm.diffusion.plan_options import with_defaults
+from flashddpm.distributed import World
+from flashddpm.io import images
+from flashddpm.sampling.sampler import Sampler
+
+log = logging.getLogger("flashddpm")
+
+MAX_FRAMES = 60
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """The options of the command.
+
+    Attributes:
+        plan: guidance and options of `Sampler.plan` by name; None is "not given"
+            (`with_defaults`).
+    """
+
+    model_dir: Path | None
+    out: Path
+    num_images: int | None
+    seeds: str | None
+    labels: str | None
+    device: str
+    dtype: str | None
+    backend: str
+    compile: str
+    batch_size: int
+    trajectory: Path | None
+    plan: dict[str, Any]
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class SampleJob:
+    """Options that were read and found possible.
+
+    Attributes:
+        folder: the model's folder.
+        seeds: the seed of each image.
+        labels: the label of each image; None for an unconditional model.
+        layout: arguments of ``images.make_grid``.
+        parts: the batches that are drawn one at a time, by whichever process.
+    """
+
+    options: SampleOptions
+    sampler: Sampler
+    folder: Path
+    seeds: list[int]
+    labels: list[int] | None
+    layout: dict[str, Any]
+    parts: Sequence[slice]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the plan, which a respacing may set."""
+        options = {k: v for k, v in self.options.plan.items() if k != "guidance"}
+        return len(self.sampler.plan(**options))
+
+    def draw(
+        self, part: slice, progress: bool, on_step: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """Return the images of a part, on the sampler's device."""
+        return self.sampler.sample(
+            self.seeds[part],
+            None if self.labels is None else self.labels[part],
+            **self.options.plan,
+            batch_size=self.options.batch_size if on_step is None else len(self.seeds),
+            progress=progress,
+            on_step=on_step,
+        )
+
+    def frames(self, frames: list[Any]) -> Callable[[int, Tensor], None] | None:
+        """Return what keeps the previews of the steps that an animation shows, if one is wanted."""
+        if self.options.trajectory is None:
+            return None
+        last = self.num_steps - 1
+
+        def keep(i: int, x0: Tensor) -> None:
+            if i % -(-(last + 1) // MAX_FRAMES) == 0 or i == last:
+                frames.append(images.make_grid(x0, **self.layout))
+
+        return keep
+
+
+def prepare(options: SampleOptions, world: World) -> SampleJob:
+    """Check the options and load the model that they name.
+
+    Raises:
+        ValueError: an option that is not allowed.
+        CheckpointError: no such model, or one that is broken.
+    """
+    seeds = _check(options, world)
+    pickle, model = options.allow_pickle, options.model_dir
+    folder = bundled() if model is None else locate(str(model), pickle)
+    sampler = Sampler.from_pretrained(
+        folder,
+        world.device(options.device),
+        options.dtype,
+        allow_pickle=pickle,
+        backend=options.backend,
+        compile=options.compile if options.compile == "auto" else options.compile == "on",
+    )
+    plan = with_defaults(options.plan, sampler.defaults.solver, len(sampler.schedule))
+    options = replace(options, plan=plan)
+    labels = parse_labels(options.labels, sampler.conditioning, len(seeds))
+    if sampler.shape[0] not in images.CHANNELS:
+        raise ValueError(f"model_dir: draws {sampler.shape[0]} channels; pictures have 1 to 4")
+    # One process hands a picture's images, which it keeps anyway, to the sampler all at once.
+    whole = options.trajectory is not None or (bool(options.out.suffix) and world.size == 1)
+    step = len(seeds) if whole else options.batch_size
+    parts = [slice(i, i + step) for i in range(0, len(seeds), step)]
+    if len(parts) < world.size and not world.rank:
+        log.info(
+            "%d of %d processes have nothing to draw: %d images are %d of batch_size=%d",
+            *(world.size - len(parts), world.size, len(seeds), len(parts), options.batch_size),
+        )
+    layout = _layout(sampler, labels, options.labels is None)
+    return SampleJob(options, sampler, folder, seeds, labels, layout, parts)
+
+
+def _check(options: SampleOptions, world: World) -> list[int]:
+    """Check what can be checked without the model; return the seeds."""
+    out, trajectory = options.out, options.trajectory
+    if out.suffix:
+        arguments.one_of("suffix of out", out.suffix.lower(), PICTURES)
+    elif out.exists() and not out.is_dir():
+        raise ValueError(f"out={str(out)!r}: is a file; must be a folder, or end in .png")
+    if trajectory is not None:
+        arguments.one_of("suffix of trajectory", trajectory.suffix.lower(), (".gif",))
+        if world.size > 1:
+            raise ValueError(f"trajectory={str(trajectory)!r}: is drawn by one process only")
+    arguments.one_of("compile", options.compile, ("auto", "on", "off"))
+    arguments.integer("batch_size", options.batch_size, 1)
+    seeds = parse_seeds(options.seeds, options.num_images)
+    if not out.suffix and len(set(seeds)) != len(seeds):
+        raise ValueError(
+            f"seeds={options.seeds!r}: some stand twice, and a folder has one file a seed"
+        )
+    return seeds
+
+
+def _layout(sampler: Sampler, labels: list[int] | None, in_turn: bool) -> dict[str, Any]:
+    """Return columns and captions of a grid: a column a class where there are few."""
+    classes, names = sampler.conditioning.num_classes, sampler.conditioning.class_names
+    captions = None
+    if labels is not None:
+        captions = [names[i] if names and 0 <= i < len(names) else str(i) for i in labels]
+    columns = classes if in_turn and classes and classes <= 16 else None
+    return {"columns": columns, "captions": captions}

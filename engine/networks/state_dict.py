@@ -1,0 +1,38 @@
+"""State dicts: whether one is a network's, key by key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes in which weights may be stored."""
+
+
+def mismatches(
+    unet: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> list[str]:
+    """Return all that keeps a state dict from being this U-Net's, in words; [] if nothing does.
+
+    Args:
+        unet: only its keys and shapes are read, and its dtype if none is given.
+        state: keys, shapes and finiteness are checked.
+        dtype: in which the numbers must be finite.
+    """
+    dtype = dtype or next(unet.parameters()).dtype
+    expected = {key: tuple(value.shape) for key, value in unet.state_dict().items()}
+    wrong = [f"{key} is missing" for key in expected if key not in state]
+    wrong += [f"{key} is not expected" for key in state if key not in expected]
+    wrong += [
+        f"{key} has shape {tuple(state[key].shape)}, must be {shape}"
+        for key, shape in expected.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    for key, value in state.items():
+        if value.dtype not in STORED:
+            wrong.append(f"{key} holds {value.dtype}, must hold floating-point numbers")
+        elif not bool(value.to(dtype).isfinite().all()):
+            wrong.append(f"{key} holds numbers that are not finite in {dtype}")
+    return wrong
