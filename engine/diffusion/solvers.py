@@ -13,7 +13,8 @@ any noise levels), the prediction type (epsilon, sample or v_prediction) and the
 x0 (0 for none), and raises ValueError for an argument out of its range, or for epsilon prediction
 where abar = 0.
 
-To add one: write the function, name it in SOLVERS, add its test to tests/diffusion/test_solvers.py.
+To add one: write the function, name it in SOLVERS, and test its rows in
+tests/diffusion/test_solvers_diffusers.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plans: how they begin, from noise or from an image, and where they are guided."""
+"""Plans: how they begin, from noise or from an image, where they are guided, and bad rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import flashddpm as fd
+from flashddpm.diffusion.plan import Plan
 from flashddpm.diffusion.solvers import SOLVERS, make_plan
 from flashddpm.kernels.tables import Column
 
@@ -152,3 +153,52 @@ def test_guidance_interval_without_end():
 def test_bad_guidance_intervals(interval, message):
     with pytest.raises(ValueError, match=message):
         plan_of(guidance_interval=interval)
+
+
+def test_plan_is_frozen_and_read_only():
+    rows, keys = make_rows()
+    plan = Plan(rows, keys)
+    rows[0, 0] = 5
+    keys[0] = 5
+    assert plan.rows[0, 0] == 0 and plan.noise_keys[0] == 30
+    for array in (plan.rows, plan.noise_keys, plan.timesteps):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+    with pytest.raises(AttributeError):
+        plan.rows = rows
+
+
+def make_rows(*changes):
+    rows = np.zeros((3, len(Column)))
+    rows[:, Column.C_X0] = 1
+    for i, column, value in changes:
+        rows[i, column] = value
+    return rows, np.array([30, 20, 10])
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "message"),
+    [
+        (np.zeros((3, 8)), [1, 2, 3], r"rows of shape \(3, 8\)"),
+        (np.zeros(9), [1], r"rows of shape \(9,\)"),
+        (np.zeros((0, 9)), [], r"rows of shape \(0, 9\)"),
+        (make_rows((1, Column.C_XT, np.nan))[0], [1, 2, 3], r"rows\[1, C_XT\]=nan"),
+        (make_rows((2, Column.SIGMA, np.inf))[0], [1, 2, 3], r"rows\[2, SIGMA\]=inf"),
+        (make_rows((0, Column.X0_XT, 1e39))[0], [1, 2, 3], r"rows\[0, X0_XT\]=1e\+39.*float32"),
+        (make_rows((1, Column.SIGMA, -0.1))[0], [1, 2, 3], "sigma and clip"),
+        (make_rows((1, Column.CLIP, -1))[0], [1, 2, 3], "sigma and clip"),
+        (make_rows((1, Column.LOG_SIGMA, np.inf))[0], [1, 2, 3], r"rows\[1, LOG_SIGMA\]=inf"),
+        (make_rows((1, Column.THRESHOLD, -0.1))[0], [1, 2, 3], r"threshold .* in \[0, 1\]"),
+        (make_rows((1, Column.RESCALE, 1.1))[0], [1, 2, 3], r"rescale must be in \[0, 1\]"),
+        (make_rows((1, Column.THRESHOLD, 0.5))[0], [1, 2, 3], "clip must be at least 1"),
+        (make_rows((0, Column.C_HIST, 0.5))[0], [1, 2, 3], "no previous x0"),
+        (make_rows()[0], [1, 2], r"noise_keys of shape \(2,\)"),
+        (make_rows()[0], [1.0, 2.0, 3.0], "3 integers"),
+        (make_rows()[0], [1, 2, 1], "differ"),
+        (make_rows()[0], [1, 2, -1], "2.63-1"),
+        (make_rows()[0], np.array([1, 2, 2**63], np.uint64), "2.63-1"),
+    ],
+)
+def test_bad_plans(rows, keys, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(rows, keys)

@@ -24,8 +24,6 @@ SCHEDULERS = (
     (EulerDiscreteScheduler, {}, "euler"),
     (EulerAncestralDiscreteScheduler, {}, "euler_ancestral"),
 )
-
-
 SIGMA_CLASSES = ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler")
 
 
@@ -112,3 +110,19 @@ def test_variance_types_by_logarithm():
     assert scheduler.step(x, scheduler.timesteps[0], x).prev_sample.isnan().all()
     with pytest.raises(ValueError, match="variance_type='small'.*fixed_small, fixed_large"):
         read(variance_type="small")
+
+
+def test_learned_schedulers_and_bad_settings_of_a_folder_are_refused():
+    for config in (
+        {"variance_type": "fixed_medium"},
+        {"thresholding": "true"},
+        {"solver_order": 3, "_class_name": "DPMSolverMultistepScheduler"},
+        {"use_lu_lambdas": True, "_class_name": "DPMSolverMultistepScheduler"},
+        {"clip_sample": "false"},
+        {"timestep_spacing": "foo"},
+    ):
+        with pytest.raises(ValueError, match=next(iter(config))):
+            fd.SamplingDefaults.from_config(config)
+    multistep = fd.SamplingDefaults.from_config({"_class_name": "DPMSolverMultistepScheduler"})
+    assert (multistep.clip, multistep.spacing) == (0.0, "linspace")
+    assert fd.SamplingDefaults.from_config({}) == fd.SamplingDefaults()

@@ -32,7 +32,7 @@ def noise(i):
 
 
 def run_ours(plan, image=None):
-    """Apply a plan's rows as contract.py says, in float64; noise 99 is the start's."""
+    """Apply a plan's rows as kernels/tables.py says, in float64; noise 99 is the start's."""
     a, b = plan.initial
     x, hist = b * noise(99), None
     if image is not None:

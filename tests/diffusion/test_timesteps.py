@@ -1,15 +1,27 @@
-"""Noise levels: abar between timesteps, spacings of sigma, lists of one's own."""
+"""Timesteps and noise levels: spacings of both, abar in between, lists of one's own, keys."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import scipy.stats
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+)
 
 from flashddpm.diffusion.schedule import NoiseSchedule
 from flashddpm.diffusion.solvers import SOLVERS, SPACINGS, make_plan
-from flashddpm.diffusion.timesteps import SIGMA_SPACINGS, Steps, noise_keys, sigma_grid, spaced
+from flashddpm.diffusion.timesteps import (
+    SIGMA_SPACINGS,
+    Steps,
+    noise_keys,
+    sigma_grid,
+    spaced,
+    timesteps,
+)
 
 LINEAR = NoiseSchedule.create()
 COSINE = NoiseSchedule.create("squaredcos_cap_v2")
@@ -203,3 +215,91 @@ def test_steps_must_go_towards_x0():
         Steps(np.array([3.0, 5.0]), np.array([0.1, 0.2]))
     with pytest.raises(ValueError, match="must not rise"):
         Steps(np.array([5.0, 3.0]), np.array([0.2, 0.2]))
+
+
+def peer_timesteps(cls, n, T, spacing, offset=0):
+    scheduler = cls(num_train_timesteps=T, timestep_spacing=spacing, steps_offset=offset)
+    scheduler.set_timesteps(n)
+    return scheduler.timesteps.numpy()
+
+
+@every_spacing
+@pytest.mark.parametrize(
+    ("cls", "drop_last"),
+    [(DDPMScheduler, False), (DDIMScheduler, False), (DPMSolverMultistepScheduler, True)],
+)
+def test_timesteps_are_diffusers(cls, drop_last, spacing):
+    cases = [(n, 1000) for n in (1, 2, 3, 7, 10, 15, 30, 50, 64, 100, 333, 999, 1000)]
+    for n, T in [*cases, (1, 1), (5, 7), (6, 7), (7, 7)]:
+        if drop_last and n == T > 1 and spacing != "trailing":
+            continue  # repeated timesteps: refused, see below
+        for offset in (0, 1) if n < T / 2 else (0,):
+            ours = timesteps(n, T, spacing, offset, drop_last=drop_last)
+            assert ours.dtype == np.int64
+            np.testing.assert_array_equal(ours, peer_timesteps(cls, n, T, spacing, offset))
+
+
+def test_timesteps_as_documented():
+    """interop.md's examples: n = 10 of 1000."""
+    np.testing.assert_array_equal(timesteps(10, 1000), np.arange(900, -1, -100))
+    np.testing.assert_array_equal(timesteps(10, 1000, "linspace"), np.arange(999, -1, -111))
+    np.testing.assert_array_equal(timesteps(10, 1000, "trailing"), np.arange(999, 98, -100))
+    np.testing.assert_array_equal(
+        timesteps(10, 1000, "linspace", drop_last=True),
+        [999, 899, 799, 699, 599, 500, 400, 300, 200, 100],
+    )
+
+
+@every_spacing
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_every_number_of_steps(spacing, drop_last):
+    """Strictly decreasing within 0..T-1 for every n, or refused: only where points must repeat."""
+    for T in (1, 2, 9, 50, 200):
+        for n in range(1, T + 1):
+            try:
+                steps = timesteps(n, T, spacing, drop_last=drop_last)
+            except ValueError as error:
+                assert drop_last and n == T and "num_steps=" in str(error)
+                continue
+            assert steps.shape == (n,)
+            assert (np.diff(steps) < 0).all() and steps[0] < T and steps[-1] >= 0
+
+
+def test_trailing_rounding_fault_of_diffusers():
+    """diffusers' arange in floating point takes 62 points for n = 61, the last at -1; ours 61."""
+    theirs = peer_timesteps(DDPMScheduler, 61, 1000, "trailing")
+    assert len(theirs) == 62 and theirs[-1] == -1
+    np.testing.assert_array_equal(timesteps(61, 1000, "trailing"), theirs[:61])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: timesteps(0, 1000), "num_steps=0.*1..1000"),
+        (lambda: timesteps(1001, 1000), "num_steps=1001.*1..1000"),
+        (lambda: timesteps(True, 1000), "num_steps=True"),
+        (lambda: timesteps(2.5, 1000), "num_steps=2.5"),
+        (lambda: timesteps(10, 1000, "even"), "spacing='even'.*leading, linspace, trailing"),
+        (lambda: timesteps(10, 1000, "leading", 100), "steps_offset=100.*at most 99"),
+        (lambda: timesteps(1000, 1000, "leading", 1), "steps_offset=1.*at most 0"),
+        (lambda: timesteps(10, 1000, "leading", -1), "steps_offset=-1"),
+        (lambda: timesteps(1000, 1000, "leading", drop_last=True), "num_steps=1000.*repeat"),
+        (lambda: timesteps(1000, 1000, "linspace", drop_last=True), "num_steps=1000.*repeat"),
+    ],
+)
+def test_bad_timesteps(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+    assert timesteps(10, 1000, "leading", 99)[0] == 999
+
+
+def test_noise_keys():
+    """floor(t) + 2^32 (earlier rows with that floor): noise.md."""
+    np.testing.assert_array_equal(noise_keys([999, 500, 0]), [999, 500, 0])
+    repeated = noise_keys([7.9, 7.2, 7.0, 3.5, 7.1, 3.0, 0.4, 0.2])
+    expected = [7, 7 + 2**32, 7 + 2**33, 3, 7 + 3 * 2**32, 3 + 2**32, 0, 2**32]
+    np.testing.assert_array_equal(repeated, expected)
+    assert repeated.dtype == np.int64
+    plan = make_plan(LINEAR, "ddpm", 10, prediction_type="epsilon")
+    np.testing.assert_array_equal(plan.noise_keys, np.arange(900, -1, -100))
+    np.testing.assert_array_equal(plan.timesteps, np.arange(900, -1, -100))

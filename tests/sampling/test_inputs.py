@@ -1,5 +1,6 @@
-"""Noise of the caller's own in the place of the seeds'."""
+"""What images are asked for: noise in the place of the seeds', and arguments of NumPy's."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,3 +79,12 @@ def test_nothing_is_captured_beside_step_noise(tiny_sampler, monkeypatch):
     monkeypatch.setattr(sampler.execution, "_graph", lambda *a: pytest.fail("captured"))
     got = sampler.sample(range(2), 0, num_steps=3, step_noise=lambda i: None)
     assert (got - tiny_sampler().sample(range(2), 0, num_steps=3)).abs().max() <= 1e-5
+
+
+def test_numpy_arguments(tiny_sampler):
+    sampler = tiny_sampler()
+    want = sampler.sample([4, 5], [1, 2], [2.0, 1.0], num_steps=2)
+    got = sampler.sample(np.array([4, 5]), np.array([1, 2]), np.array([2.0, 1.0]), num_steps=2)
+    assert torch.equal(got, want)
+    same = sampler.sample([4, 5], torch.tensor(1), torch.tensor(2.0), num_steps=2)
+    assert torch.equal(same, sampler.sample([4, 5], 1, 2.0, num_steps=2))

@@ -1,4 +1,4 @@
-"""The sampler: both backends, any batch, the noise it says it uses, and its refusals."""
+"""The sampler: both backends, any batch, and the noise that it says it uses."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +10,9 @@ from diffusers import DDPMScheduler
 
 import flashddpm as fd
 from flashddpm import kernels
-from flashddpm.execution.cpu_noise import CompiledNoise
 from flashddpm.kernels import reference
 from flashddpm.kernels.launch import INTERPRETED
-from flashddpm.kernels.tables import Column, Purpose
+from flashddpm.kernels.tables import Column
 
 RUNS = [
     {"solver": "ddim"},
@@ -227,229 +226,6 @@ def test_global_random_state_is_untouched(tiny_sampler):
     assert random.getstate() == state[2]
 
 
-def test_noise_of_many_steps_is_drawn_within_the_memory_cap(tiny_sampler, monkeypatch):
-    want = tiny_sampler().sample(range(3), 0, num_steps=9, solver="ddpm")
-    sizes = []
-    real = reference.philox
-
-    def watch(seeds, keys, shape, purpose):
-        if purpose == Purpose.REVERSE_STEP:
-            sizes.append(len(seeds))
-        return real(seeds, keys, shape, purpose)
-
-    monkeypatch.setattr("flashddpm.execution.cpu_noise.NOISE_BYTES", 4 * 64 * 3 * 4)
-    monkeypatch.setattr(reference, "philox", watch)
-    assert torch.equal(tiny_sampler().sample(range(3), 0, num_steps=9, solver="ddpm"), want)
-    assert sizes == [12, 12]  # four steps, four steps, and the last one, which draws none
-
-
-@pytest.mark.parametrize(
-    "threads", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 5))]
-)
-def test_exact_bits_do_not_depend_on_the_others(tiny_sampler, threads):
-    """One compiled shape: alone, in a crowd, in the last chunk, guided or not.
-
-    For each number of threads; with one, torch's convolutions themselves round differently.
-    """
-    sampler = tiny_sampler(compile="auto")
-    ask = {"solver": "ddpm", "num_steps": 3, "batch_size": 4, "exact": True}
-    seeds, labels, guidance = range(7), [i % 3 for i in range(7)], [1.0, 2.0] * 3 + [1.0]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        want = sampler.sample(seeds, labels, guidance, **ask)
-        for i in (0, 1, 6):
-            alone = sampler.sample(seeds[i], labels[i], guidance[i], **ask)
-            assert torch.equal(alone[0], want[i])
-        fewer = sampler.sample(seeds, labels, guidance, **ask | {"batch_size": 2, "bucket": 8})
-        assert torch.equal(fewer, want)  # the same bucket, though it holds half as many images
-        plain = sampler.sample(seeds, labels, guidance, **ask | {"exact": False})
-        assert (plain - want).abs().max() <= 1e-3
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_exact_is_refused_where_bits_depend_on_the_lane(tiny_sampler, monkeypatch):
-    """As the compiled network's do on the CPU for some odd sizes, in vector tails."""
-    sampler = tiny_sampler(compile="auto")
-
-    def network(x_t, told, labels, index):
-        return x_t * 0.5 + 1e-7 * torch.arange(len(x_t)).reshape(-1, 1, 1, 1)
-
-    sampler.execution.compiled.network = network
-    with pytest.raises(ValueError, match=r"exact=True: on this machine .* lanes of 8"):
-        sampler.sample(0, 0, num_steps=2, batch_size=4, exact=True)
-    sampler.execution.compiled.network = lambda x, told, y, index: x * 0.5
-    assert sampler.sample(0, 0, num_steps=2, batch_size=4, exact=True).isfinite().all()
-
-
-def test_exact_is_refused_where_nothing_is_compiled(tiny_sampler):
-    for options in ({"compile": False}, {"backend": "reference"}):
-        sampler = tiny_sampler(**options)
-        with pytest.raises(ValueError, match="exact=True: needs a compiled network"):
-            sampler.sample(0, 0, exact=True)
-    with pytest.raises(ValueError, match="timesteps between the integers"):
-        own = fd.Sampler(lambda x, t: x, fd.NoiseSchedule.create(), shape=(1, 8, 8), compile=True)
-        own.sample(0, exact=True, solver="euler", spacing="linspace")
-    with pytest.raises(ValueError, match="exact=1: must be true or false"):
-        tiny_sampler().sample(0, 0, exact=1)
-
-
-def test_compiled_equals_eager(tiny_sampler):
-    eager, compiled = tiny_sampler(), tiny_sampler(compile=True)
-    run = {"num_steps": 5, "solver": "ddpm"}
-    want = eager.sample(range(5), LABELS, **run)
-    got = compiled.sample(range(5), LABELS, batch_size=3, **run)  # the last chunk is padded
-    assert (got - want).abs().max() <= 1e-5
-    execution = compiled.execution
-    assert execution._network(True) is not execution._predict
-
-
-def test_compiles_once_for_each_number_of_lanes(tiny_sampler, monkeypatch):
-    """Ten buckets are ten compilations, where Dynamo alone would stop at eight.
-
-    Left alone ten sizes of batch are five: the powers of two.
-    """
-    compiled = []
-
-    def backend(graph, example_inputs):
-        compiled.append(1)
-        return graph.forward
-
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **k: real(f, backend=backend, **k))
-    sampler = tiny_sampler(compile=True)
-    for _ in range(2):
-        for lanes in range(1, 11):
-            sampler.sample(range(lanes), 0, num_steps=2, bucket=lanes)
-    assert len(compiled) == 10
-    torch.compiler.reset()  # code is shared by networks of one shape
-    sampler, compiled[:] = tiny_sampler(compile=True), []
-    for _ in range(2):
-        for lanes in range(1, 11):
-            sampler.sample(range(lanes), 0, num_steps=2)
-    assert len(compiled) == 5
-
-
-def test_compiled_noise_is_the_reference_bit_for_bit():
-    seeds = torch.tensor([0, 42, -1, 2**62 + 12345])
-    keys = torch.tensor([0, 7, -5, 2**40])
-    draw = CompiledNoise()
-    for shape in ((1, 28, 28), (3, 5, 7)):
-        for purpose in (Purpose.INITIAL, Purpose.REVERSE_STEP):
-            want = reference.philox(seeds, keys, shape, purpose)
-            assert torch.equal(draw(seeds, keys, shape, purpose), want)
-
-
-def test_auto_compiles_only_what_repays(tiny_sampler):
-    sampler = tiny_sampler(compile="auto")
-    assert sampler.execution.auto_compile(100)[0] is False
-    assert sampler.execution.auto_compile(10**9)[0] is True
-    foreign = fd.Sampler(lambda x, t: x, sampler.schedule, shape=(1, 8, 8), device="cpu")
-    assert "foreign" in foreign.execution.auto_compile(10**9)[1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"seeds": []}, "seeds"),
-        ({"seeds": [1.5]}, "seeds"),
-        ({"seeds": [2**64]}, "seeds"),
-        ({"seeds": [-(2**63) - 1]}, "seeds"),
-        ({"seeds": [True]}, "seeds"),
-        ({"seeds": "12"}, "seeds"),
-        ({"seeds": torch.tensor([0.5])}, "seeds"),
-        ({"labels": 3}, r"labels=3: must be in 0\.\.2"),
-        ({"labels": -1}, "labels=-1"),
-        ({"labels": [0]}, "1 labels for 2 seeds"),
-        ({"labels": 0.5}, "labels=0.5"),
-        ({"guidance": float("nan")}, "guidance=nan"),
-        ({"guidance": [1.0]}, "guidance: 1 values for 2 seeds"),
-        ({"labels": None, "guidance": 2.0}, "guidance=2.0: must be 1 where no labels"),
-        ({"solver": "heun"}, "solver='heun'.*ddim"),
-        ({"num_steps": 0}, r"num_steps=0: must be in 1\.\.100"),
-        ({"num_steps": 101}, "num_steps=101"),
-        ({"num_steps": 2.0}, "num_steps=2.0"),
-        ({"spacing": "even"}, "spacing='even'.*leading"),
-        ({"eta": -1.0}, "eta=-1"),
-        (
-            {"solver": "ddpm", "variance_type": "learned"},
-            "fixed_small or fixed_large .* 1 channels",
-        ),
-        ({"solver": "ddpm", "variance_type": "learned_range"}, "a learned variance takes 2"),
-        ({"clip": -1.0}, "clip=-1"),
-        ({"batch_size": 0}, "batch_size=0"),
-    ],
-)
-def test_bad_arguments_are_refused_by_name(tiny_sampler, arguments, message):
-    sampler = tiny_sampler()
-    good = {"seeds": [0, 1], "labels": [0, 1], "num_steps": 3}
-    with pytest.raises(ValueError, match=message):
-        sampler.sample(**{**good, **arguments})
-    assert sampler.sample(**good).shape == (2, 1, 8, 8)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"backend": "fast"}, "backend='fast'.*fused"),
-        ({"compile": "yes"}, "compile='yes'"),
-        ({"backend": "reference", "compile": True}, "reference"),
-        ({"capture": True}, "capture=True: needs a CUDA device"),
-        ({"dtype": "int8"}, "dtype='int8'.*bfloat16"),
-    ],
-)
-def test_bad_settings_are_refused_by_name(tiny_sampler, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_sampler(**arguments)
-
-
-def test_devices_and_labels_that_are_not_there(tiny_unet):
-    schedule = fd.NoiseSchedule.create("linear", 10)
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device='cuda': no CUDA device is available"):
-            fd.Sampler(tiny_unet(), schedule, shape=(1, 8, 8), device="cuda")
-    with pytest.raises(ValueError, match="device='tpu'"):
-        fd.Sampler(tiny_unet(), schedule, shape=(1, 8, 8), device="tpu")
-    plain = fd.Sampler(tiny_unet(), schedule, shape=(1, 8, 8), device="cpu")
-    with pytest.raises(ValueError, match="unconditional"):
-        plain.sample(0, labels=0, num_steps=2)
-    with pytest.raises(ValueError, match="guidance=2.0.*null class"):
-        plain.sample(0, guidance=2.0, num_steps=2)
-    classes = fd.Sampler(
-        tiny_unet(num_class_embeds=3),
-        schedule,
-        shape=(1, 8, 8),
-        conditioning=fd.Conditioning(3),
-        device="cpu",
-    )
-    with pytest.raises(ValueError, match="labels=None"):
-        classes.sample(0, num_steps=2)
-
-
-def test_zero_terminal_snr_needs_another_prediction_type(tiny_unet):
-    schedule = fd.NoiseSchedule.create("linear", 50, rescale_betas_zero_snr=True)
-    sampler = fd.Sampler(tiny_unet(), schedule, shape=(1, 8, 8), device="cpu")
-    with pytest.raises(ValueError, match="v_prediction or sample"):
-        sampler.sample(0, num_steps=5, spacing="trailing")
-
-
-def test_learned_schedulers_and_bad_settings_of_a_folder_are_refused():
-    for config in (
-        {"variance_type": "fixed_medium"},
-        {"thresholding": "true"},
-        {"solver_order": 3, "_class_name": "DPMSolverMultistepScheduler"},
-        {"use_lu_lambdas": True, "_class_name": "DPMSolverMultistepScheduler"},
-        {"clip_sample": "false"},
-        {"timestep_spacing": "foo"},
-    ):
-        with pytest.raises(ValueError, match=next(iter(config))):
-            fd.SamplingDefaults.from_config(config)
-    multistep = fd.SamplingDefaults.from_config({"_class_name": "DPMSolverMultistepScheduler"})
-    assert (multistep.clip, multistep.spacing) == (0.0, "linspace")
-    assert fd.SamplingDefaults.from_config({}) == fd.SamplingDefaults()
-
-
 def test_what_auto_chose_is_one_log_line(tiny_sampler, caplog):
     with caplog.at_level("INFO", "flashddpm"):
         tiny_sampler(backend="auto")
@@ -465,47 +241,6 @@ def test_the_models_variance_is_of_ddpm_only(tiny_sampler):
     )
     assert (large[0] != small[0]).any()
     assert len(sampler.plan("ddim", 5)) == len(sampler.plan("dpmpp_2m", 5)) == 5
-
-
-def test_a_network_and_its_labels_must_fit(tiny_unet):
-    schedule = fd.NoiseSchedule.create("linear", 10)
-
-    def make(unet, conditioning=None, shape=(1, 8, 8)):
-        return fd.Sampler(unet, schedule, shape=shape, conditioning=conditioning, device="cpu")
-
-    with pytest.raises(ValueError, match="the network has 4 class embeddings"):
-        make(tiny_unet(num_class_embeds=4))
-    with pytest.raises(ValueError, match="the network has None class embeddings"):
-        make(tiny_unet(), fd.Conditioning(3))
-    with pytest.raises(ValueError, match="the network has 3 class embeddings"):
-        make(tiny_unet(num_class_embeds=3), fd.Conditioning(3, 3))
-    for shape in ((1, 7, 8), (3, 8, 8)):
-        with pytest.raises(ValueError, match="shape="):
-            make(tiny_unet(), shape=shape)
-    with pytest.raises(ValueError, match="dtype=torch.bfloat16: the network's is torch.float32"):
-        fd.Sampler(tiny_unet(), schedule, shape=(1, 8, 8), device="cpu", dtype="bfloat16")
-
-
-@pytest.mark.parametrize(
-    "wrong", [lambda x, t: x[:, :1], lambda x, t: x[:1], lambda x, t: (x,), lambda x, t: None]
-)
-def test_a_network_that_returns_another_shape_is_refused(wrong):
-    schedule = fd.NoiseSchedule.create("linear", 10)
-    sampler = fd.Sampler(wrong, schedule, shape=(3, 4, 6), device="cpu")
-    with pytest.raises(ValueError, match="network: returned .*call="):
-        sampler.sample(range(2), num_steps=2)
-
-
-def test_refused_weights_change_nothing(tiny_sampler, tiny_unet):
-    sampler = tiny_sampler()
-    before = sampler.sample(range(2), 0, num_steps=3)
-    good = tiny_unet(seed=1, num_class_embeds=4).state_dict()
-    missing = {key: value for key, value in good.items() if key != "conv_out.bias"}
-    broken = {**good, "conv_in.bias": torch.full_like(good["conv_in.bias"], torch.nan)}
-    for state, message in ((missing, "conv_out.bias is missing"), (broken, "conv_in.bias holds")):
-        with pytest.raises(ValueError, match=message):
-            sampler.update_weights(state)
-        assert torch.equal(sampler.sample(range(2), 0, num_steps=3), before)
 
 
 def test_inference_mode_leaves_nothing_behind(tiny_sampler, tiny_unet):
@@ -543,13 +278,6 @@ def test_only_guided_images_cost_two_evaluations(tiny_sampler):
     )
     sampler.sample(range(5), [0, 1, 2, 0, 1], [1, 1, 2, 1, 3], num_steps=1, batch_size=2)
     assert lanes == [(2, [0, 1]), (3, [2, 0, 3]), (2, [1, 3])]
-
-
-def test_a_preview_that_calls_its_own_sampler_is_an_error(tiny_sampler):
-    sampler = tiny_sampler()
-    with pytest.raises(RuntimeError, match="a callback called the sampler"):
-        sampler.sample(0, 0, num_steps=2, on_step=lambda i, x0: sampler.sample(1, 0, num_steps=2))
-    assert sampler.sample(0, 0, num_steps=2).isfinite().all()
 
 
 def test_threads_take_turns(tiny_sampler):
@@ -594,15 +322,6 @@ def test_replace_changes_what_is_named(tiny_sampler, tiny_unet):
         sampler.replace(colour="grey")
     with pytest.raises(ValueError, match="backend='triton'"):
         sampler.replace(backend="triton")
-
-
-def test_numpy_arguments(tiny_sampler):
-    sampler = tiny_sampler()
-    want = sampler.sample([4, 5], [1, 2], [2.0, 1.0], num_steps=2)
-    got = sampler.sample(np.array([4, 5]), np.array([1, 2]), np.array([2.0, 1.0]), num_steps=2)
-    assert torch.equal(got, want)
-    same = sampler.sample([4, 5], torch.tensor(1), torch.tensor(2.0), num_steps=2)
-    assert torch.equal(same, sampler.sample([4, 5], 1, 2.0, num_steps=2))
 
 
 @pytest.mark.gpu
