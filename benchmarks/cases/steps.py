@@ -131,10 +131,10 @@ def host_seconds(sampler: Sampler, batch: int) -> float:
         steps.step(LAUNCHED)  # compiles and captures
         harness.synchronize()
         start = time.perf_counter()
-        with sampler._exclusive(), torch.no_grad():
+        with sampler.executor.exclusive(), torch.no_grad():
             for _ in range(LAUNCHED):  # Trajectory.step, which waits at its end, without that
-                steps._execution.take_step(steps._slots, steps._compiled, stats=False)
-                steps._batch.advance()
+                steps._executor.take_step(steps._slots, steps._compiled, stats=False)
+                steps._table.advance()
         found.append((time.perf_counter() - start) / LAUNCHED)
         harness.synchronize()
     return statistics.median(found[1:])

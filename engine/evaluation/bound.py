@@ -187,7 +187,7 @@ class _Terms:
 
     def _batch(self, step: Tensor, image: Tensor, evaluations: int) -> Tensor:
         """Return the terms of these pairs, all timesteps or all the prior, float32 [batch, 3]."""
-        device, ops = self.sampler.device, self.sampler.execution.ops
+        device, ops = self.sampler.device, self.sampler.executor.ops
         x0 = send(to_float(self.images[image]), device)
         x0 = x0.contiguous(memory_format=torch.channels_last)
         t, keys = send(step, device), send(step * KEYS + image, device)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flashddpm.execution.slots import Call, Network
+from flashddpm.execution.step import Call, Network
 
 
 def positional(network: Call) -> Network:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from flashddpm.errors import CompilationError
 from flashddpm.execution.compile_cache import keep_compiled_code
-from flashddpm.execution.slots import Network, Slots, evaluate
+from flashddpm.execution.slots import Slots
+from flashddpm.execution.step import Network, evaluate
 
 log = logging.getLogger("flashddpm")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from itertools import repeat
 from typing import Any
@@ -13,27 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flashddpm import arguments, host, kernels
+from flashddpm import arguments, host
 from flashddpm.diffusion.solvers import Plan
 from flashddpm.errors import CompilationError
 from flashddpm.execution import cpu_noise
+from flashddpm.execution.backends import choose_backend
 from flashddpm.execution.calls import by_call, positional
+from flashddpm.execution.checks import check_network, check_variance
 from flashddpm.execution.compiled_network import CompiledNetwork, repays
 from flashddpm.execution.cpu_noise import CompiledNoise
 from flashddpm.execution.cuda_graphs import CapturedSteps, Card, Graphs, Key, Resting, Step
 from flashddpm.execution.follower import Follower
-from flashddpm.execution.modes import module_of
-from flashddpm.execution.slots import (
+from flashddpm.execution.modes import evaluating, module_of
+from flashddpm.execution.slot_table import Occupant, SlotTable
+from flashddpm.execution.slots import Slots
+from flashddpm.execution.step import (
     Call,
     Network,
-    Slots,
     check_output,
-    evaluate,
-    measure,
     predicted_x0,
     step,
-    update,
 )
+from flashddpm.execution.turns import Turns
 from flashddpm.execution.upload import send
 from flashddpm.kernels import reference
 from flashddpm.kernels.tables import Purpose
@@ -46,19 +47,14 @@ from flashddpm.networks.unet import UNet
 
 log = logging.getLogger("flashddpm")
 
-BACKENDS = ("auto", "reference", "fused")
 
-
-class Execution:
+class Executor:
     """A network on a device, and the ways to run it. Arguments are those of ``Sampler``.
 
     Attributes:
-        backend: "reference" or "fused".
-        compile: True, False or "auto".
-        capture: whether the step becomes a CUDA graph.
+        backend, compile, capture, ops: of the path (`Backend`).
         compiled: the compiled network.
         follower: what sees changes of the network, and follows them.
-        ops: the module whose operations a step calls.
     """
 
     def __init__(
@@ -77,36 +73,19 @@ class Execution:
         tune: bool = False,
         graph_memory: int | None = None,
     ) -> None:
-        arguments.one_of("backend", backend, BACKENDS)
-        self.backend = "fused" if backend == "auto" else backend
-        for name, flag in (("compile", compile), ("capture", capture)):
-            if flag not in (True, False, "auto"):
-                raise ValueError(f"{name}={flag!r}: must be True, False or 'auto'")
-        fused, cuda = self.backend == "fused", device.type == "cuda"
-        if not fused and True in (compile, capture):
-            raise ValueError("backend='reference': is never compiled or captured")
-        if capture is True and not cuda:
-            raise ValueError(f"capture=True: needs a CUDA device, not {device}")
-
-        if fused and cuda and not kernels.HAS_TRITON:
-            if backend == "fused" or True in (compile, capture):
-                raise ValueError(f"backend={backend!r}: on {device} it needs Triton, not installed")
-            log.info("Triton is not installed: reference backend on %s", device)
-            self.backend, fused = "reference", False
-
         own = network if isinstance(network, registry.Network) and call is None else None
-        if own is not None:
-            _check_unet(own, shape, conditioning)
         # What hangs on a network may be any code: it runs as a network of the user's own does.
         plain = own is not None and not hanging(own) and type(own) in registry.CLASSES
-        self.compile = compile if fused and (plain or compile is True) else False
-        self.capture = fused and cuda and (plain if capture == "auto" else bool(capture))
-        self.ops = kernels if fused and cuda else reference
+        chosen = choose_backend(backend, compile, capture, device, plain)
+        if own is not None:
+            check_network(own, shape, conditioning)
+        self.backend, self.compile, self.capture = chosen.name, chosen.compile, chosen.capture
+        self.ops, fused = chosen.ops, chosen.name == "fused"
         if graph_memory is not None:
             arguments.integer("graph_memory", graph_memory, 0)
         self.device, self.shape = device, shape
         self.num_timesteps = num_timesteps
-        self.labelled = conditioning.num_classes is not None
+        self.conditioning = conditioning
         self.network = network.to(device) if isinstance(network, nn.Module) else network
         stored = _dtype_of(network)
         self.dtype = arguments.resolve_dtype(dtype, stored)
@@ -126,38 +105,56 @@ class Execution:
         self.graphs = Graphs(Card(device), graph_memory)
         self._not_compiled: str | None = None  # why "auto" goes on without
         self._slots: Slots | None = None
-        self._launched: torch.cuda.Event | None = None
-        if cuda:
-            self._launched = torch.cuda.Event()
-            with self.on_device():
-                self._launched.record()
+        self._turns = Turns(device)
 
-    def start(
+    @property
+    def _labelled(self) -> bool:
+        return self.conditioning.num_classes is not None
+
+    def enter(
         self,
-        seeds: Sequence[int],
+        table: SlotTable,
+        occupants: Iterable[Occupant],
         plan: Plan,
         image: Tensor | None = None,
         z: Tensor | None = None,
-    ) -> Tensor:
-        """Return what trajectories begin at, float32 [B, C, H, W]: initial[0] image + initial[1] z.
+    ) -> None:
+        """Put images into the first slots of an empty table, at x_T; arguments as for ``start``."""
+        count = len([table.admit(occupant) for occupant in occupants])
+        table.upload()
+        self.start(table.slots, slice(count), plan, image, z)
+        table.fill_lanes()
+
+    def start(
+        self,
+        slots: Slots,
+        which: slice | Tensor,
+        plan: Plan,
+        image: Tensor | None = None,
+        z: Tensor | None = None,
+    ) -> None:
+        """Set x_T of slots, initial[0] image + initial[1] z, by the seeds that were uploaded.
 
         Args:
-            seeds: of z, one an image.
+            slots: the buffers.
+            which: the slots, n of them: a slice, or int64 [n] on the device.
             plan: whose ``initial`` it is.
-            image: float32 [B, C, H, W] on the device, None where the plan needs none.
-            z: float32 [B, C, H, W] on the device, instead of the seeds'.
+            image: float32 [n, C, H, W] on the device, None where the plan needs none.
+            z: float32 [n, C, H, W] on the device, instead of the seeds' noise.
         """
+        a, b = plan.initial
+        seeds = slots.seeds[which]
+        zero = torch.zeros_like(seeds)
         if z is not None:
-            a, b = plan.initial
-            return b * z if image is None else a * image + b * z
-        z = self.draw(seeds, 0, Purpose.INITIAL)
-        if plan.initial == (0.0, 1.0):
-            return z
-        x0 = torch.zeros_like(z) if image is None else image
-        t = torch.zeros(len(seeds), dtype=torch.int64, device=self.device)
-        rows = send(host.floats([plan.initial]), self.device)
-        seed = send(host.ints(seeds), self.device)
-        return self.ops.add_noise(x0, t, seed, t, rows, Purpose.INITIAL)
+            x = b * z if image is None else a * image + b * z
+        elif plan.initial == (0.0, 1.0):
+            x = self.ops.philox(seeds, zero, self.shape, Purpose.INITIAL)
+        else:
+            x0 = slots.x.new_zeros((len(seeds), *self.shape)) if image is None else image
+            rows = send(host.floats([plan.initial]), self.device)
+            x = self.ops.add_noise(x0, zero, seeds, zero, rows, Purpose.INITIAL)
+        slots.x[which] = x
+        slots.nonfinite[which] = 0
 
     def draw(self, seeds: Sequence[int], key: int, purpose: Purpose) -> Tensor:
         """Return the noise of these seeds under one key, float32 [B, C, H, W]."""
@@ -185,25 +182,50 @@ class Execution:
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Make the device the current one."""
-        return nullcontext() if self._launched is None else torch.cuda.device(self.device)
+        return self._turns.on_device()
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Order what one caller launches after what the last one did, on whatever stream."""
-        if self._launched is None:
+    def exclusive(self) -> Iterator[None]:
+        """Have the buffers for oneself, with the network in evaluation mode; other threads wait.
+
+        Raises:
+            RuntimeError: called from within, by a callback.
+        """
+        with self._turns.exclusive(), evaluating(self.follower.modules):
             yield
-            return
-        with torch.cuda.device(self.device):
-            self._launched.wait()
-            try:
-                yield
-            finally:
-                self._launched.record()
+
+    @contextmanager
+    def following(self) -> Iterator[int]:
+        """Have the buffers for oneself, and follow the network, which must not change within.
+
+        Yields:
+            The version of what was derived from its weights.
+
+        Raises:
+            RuntimeError: as ``exclusive`` and ``renew``; or, at the end, the network has changed.
+        """
+        with self.exclusive():
+            unchanged = self.follower.unchanged()
+            yield self.renew()
+            unchanged()
+
+    def check_not_within(self) -> None:
+        """Refuse a call by a callback of the call that has the buffers, as ``exclusive`` does."""
+        self._turns.check_not_within()
 
     def service_slots(self, S: int, L: int, R: int) -> Slots:
         """Return new buffers for S slots, L lanes and R rows of plans, the rest row included."""
         embed = self._hoisted.embed if self._hoisted else None
-        return Slots(S, L, self.shape, R, self.dtype, self.device, self.labelled, embed)
+        return Slots(
+            S,
+            L,
+            self.shape,
+            R,
+            self.dtype,
+            self.device,
+            self._labelled,
+            embed,
+        )
 
     def slots(self, S: int, L: int, most: tuple[int, int]) -> Slots:
         """Return buffers for S slots and L lanes, the same ones while they fit.
@@ -263,11 +285,8 @@ class Execution:
         graph = self._graph(slots, compiled, fractional)
         if graph is not None:
             return graph()
-        out = evaluate(slots, self._network(compiled), fractional)
-        if stats:
-            measure(slots, out, self.ops)
-        update(slots, out, self.ops, cpu_noise.of_rows(slots) if self._draws_ahead else None)
-        return out
+        noise = partial(cpu_noise.of_rows, slots) if self._draws_ahead else None
+        return step(slots, self._network(compiled), self.ops, fractional, noise, stats)
 
     def run(
         self,
@@ -304,12 +323,9 @@ class Execution:
             if graph is not None:
                 out = graph()
             else:
-                out = evaluate(slots, network, fractional)
-                if stats:
-                    measure(slots, out, self.ops)
-                update(slots, out, self.ops, next(drawn))
+                out = step(slots, network, self.ops, fractional, drawn.__next__, stats)
             if i == 0:
-                self.check_variance(plan, out.shape[1])
+                check_variance(plan, out.shape[1], self.shape[0])
             yield None if x_t is None else predicted_x0(slots, out, x_t, rows[i])
 
     def _replay(
@@ -322,7 +338,7 @@ class Execution:
             graph = many if left >= many.count else one
             out = graph()
             if left == len(plan):
-                self.check_variance(plan, out.shape[1])
+                check_variance(plan, out.shape[1], self.shape[0])
             left -= graph.count
             yield from [None] * graph.count
 
@@ -333,7 +349,7 @@ class Execution:
     def check_plan(self, plan: Plan) -> None:
         """Refuse a plan that our U-Net has not the channels for; others show when they are run."""
         if isinstance(self.network, registry.Network):
-            self.check_variance(plan, self.network.config.out_channels)
+            check_variance(plan, self.network.config.out_channels, self.shape[0])
 
     def check_exact(self, plan: Plan) -> None:
         """Refuse what has no bits to promise: a network that is not compiled, or compiled twice."""
@@ -356,15 +372,7 @@ class Execution:
             image = self.draw([0], 0, Purpose.INITIAL).to(self.dtype)
             t = torch.zeros(1, dtype=torch.int64, device=self.device)
             told = self._hoisted.embed(t) if self._hoisted else t
-            self.compiled.prove_exact(image, told, L, self.labelled)
-
-    def check_variance(self, plan: Plan, channels: int) -> None:
-        """Refuse a plan that learns its variance for a network without channels for it."""
-        if plan.learns_variance and channels != 2 * self.shape[0]:
-            raise ValueError(
-                f"variance_type: must be fixed_small or fixed_large for a network that returns "
-                f"{channels} channels; a learned variance takes {2 * self.shape[0]}"
-            )
+            self.compiled.prove_exact(image, told, L, self._labelled)
 
     def _prepared(self, slots: Slots, fractional: bool) -> bool:
         """Compile for the lanes of these buffers; return False where "auto" goes on without."""
@@ -462,24 +470,6 @@ def _at_rest(slots: Slots, take: Step) -> Iterator[Step]:
         yield take
     finally:
         slots.idx.copy_(idx)
-
-
-def _check_unet(
-    unet: registry.Network, shape: tuple[int, int, int], conditioning: Conditioning
-) -> None:
-    """Refuse a U-Net that does not take these images or labels."""
-    config, (C, H, W) = unet.config, shape
-    multiple = config.multiple
-    channels = config.in_channels == C and config.out_channels in (C, 2 * C)
-    if not channels or H % multiple or W % multiple:
-        raise ValueError(
-            f"shape={shape}: must have {config.in_channels} channels, as many as come out "
-            f"({config.out_channels}) or half, and sides that are multiples of {multiple}"
-        )
-    embeds, classes = config.num_class_embeds, conditioning.num_classes
-    needed = 0 if classes is None else max(classes, (conditioning.null_label or 0) + 1)
-    if (embeds is None) != (classes is None) or needed > (embeds or 0):
-        raise ValueError(f"conditioning={conditioning}: the network has {embeds} class embeddings")
 
 
 def _dtype_of(network: Any) -> torch.dtype:

@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from flashddpm.diffusion.solvers import Plan
 from flashddpm.execution.slots import Slots
 from flashddpm.execution.upload import fill
 from flashddpm.kernels.tables import REST
@@ -43,12 +41,12 @@ class Occupant:
         return 1 if self.guidance == 1 else 2
 
 
-class Batch:
+class SlotTable:
     """The occupants of slots, and their lanes.
 
     Lanes are packed without gaps, the conditional ones first, each in the order of slots, so that
-    the network runs on as few as a bucket allows. ``upload`` must follow any change before the
-    next step.
+    the network runs on as few as a bucket allows. ``upload`` and ``fill_lanes`` must follow any
+    change before the next step.
 
     Attributes:
         occupants: of each slot, None where it is idle.
@@ -66,12 +64,10 @@ class Batch:
         """Lanes in use."""
         return sum(occupant.lanes for occupant in self.occupants if occupant)
 
-    def admit(self, occupant: Occupant, x: Tensor) -> int:
-        """Put an image into the first idle slot, started from x [C, H, W]; return the slot."""
+    def admit(self, occupant: Occupant) -> int:
+        """Put an image into the first idle slot, and return the slot; its x_t is yet to be set."""
         slot = self.occupants.index(None)
-        self.slots.x[slot].copy_(x)
-        self.slots.nonfinite[slot] = 0
-        self.occupants[slot] = occupant  # last, so that the slot is idle if anything raised
+        self.occupants[slot] = occupant
         return slot
 
     def retire(self, slot: int) -> None:
@@ -79,7 +75,7 @@ class Batch:
         self.occupants[slot] = None
 
     def upload(self) -> None:
-        """Tell the device who is where, in one copy, and give every lane its image."""
+        """Tell the device who is where, in one copy."""
         slots, S = self.slots, len(self.occupants)
         present = [(s, o) for s, o in enumerate(self.occupants) if o is not None]
         guided = [(s, o) for s, o in present if o.lanes == 2]
@@ -99,6 +95,10 @@ class Batch:
             labels = [o.label or 0 for _, o in present] + [o.null_label or 0 for _, o in guided]
             parts["lane_label"][:n] = labels
         fill(slots.control, host)
+
+    def fill_lanes(self) -> None:
+        """Give every lane the image of its slot, as the uploaded lanes have it."""
+        slots, n = self.slots, self.lanes
         slots.net_in[:n].copy_(slots.x.index_select(0, slots.lane_slot[:n]))
 
     def advance(self) -> list[int]:
@@ -110,62 +110,3 @@ class Batch:
                 if o.row == REST:
                     done.append(s)
         return done
-
-
-class PlanTable:
-    """Where plans stand in the rows of ``slots``; each once, while some image follows it.
-
-    Plans that nobody follows stay until their room is needed.
-    """
-
-    def __init__(self, slots: Slots) -> None:
-        self.slots = slots
-        self._plans: dict[bytes, tuple[int, Plan]] = {}  # content -> start, plan; oldest first
-        self._users: dict[bytes, int] = {}
-
-    def acquire(self, plan: Plan) -> int | None:
-        """Return the plan's first row, put there if it is new; None if there is no room now.
-
-        Raises:
-            ValueError: the plan is longer than the whole table.
-        """
-        room = len(self.slots.rows) - 1
-        if len(plan) > room:
-            raise ValueError(f"plan of {len(plan)} rows: must be at most {room}")
-        key = plan.content
-        if key not in self._plans:
-            start = self._place(len(plan))
-            if start is None:
-                return None
-            self.slots.load_plan(plan, start)
-            self._plans[key] = (start, plan)
-        self._plans[key] = self._plans.pop(key)  # the newest now
-        self._users[key] = self._users.get(key, 0) + 1
-        return self._plans[key][0]
-
-    def release(self, plan: Plan) -> None:
-        """Say that one image less follows the plan."""
-        key = plan.content
-        self._users[key] -= 1
-        if not self._users[key]:
-            del self._users[key]
-
-    def reload(self) -> None:
-        """Put every plan into its rows again: what the network is told there has changed."""
-        for start, plan in self._plans.values():
-            self.slots.load_plan(plan, start)
-
-    def _place(self, length: int) -> int | None:
-        """Return the first row of a gap, letting go of unused plans, the oldest first."""
-        unused = [key for key in self._plans if key not in self._users]
-        while True:
-            row = 1
-            for start, plan in sorted(self._plans.values(), key=lambda placed: placed[0]):
-                if start - row >= length:
-                    return row
-                row = start + len(plan)
-            if len(self.slots.rows) - row >= length:
-                return row
-            if not unused:
-                return None
-            del self._plans[unused.pop(0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,12 +11,55 @@ from torch import Tensor
 
 from flashddpm import arguments
 from flashddpm.diffusion.plan import Plan
+from flashddpm.execution.slot_table import Occupant
 from flashddpm.execution.slots import Slots
 from flashddpm.kernels.tables import Column
 from flashddpm.networks.conditioning import Conditioning
 
 Shape = tuple[int, int, int, int]
 """(N, C, H, W) of the images of a call."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """What each of N images is asked for.
+
+    Attributes:
+        seeds: the seed of each.
+        labels: the label of each; None for a network without classes.
+        guidance: w of each; 1 is off.
+    """
+
+    seeds: list[int]
+    labels: list[int] | None
+    guidance: list[float]
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    @property
+    def lanes(self) -> list[int]:
+        """How many network evaluations each takes a step."""
+        return [1 if w == 1 else 2 for w in self.guidance]
+
+    def occupants(
+        self, part: slice, null_label: int | None, length: int, row: int = 1
+    ) -> Iterator[Occupant]:
+        """Yield some of the images as occupants of slots, at a row of a plan in rows 1..length."""
+        for i in range(*part.indices(len(self))):
+            label = None if self.labels is None else self.labels[i]
+            yield Occupant(self.seeds[i], label, null_label, self.guidance[i], row, length, i)
+
+
+def images_of(seeds: Any, labels: Any, guidance: Any, conditioning: Conditioning) -> Images:
+    """Return seeds, labels and guidance as ``Sampler.sample`` takes them, checked.
+
+    Raises:
+        ValueError: one that is not allowed, or another number of them than of seeds.
+    """
+    seed = arguments.seed_list(seeds)
+    label = labels_of(labels, len(seed), conditioning)
+    return Images(seed, label, guidance_of(guidance, len(seed), labels, conditioning))
 
 
 def labels_of(labels: Any, count: int, conditioning: Conditioning) -> list[int] | None:

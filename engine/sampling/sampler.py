@@ -9,11 +9,9 @@ steps drawn in one call; on both, the time half of our U-Net hoisted and the res
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from os import PathLike
-from types import SimpleNamespace
 from typing import Any, Protocol, Unpack
 from weakref import WeakSet
 
@@ -33,16 +31,14 @@ from flashddpm.diffusion.plan_options import PlanOptions, RunOptions
 from flashddpm.diffusion.schedule import NoiseSchedule
 from flashddpm.diffusion.scheduler_config import SamplingDefaults
 from flashddpm.diffusion.solvers import Plan
-from flashddpm.errors import NonFiniteError
-from flashddpm.execution.executor import BACKENDS, Execution
-from flashddpm.execution.modes import evaluating
-from flashddpm.execution.processes import check_picklable, renewed_in_child
-from flashddpm.execution.slot_table import Batch, Occupant
-from flashddpm.execution.slots import Call, Slots
+from flashddpm.execution.backends import BACKENDS
+from flashddpm.execution.executor import Executor
+from flashddpm.execution.processes import check_picklable
+from flashddpm.execution.step import Call
 from flashddpm.host import isolated
 from flashddpm.kernels.tables import Purpose
 from flashddpm.networks.conditioning import Conditioning
-from flashddpm.sampling import inputs
+from flashddpm.sampling import chunks, inputs
 from flashddpm.sampling.trajectory import Trajectory, load_trajectory
 
 
@@ -133,7 +129,7 @@ class Sampler:
         )
         self.conditioning = conditioning or Conditioning()
         self.defaults = defaults or SamplingDefaults()
-        self.execution = Execution(
+        self.executor = Executor(
             network,
             call,
             shape=self.shape,
@@ -148,13 +144,6 @@ class Sampler:
             graph_memory=graph_memory,
         )
         self._guests: WeakSet[Guest] = WeakSet()
-        self.after_fork()
-        renewed_in_child(self)
-
-    def after_fork(self) -> None:
-        """Make the lock anew, for whoever held it is not in a forked child."""
-        self._lock = threading.Lock()
-        self._owner: int | None = None
 
     def __copy__(self) -> Sampler:
         return self.replace()
@@ -181,22 +170,22 @@ class Sampler:
     @property
     def network(self) -> nn.Module | Callable[..., Tensor]:
         """The network, on the sampler's device."""
-        return self.execution.network
+        return self.executor.network
 
     @property
     def device(self) -> torch.device:
         """Where it runs and where images are."""
-        return self.execution.device
+        return self.executor.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the network's input."""
-        return self.execution.dtype
+        return self.executor.dtype
 
     @property
     def backend(self) -> str:
         """The path: "reference" or "fused"."""
-        return self.execution.backend
+        return self.executor.backend
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
@@ -319,7 +308,7 @@ class Sampler:
     @isolated(grad=False)
     def initial_noise(self, seeds: int | Iterable[int] | Tensor) -> Tensor:
         """Return the x_T of these seeds, float32 [B, C, H, W]."""
-        return self.execution.draw(arguments.seed_list(seeds), 0, Purpose.INITIAL)
+        return self.executor.draw(arguments.seed_list(seeds), 0, Purpose.INITIAL)
 
     @isolated(grad=False)
     def step_noise(self, seeds: int | Iterable[int] | Tensor, key: int) -> Tensor:
@@ -328,7 +317,7 @@ class Sampler:
         The key of a step is its timestep (``Plan.noise_keys``).
         """
         key = arguments.integer("key", key, -(2**63), 2**63 - 1)
-        return self.execution.draw(arguments.seed_list(seeds), key, Purpose.REVERSE_STEP)
+        return self.executor.draw(arguments.seed_list(seeds), key, Purpose.REVERSE_STEP)
 
     @isolated(grad=False)
     def plan(
@@ -402,45 +391,29 @@ class Sampler:
             RuntimeError: the network's weights were changed meanwhile, by another thread.
         """
         batch = arguments.integer("batch_size", batch_size, 1)
-        seed, label, scale = self._images(seeds, labels, guidance)
-        plan, begin = self._begin(solver, num_steps, image, strength, len(seed), options)
+        images = inputs.images_of(seeds, labels, guidance, self.conditioning)
+        count = len(images)
+        plan, begin = self._begin(solver, num_steps, image, strength, count, options)
         if len(plan) > len(self.schedule):
             raise ValueError(f"solver: a plan of {len(plan)} rows; at most {len(self.schedule)}")
-        most = batch if self.conditioning.null_label is None else 2 * batch
-        lanes = [1 if w == 1 else 2 for w in scale]
-        L, compiled = self._width(lanes, batch, most, plan, exact, bucket)
-
-        shape = (len(seed), *self.shape)
+        width = chunks.choose_width(self.executor, images, plan, batch, exact, bucket)
+        shape = (count, *self.shape)
         z = inputs.noise_of("initial_noise", initial_noise, shape, self.device)
-        if step_noise is not None and len(seed) > batch:
+        if step_noise is not None and count > batch:
             raise ValueError(
-                f"step_noise: {len(seed)} seeds must be one batch, of at most batch_size={batch}"
+                f"step_noise: {count} seeds must be one batch, of at most batch_size={batch}"
             )
 
         result = torch.empty(shape, dtype=torch.float32, device=self.device)
-        chunks = range(0, len(seed), batch)
-        with self._exclusive(), _bar(progress, len(chunks) * len(plan)) as bar:
-            unchanged = self.execution.follower.unchanged()
-            self.execution.renew()
-            if exact and L:
-                self.execution.prove_exact(L)
-            for start in chunks:
-                part = slice(start, start + batch)
-                count, width = len(seed[part]), L or sum(lanes[part])
-                buffers = self.execution.slots(count, width, (batch, most))
-                buffers.load_plan(plan)
-                x = self.execution.start(seed[part], plan, _part(begin, part), _part(z, part))
-                self._admit(Batch(buffers), x, start, seed, label, scale, len(plan))
-                slots = buffers.prefix(min(len(buffers.idx), width), width)
-                given = step_noise and inputs.spread(step_noise, slots, count, plan)
-                steps = self.execution.run(slots, plan, compiled, on_step is not None, given)
-                for i, x0 in enumerate(steps):
-                    bar.update()
-                    if on_step is not None and x0 is not None:
-                        on_step(i, x0[:count])
-                self._check_finite(slots, seed[part], len(plan))
-                result[part] = slots.x[:count]
-            unchanged()
+        parts = [slice(i, i + batch) for i in range(0, count, batch)]
+        with self.executor.following(), chunks.bar_of(progress, len(parts) * len(plan)) as bar:
+            if exact and width.lanes:
+                self.executor.prove_exact(width.lanes)
+            for part in parts:
+                result[part] = chunks.draw(
+                    self.executor, images, plan, width, part, begin, z,
+                    step_noise, on_step, bar.update,
+                )  # fmt: skip
         return result
 
     @isolated(grad=False)
@@ -460,10 +433,9 @@ class Sampler:
 
         Arguments and errors are those of ``sample``; all images are one batch.
         """
-        seed, label, scale = self._images(seeds, labels, guidance)
-        plan, begin = self._begin(solver, num_steps, image, strength, len(seed), options)
-        x = self.execution.start(seed, plan, begin)
-        return Trajectory(self, plan, x, seed, label, scale)
+        images = inputs.images_of(seeds, labels, guidance, self.conditioning)
+        plan, begin = self._begin(solver, num_steps, image, strength, len(images), options)
+        return Trajectory.begin(self.executor, plan, images, begin)
 
     @isolated(grad=False)
     def resume(self, path: str | PathLike[str]) -> Trajectory:
@@ -472,7 +444,7 @@ class Sampler:
         Raises:
             CheckpointError: no such file, or not one of images that this sampler draws.
         """
-        return load_trajectory(self, path)
+        return load_trajectory(self.executor, path)
 
     @isolated(grad=False)
     def predict(
@@ -493,46 +465,9 @@ class Sampler:
         Raises:
             ValueError: the network returns another shape.
         """
-        with self._exclusive():
-            self.execution.renew()
-            return self.execution.predict(x_t, t, labels, evaluations)
-
-    def _images(
-        self, seeds: Any, labels: Any, guidance: Any
-    ) -> tuple[list[int], list[int] | None, list[float]]:
-        """Return seed, label and guidance of every image."""
-        seed = arguments.seed_list(seeds)
-        label = inputs.labels_of(labels, len(seed), self.conditioning)
-        return seed, label, inputs.guidance_of(guidance, len(seed), labels, self.conditioning)
-
-    def _width(
-        self,
-        lanes: list[int],
-        batch: int,
-        most: int,
-        plan: Plan,
-        exact: bool,
-        bucket: int | None,
-    ) -> tuple[int | None, bool]:
-        """Return the lanes of every chunk, None for as many as it uses, and whether compiled.
-
-        Args:
-            lanes: of each image.
-            batch: images of a chunk.
-            most: lanes that so many images may take.
-            plan, exact, bucket: as for ``sample``.
-        """
-        used = max(sum(lanes[i : i + batch]) for i in range(0, len(lanes), batch))
-        if bucket is not None:
-            arguments.integer("bucket", bucket, used)
-        if arguments.boolean("exact", exact):
-            self.execution.check_exact(plan)
-            return bucket or most, True
-        L = bucket or self.execution.bucket(used, most, compiled=True)
-        compiled = self.execution.compiles(len(plan) * sum(lanes), L)
-        if bucket or compiled or self.execution.capture:
-            return L, compiled
-        return None, compiled
+        with self.executor.exclusive():
+            self.executor.renew()
+            return self.executor.predict(x_t, t, labels, evaluations)
 
     def _begin(
         self,
@@ -549,28 +484,6 @@ class Sampler:
             plan = plan.start(strength)
         return plan, inputs.begin_of(image, (count, *self.shape), plan, self.device)
 
-    def _admit(
-        self,
-        batch: Batch,
-        x: Tensor,
-        start: int,
-        seeds: Sequence[int],
-        labels: Sequence[int] | None,
-        guidance: Sequence[float],
-        length: int,
-    ) -> None:
-        """Start the images from number ``start`` on, one for each of x, at row 1 of a plan."""
-        null = self.conditioning.null_label
-        for x_T, i in zip(x, range(start, start + len(x)), strict=True):
-            label = None if labels is None else labels[i]
-            batch.admit(Occupant(seeds[i], label, null, guidance[i], 1, length, i), x_T)
-        batch.upload()
-
-    def _check_finite(self, slots: Slots, seeds: Sequence[int], num_steps: int) -> None:
-        for seed, row in zip(seeds, slots.nonfinite.tolist(), strict=False):
-            if row:
-                raise NonFiniteError(seed, row - 1, num_steps)
-
     @isolated(grad=False)
     def update_weights(self, state: dict[str, Tensor]) -> None:
         """Copy new weights into our U-Net, in place; every call follows them.
@@ -586,49 +499,17 @@ class Sampler:
             ValueError: the network is not our UNet, or the state is not one of its finite,
                 matching state dicts; then nothing was changed.
         """
-        self.execution.check_state(state)
-        self._check_not_within()
+        self.executor.check_state(state)
+        self.executor.check_not_within()
         with ExitStack() as emptied:
             for guest in list(self._guests):
                 emptied.enter_context(guest.emptied())
-            with self._exclusive():
-                self.execution.update_weights(state)
+            with self.executor.exclusive():
+                self.executor.update_weights(state)
 
     def welcome(self, guest: Guest) -> None:
         """Have whoever draws images over many calls, such as an `Engine`, empty at new weights."""
         self._guests.add(guest)
-
-    def _check_not_within(self) -> None:
-        if self._owner == threading.get_ident():
-            raise RuntimeError("a callback called the sampler that it is called by")
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Let one call at a time have the buffers, with the network in evaluation mode.
-
-        Others wait, but a call from within cannot.
-        """
-        self._check_not_within()
-        with self._lock:
-            self._owner = threading.get_ident()
-            try:
-                with evaluating(self.execution.follower.modules), self.execution.turn():
-                    yield
-            finally:
-                self._owner = None
-
-
-def _part(whole: Any, part: slice) -> Any:
-    return None if whole is None else whole[part]
-
-
-def _bar(progress: bool, total: int) -> AbstractContextManager[Any]:
-    """Return a bar with ``update()``, or one that shows nothing."""
-    if not progress:
-        return nullcontext(SimpleNamespace(update=lambda: None))
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="step")
 
 
 def _rebuild(kind: type[Sampler], given: dict[str, Any]) -> Sampler:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import weakref
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -23,13 +24,13 @@ from torch import Tensor
 
 from flashddpm import arguments, host
 from flashddpm.diffusion.plan import Plan
-from flashddpm.errors import CheckpointError, NonFiniteError
-from flashddpm.execution.slot_table import Batch, Occupant
+from flashddpm.errors import CheckpointError
+from flashddpm.execution.executor import Executor
+from flashddpm.execution.slot_table import Occupant, SlotTable
 from flashddpm.host import isolated
 from flashddpm.io.files import read_tensors, write_atomic
-
-if TYPE_CHECKING:
-    from flashddpm.sampling.sampler import Sampler
+from flashddpm.sampling.chunks import check_finite
+from flashddpm.sampling.inputs import Images
 
 log = logging.getLogger("flashddpm")
 
@@ -40,56 +41,58 @@ class Trajectory:
     """Images that are drawn step by step; made by `Sampler.trajectory`.
 
     Args:
-        sampler: whose network and device.
-        plan: what every image follows.
-        x: float32 [B, C, H, W], what they begin at.
-        seeds, labels, guidance: of each image; labels None without classes.
+        executor: what runs the network.
+        plan: the rows that every image follows.
+        images: seed, label and guidance of each.
         position: how many steps are done already.
 
     Attributes:
         position: how many steps are done.
     """
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        plan: Plan,
-        x: Tensor,
-        seeds: list[int],
-        labels: list[int] | None,
-        guidance: list[float],
-        position: int = 0,
-    ) -> None:
-        self.sampler, self.plan = sampler, plan
-        self.seeds, self.labels, self.guidance = seeds, labels, guidance
-        self.position = position
-        self._execution = execution = sampler.execution
-        execution.check_plan(plan)
-        lanes = len(seeds) + sum(w != 1 for w in guidance)
-        L = execution.bucket(lanes, 1 << (lanes - 1).bit_length(), compiled=True)
-        self._compiled = execution.compiles(len(plan) * lanes, L)
-        if not (self._compiled or execution.capture):
+    def __init__(self, executor: Executor, plan: Plan, images: Images, position: int = 0) -> None:
+        self.plan, self.images, self.position = plan, images, position
+        self._executor = executor
+        executor.check_plan(plan)
+        lanes = sum(images.lanes)
+        L = executor.bucket(lanes, 1 << (lanes - 1).bit_length(), compiled=True)
+        self._compiled = executor.compiles(len(plan) * lanes, L)
+        if not (self._compiled or executor.capture):
             L = lanes
-        with sampler._exclusive():
-            self._version = execution.renew()
-            self._slots = execution.service_slots(len(seeds), L, len(plan) + 1)
+        with executor.exclusive():
+            self._version = executor.renew()
+            self._slots = executor.service_slots(len(images), L, len(plan) + 1)
             self._slots.load_plan(plan)
-            self._slots.x.copy_(x)
-            self._batch = Batch(self._slots)
-            self._enter(x)
+            self._table = SlotTable(self._slots)
         # Only noted, for this may be while something is captured; nobody waits for it at exit.
-        weakref.finalize(self, execution.graphs.forget, self._slots.token).atexit = False
+        weakref.finalize(self, executor.graphs.forget, self._slots.token).atexit = False
 
-    def _enter(self, x: Tensor) -> None:
-        """Put every image into its slot, at the row where it is."""
-        if self.done:
-            return
-        null, row = self.sampler.conditioning.null_label, self.position + 1
-        for i, seed in enumerate(self.seeds):
-            label = None if self.labels is None else self.labels[i]
-            occupant = Occupant(seed, label, null, self.guidance[i], row, len(self), i)
-            self._batch.admit(occupant, x[i])
-        self._batch.upload()
+    @classmethod
+    def begin(
+        cls, executor: Executor, plan: Plan, images: Images, image: Tensor | None
+    ) -> Trajectory:
+        """Return a trajectory at x_T, noise of the seeds, or from images [B, C, H, W] noised."""
+        new = cls(executor, plan, images)
+        with executor.exclusive():
+            executor.enter(new._table, new._occupants(), plan, image)
+        return new
+
+    def put(self, x: Tensor, hist: Tensor) -> None:
+        """Put the state of all images in place, x_t and the previous x_0, [B, C, H, W] each."""
+        with self._executor.exclusive():
+            self._slots.x.copy_(x)
+            self._slots.hist.copy_(hist)
+            if self.done:
+                return
+            for occupant in self._occupants():
+                self._table.admit(occupant)
+            self._table.upload()
+            self._table.fill_lanes()
+
+    def _occupants(self) -> Iterator[Occupant]:
+        """Yield every image as the occupant of a slot, at the row where it is."""
+        null = self._executor.conditioning.null_label
+        return self.images.occupants(slice(None), null, len(self), self.position + 1)
 
     def __len__(self) -> int:
         """Return how many steps there are in all."""
@@ -104,7 +107,7 @@ class Trajectory:
     @isolated(grad=False)
     def x(self) -> Tensor:
         """A copy of x_t, float32 [B, C, H, W]; the images, once it is done."""
-        with self.sampler._exclusive():
+        with self._executor.exclusive():
             return self._slots.x.clone(memory_format=torch.contiguous_format)
 
     @isolated(grad=False)
@@ -117,22 +120,17 @@ class Trajectory:
             RuntimeError: the network's weights were changed meanwhile, by another thread.
         """
         count = min(arguments.integer("count", count, 1), len(self) - self.position)
-        plan = self.plan
-        fractional = self._execution.tells_floats(plan)
-        with self.sampler._exclusive():
-            unchanged = self._execution.follower.unchanged()
-            version = self._execution.renew()
+        plan, stats = self.plan, self.plan.needs_stats
+        fractional = self._executor.tells_floats(plan)
+        with self._executor.following() as version:
             if version != self._version:
                 self._slots.load_plan(plan)
                 self._version = version
             for _ in range(count):
-                self._execution.take_step(self._slots, self._compiled, plan.needs_stats, fractional)
-                self._batch.advance()
+                self._executor.take_step(self._slots, self._compiled, stats, fractional)
+                self._table.advance()
                 self.position += 1
-            unchanged()
-        for seed, row in zip(self.seeds, self._slots.nonfinite.tolist(), strict=True):
-            if row:
-                raise NonFiniteError(seed, row - 1, len(self))
+        check_finite(self._slots, self.images.seeds, len(self))
 
     @isolated(grad=False)
     def run(self) -> Tensor:
@@ -150,37 +148,37 @@ class Trajectory:
         tensors = {
             "x": self.x,
             "hist": self._slots.hist.clone(memory_format=torch.contiguous_format),
-            "seeds": host.ints(self.seeds),
-            "guidance": torch.tensor(self.guidance, dtype=torch.float64, device="cpu"),
+            "seeds": host.ints(self.images.seeds),
+            "guidance": torch.tensor(self.images.guidance, dtype=torch.float64, device="cpu"),
             "rows": torch.tensor(self.plan.rows, dtype=torch.float64, device="cpu"),
             "noise_keys": host.ints(self.plan.noise_keys),
         }
-        if self.labels is not None:
-            tensors["labels"] = host.ints(self.labels)
+        if self.images.labels is not None:
+            tensors["labels"] = host.ints(self.images.labels)
         metadata = {
             "format": FORMAT,
             "position": str(self.position),
-            "bits": json.dumps(bits_depend_on(self.sampler), sort_keys=True),
+            "bits": json.dumps(bits_depend_on(self._executor), sort_keys=True),
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_atomic(Path(path), safetensors.torch.save(tensors, metadata))
 
 
-def bits_depend_on(sampler: Sampler) -> dict[str, Any]:
+def bits_depend_on(executor: Executor) -> dict[str, Any]:
     """Return what the network's bits depend on besides its weights and the batch."""
-    device = sampler.device
+    device = executor.device
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "capability": None if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads": None if cuda else torch.get_num_threads(),
         "torch": torch.__version__,
-        "dtype": str(sampler.dtype),
-        "backend": sampler.backend,
+        "dtype": str(executor.dtype),
+        "backend": executor.backend,
     }
 
 
-def load_trajectory(sampler: Sampler, path: str | PathLike[str]) -> Trajectory:
+def load_trajectory(executor: Executor, path: str | PathLike[str]) -> Trajectory:
     """Return the trajectory of a file that `Trajectory.save` wrote, to go on from.
 
     Raises:
@@ -196,7 +194,7 @@ def load_trajectory(sampler: Sampler, path: str | PathLike[str]) -> Trajectory:
         position = arguments.integer("position", int(metadata["position"]), 0, len(plan))
         seeds = arguments.seed_list(tensors["seeds"])
         for name in ("x", "hist"):
-            if tensors[name].shape != (len(seeds), *sampler.shape):
+            if tensors[name].shape != (len(seeds), *executor.shape):
                 raise ValueError(f"{name} of shape {tuple(tensors[name].shape)}")
             if tensors[name].dtype is not torch.float32:
                 raise ValueError(f"{name} of {tensors[name].dtype}")
@@ -204,12 +202,12 @@ def load_trajectory(sampler: Sampler, path: str | PathLike[str]) -> Trajectory:
         guidance = [arguments.number("guidance", w) for w in tensors["guidance"].tolist()]
         if len(guidance) != len(seeds) or (labels is not None and len(labels) != len(seeds)):
             raise ValueError("labels or guidance are not as many as seeds")
-        if (labels is None) != (sampler.conditioning.num_classes is None):
+        if (labels is None) != (executor.conditioning.num_classes is None):
             raise ValueError("labels do not fit the network")
         stored = dict(json.loads(metadata["bits"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: is not a trajectory of this network: {error}") from error
-    here = bits_depend_on(sampler)
+    here = bits_depend_on(executor)
     differ = [
         f"{key} {stored.get(key)} -> {value}"
         for key, value in here.items()
@@ -217,8 +215,6 @@ def load_trajectory(sampler: Sampler, path: str | PathLike[str]) -> Trajectory:
     ]
     if differ:
         log.info("goes on elsewhere, images agree to rounding only: %s", ", ".join(differ))
-    x = tensors["x"].to(sampler.device)
-    trajectory = Trajectory(sampler, plan, x, seeds, labels, guidance, position)
-    with sampler._exclusive():
-        trajectory._slots.hist.copy_(tensors["hist"])
+    trajectory = Trajectory(executor, plan, Images(seeds, labels, guidance), position)
+    trajectory.put(tensors["x"].to(executor.device), tensors["hist"])
     return trajectory

@@ -75,27 +75,27 @@ class Engine:
         self.sampler = sampler
         self.max_batch = arguments.integer("max_batch", max_batch, 1)
         self.exact = arguments.boolean("exact", exact)
-        execution = sampler.execution
+        executor = sampler.executor
         if exact and buckets is not None:
             raise ValueError(f"buckets={buckets!r}: must not be given beside exact, which has one")
-        if exact and execution.compile is False:
+        if exact and executor.compile is False:
             raise ValueError(
                 f"exact=True: needs a compiled network; this sampler, with backend="
-                f"{execution.backend!r} and compile=False, has none"
+                f"{executor.backend!r} and compile=False, has none"
             )
-        with sampler._exclusive():
+        with sampler.executor.exclusive():
             flight = Flight(
-                execution,
+                executor,
                 self.max_batch,
                 guided=sampler.conditioning.null_label is not None,
                 num_timesteps=len(sampler.schedule),
-                compiled=exact or execution.compiles(0, 0),
+                compiled=exact or executor.compiles(0, 0),
                 exact=exact,
                 buckets=buckets,
             )
         self._desk = Desk(arguments.integer("queue_size", queue_size, 1))
         failures = arguments.integer("max_failures", max_failures, 1)
-        self._loop = Loop(self._desk, flight, sampler, self.max_batch, failures)
+        self._loop = Loop(self._desk, flight, executor, self.max_batch, failures)
         self._plan_names = ("solver", "num_steps", *PlanOptions.__annotations__)
         self._cached_plan = lru_cache(CACHED_PLANS, typed=True)(self._make_plan)
         self._thread: threading.Thread | None = None
@@ -137,7 +137,7 @@ class Engine:
         Without it a bucket is compiled when it is first wanted, which takes tens of seconds. Images
         in flight wait meanwhile and are the same.
         """
-        with self.sampler._exclusive():
+        with self.sampler.executor.exclusive():
             self._loop.flight.warm()
 
     async def generate(self, request: Request) -> Result:
@@ -209,7 +209,7 @@ class Engine:
         image; steps_per_second is of the time spent stepping; graph_bytes is the memory that the
         sampler's captured steps hold.
         """
-        return {**self._desk.metrics(), "graph_bytes": self.sampler.execution.graphs.bytes}
+        return {**self._desk.metrics(), "graph_bytes": self.sampler.executor.graphs.bytes}
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until every request submitted so far has ended; return whether that came to be."""
@@ -277,8 +277,10 @@ class Engine:
         if not isinstance(request, Request):
             raise ValueError(f"request={request!r}: must be a Request")
         sampler = self.sampler
-        seeds, labels, guidance = sampler._images(request.seed, request.label, request.guidance)
-        if len(seeds) != 1:
+        images = inputs.images_of(
+            request.seed, request.label, request.guidance, sampler.conditioning
+        )
+        if len(images) != 1:
             raise ValueError(f"seed={request.seed!r}: must be one integer; a Request is one image")
         index = arguments.integer("index", request.index, 0, 2**63 - 1)
         after = request.deadline
@@ -290,9 +292,9 @@ class Engine:
         image = inputs.begin_of(request.image, (1, *sampler.shape), plan, sampler.device)
         if len(plan) > len(sampler.schedule):
             raise ValueError(f"solver: a plan of {len(plan)} rows; at most {len(sampler.schedule)}")
-        sampler.execution.check_plan(plan)
+        sampler.executor.check_plan(plan)
         if self.exact:
-            sampler.execution.check_exact(plan)
+            sampler.executor.check_exact(plan)
         if image is not None:
             image = image.clone()
             if image.is_cuda:  # the engine's thread has a stream of its own
@@ -302,11 +304,11 @@ class Engine:
             request=request,
             plan=plan,
             needs_stats=plan.needs_stats,
-            fractional=sampler.execution.tells_floats(plan),
-            seed=seeds[0],
-            label=None if labels is None else labels[0],
+            fractional=sampler.executor.tells_floats(plan),
+            seed=images.seeds[0],
+            label=None if images.labels is None else images.labels[0],
             null_label=sampler.conditioning.null_label,
-            guidance=guidance[0],
+            guidance=images.guidance[0],
             index=index,
             image=image,
             on_step=on_step,

@@ -13,8 +13,8 @@ from collections import deque
 from contextlib import suppress
 
 from flashddpm.errors import NonFiniteError
+from flashddpm.execution.executor import Executor
 from flashddpm.host import isolated
-from flashddpm.sampling.sampler import Sampler
 from flashddpm.serving.request import DeadlineExceeded, Job, Result, Timings
 from flashddpm.serving.request_queue import Desk, Outcome, failure
 from flashddpm.serving.running_batch import Flight, Landing
@@ -28,15 +28,15 @@ class Loop:
     Args:
         desk: where jobs come from and end.
         flight: the batch.
-        sampler: whose network; its own calls and the steps here take turns.
+        executor: what runs the network; the calls of its sampler and the steps here take turns.
         max_batch: images at a time.
         max_failures: failed steps in a row after which it closes.
     """
 
     def __init__(
-        self, desk: Desk, flight: Flight, sampler: Sampler, max_batch: int, max_failures: int
+        self, desk: Desk, flight: Flight, executor: Executor, max_batch: int, max_failures: int
     ) -> None:
-        self.desk, self.flight, self.sampler = desk, flight, sampler
+        self.desk, self.flight, self.executor = desk, flight, executor
         self.max_batch, self.max_failures = max_batch, max_failures
         self.turning: int | None = None  # the thread that takes a turn now
         self._failures = 0
@@ -47,7 +47,7 @@ class Loop:
         """Admit, step and harvest, once; return whether work is left."""
         self.turning = threading.get_ident()
         try:
-            with self.sampler.execution.on_device():
+            with self.executor.on_device():
                 self._drop_unwanted()
                 self._admit()
                 if self.flight:
@@ -76,8 +76,11 @@ class Loop:
                 self._hand_out(self._landing.popleft())
         self.desk.close(cause)
         self.flight.close()
-        with suppress(RuntimeError), self.sampler._exclusive():  # not from a callback of its own
-            self.sampler.execution.graphs.sweep()
+        with (
+            suppress(RuntimeError),
+            self.executor.exclusive(),
+        ):  # not from a callback of its own
+            self.executor.graphs.sweep()
 
     def after_fork(self) -> None:
         """Forget what is under way: nobody turns in a forked child."""
@@ -100,20 +103,25 @@ class Loop:
         if not entering:
             return
         try:
-            with self.sampler._exclusive():
+            with self.executor.exclusive():
                 self.flight.follow_weights()
-            starts = self.flight.draw(entering)
         except Exception as error:
             for job in entering:
                 self.flight.release(job)
                 self._end(job, failure("admission", error))
             return
-        for job, x in zip(entering, starts, strict=True):
+        for job in entering:
             job.admitted = time.monotonic()
             try:
-                self.flight.admit(job, x)
+                self.flight.admit(job)
             except Exception as error:
                 self.flight.release(job)
+                self._end(job, failure("admission", error))
+        admitted = [job for job in entering if job in self.flight]
+        try:
+            self.flight.start(admitted)
+        except Exception as error:
+            for job in admitted:
                 self._end(job, failure("admission", error))
 
     def _reserve(self, room: int) -> list[Job]:
@@ -136,7 +144,7 @@ class Loop:
         """Take one step of all slots, and show what it predicts to those who asked."""
         began, occupancy = time.monotonic(), len(self.flight) / self.max_batch
         problem: BaseException | None = None
-        with self.sampler._exclusive():
+        with self.executor.exclusive():
             try:
                 previews = self.flight.step()
             except BaseException as error:

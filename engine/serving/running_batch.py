@@ -14,14 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashddpm import arguments
+from flashddpm import arguments, host
 from flashddpm.errors import NonFiniteError
+from flashddpm.execution.checks import check_variance
 from flashddpm.execution.derived import Glimpse
-from flashddpm.execution.executor import Execution
+from flashddpm.execution.executor import Executor
 from flashddpm.execution.follower import CHANGED
-from flashddpm.execution.slot_table import Batch, Occupant, PlanTable
-from flashddpm.execution.slots import predicted_x0
-from flashddpm.kernels.tables import REST, Purpose
+from flashddpm.execution.plan_table import PlanTable
+from flashddpm.execution.slot_table import Occupant, SlotTable
+from flashddpm.execution.step import predicted_x0
+from flashddpm.execution.upload import send
+from flashddpm.kernels.tables import REST
 from flashddpm.serving.request import Job
 
 PLAN_ROWS = 8192
@@ -35,13 +38,13 @@ class Flight:
     """A batch of jobs.
 
     Args:
-        execution: what runs the network.
+        executor: what runs the network.
         max_batch: slots, which is to say images at a time.
         guided: whether an image may need two lanes.
         num_timesteps: rows of the longest plan.
         compiled: whether the compiled network runs.
         exact: whether the network always runs on all lanes.
-        buckets: numbers of lanes that it runs on besides all; None for the execution's.
+        buckets: numbers of lanes that it runs on besides all; None for the executor's.
 
     Attributes:
         buckets: numbers of lanes that the network may run on; None for any.
@@ -50,7 +53,7 @@ class Flight:
 
     def __init__(
         self,
-        execution: Execution,
+        executor: Executor,
         max_batch: int,
         guided: bool,
         num_timesteps: int,
@@ -58,12 +61,12 @@ class Flight:
         exact: bool,
         buckets: Sequence[int] | None = None,
     ) -> None:
-        self.execution, self.compiled = execution, compiled
+        self.executor, self.compiled = executor, compiled
         self.max_batch = max_batch
         self.max_lanes = max_batch * (2 if guided else 1)
         rows = 1 + max(PLAN_ROWS, num_timesteps)
-        self.slots = execution.service_slots(max_batch, self.max_lanes, rows)
-        self.batch = Batch(self.slots)
+        self.slots = executor.service_slots(max_batch, self.max_lanes, rows)
+        self.batch = SlotTable(self.slots)
         self.table = PlanTable(self.slots)
         self.jobs: dict[int, Job] = {}
         self._slot_of: dict[Job, int] = {}
@@ -71,13 +74,13 @@ class Flight:
         self.buckets = self._choose(buckets)
         self._changed = False
         self._version = 0  # of what the rows of plans were embedded by
-        self._glimpse = Glimpse(execution.follower.modules)
+        self._glimpse = Glimpse(executor.follower.modules)
         self._weights: Tensor | None = None  # as seen when images last entered
         self._weights_now: Tensor | None = None  # as seen since the last step
         self._channels: int | None = None  # that the network returns
-        self._pace = Pace(execution.device)
+        self._pace = Pace(executor.device)
         # Only noted, for this may be while something is captured; nobody waits for it at exit.
-        weakref.finalize(self, execution.graphs.forget, self.slots.token).atexit = False
+        weakref.finalize(self, executor.graphs.forget, self.slots.token).atexit = False
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -104,13 +107,13 @@ class Flight:
             return [most]
         if buckets is not None:
             return sorted({*(arguments.integer("buckets", n, 1, most) for n in buckets), most})
-        fixed = self.compiled or self.execution.capture
-        return self.execution.buckets(most) if fixed else None
+        fixed = self.compiled or self.executor.capture
+        return self.executor.buckets(most) if fixed else None
 
     def warm(self) -> None:
         """Make ready for every number of lanes that the network may run on."""
         prefixes = [self.slots.prefix(self.max_batch, L) for L in self.buckets or []]
-        self.execution.warm(prefixes, self.compiled)
+        self.executor.warm(prefixes, self.compiled)
 
     def reserve(self, job: Job) -> bool:
         """Give the job's plan a place in the table; False if there is none before others leave."""
@@ -129,21 +132,13 @@ class Flight:
             RuntimeError: it was changed in a way that cannot be followed (`Follower.renew`).
         """
         self._weights = self._glimpse.take()  # first: what changes meanwhile shows at the end
-        version = self.execution.renew()
+        version = self.executor.renew()
         if version != self._version:
             self.table.reload()
             self._version = version
 
-    def draw(self, jobs: Sequence[Job]) -> Tensor:
-        """Return what these jobs begin at, float32 [B, C, H, W]."""
-        x = self.execution.draw([job.seed for job in jobs], 0, Purpose.INITIAL)
-        for i, job in enumerate(jobs):
-            if job.plan.initial != (0.0, 1.0):
-                x[i] = self.execution.start([job.seed], job.plan, job.image)[0]
-        return x
-
-    def admit(self, job: Job, x: Tensor) -> None:
-        """Put a job that holds a reservation into a free slot, started from x [C, H, W]."""
+    def admit(self, job: Job) -> None:
+        """Put a job that holds a reservation into a free slot; ``start`` is to follow."""
         job.weights, job.version = self._weights, self._version
         slot = self.batch.admit(
             Occupant(
@@ -154,11 +149,21 @@ class Flight:
                 row=job.start,
                 last=job.start + len(job.plan) - 1,
                 index=job.index,
-            ),
-            x,
+            )
         )
         self.jobs[slot], self._slot_of[job] = job, slot
         self._changed = True
+
+    def start(self, jobs: Sequence[Job]) -> None:
+        """Set x_T of these jobs, which have just been admitted: noise, or their image, noised."""
+        self.batch.upload()
+        plain = [job for job in jobs if job.plan.initial == (0.0, 1.0)]
+        for group in (plain, *([job] for job in jobs if job not in plain)):
+            if group:
+                slots = send(host.ints([self._slot_of[job] for job in group]), self.executor.device)
+                self.executor.start(self.slots, slots, group[0].plan, group[0].image)
+        self.batch.fill_lanes()
+        self._changed = False
 
     def remove(self, job: Job) -> None:
         """Free the job's slot and what it reserved."""
@@ -177,6 +182,7 @@ class Flight:
         """
         if self._changed:
             self.batch.upload()
+            self.batch.fill_lanes()
             self._changed = False
         jobs = self.jobs.values()
         watched = [
@@ -185,10 +191,10 @@ class Flight:
             if job.on_step is not None and self._row(slot) != REST
         ]
         if self._exact:
-            self.execution.prove_exact(self.max_lanes)
+            self.executor.prove_exact(self.max_lanes)
         self._pace.wait()
         self._weights_now = None
-        out = self.execution.take_step(
+        out = self.executor.take_step(
             self.slots.prefix(self.max_batch, self.lanes),
             self.compiled,
             any(job.needs_stats for job in jobs),
@@ -209,7 +215,7 @@ class Flight:
             ValueError: the plan learns its variance, and the network returns none.
         """
         if self._channels is not None:
-            self.execution.check_variance(job.plan, self._channels)
+            check_variance(job.plan, self._channels, self.executor.shape[0])
         slot = self._slot_of[job]
         image = self.slots.x[slot].clone(memory_format=torch.contiguous_format)
         flags = [self.slots.nonfinite[slot]]
@@ -218,7 +224,7 @@ class Flight:
         if job.weights is not None and self._weights_now is not None:
             flags.append((job.weights != self._weights_now).any())
         there = torch.stack([flag.to(torch.int32) for flag in flags]).to("cpu", non_blocking=True)
-        same = job.version == self.execution.follower.version
+        same = job.version == self.executor.follower.version
         return Landing(job, image, there, same, self._pace.event())
 
     def after_fork(self) -> None:
@@ -228,7 +234,7 @@ class Flight:
 
     def close(self) -> None:
         """Let go of the graphs; they are dropped when next somebody may."""
-        self.execution.graphs.forget(self.slots.token)
+        self.executor.graphs.forget(self.slots.token)
 
     def _row(self, slot: int) -> int:
         occupant = self.batch.occupants[slot]

@@ -250,7 +250,7 @@ class TestEngine:
         with pytest.raises(fd.RequestFailed, match="update_weights"):
             under_way.result(0)
 
-    @pytest.mark.parametrize("moment", ["follow_weights", "draw", "admit"])
+    @pytest.mark.parametrize("moment", ["follow_weights", "admit", "start"])
     def test_weights_changed_while_an_image_enters(self, tiny_sampler, unets, monkeypatch, moment):
         """The image is of the network before or after, or fails."""
         unet, other = unets

@@ -250,7 +250,7 @@ class TestForked:
             done = engine.submit(ask(0))
             done.result(LIMIT)
             lock = {
-                "sampler": sampler._lock,
+                "sampler": sampler.executor._turns._lock,
                 "desk": engine._desk._changed,
                 "modes": modes._EVALUATIONS._lock,
                 "future": done._condition,

@@ -109,7 +109,7 @@ def test_figures_of_a_step_on_a_card(monkeypatch):
         "seconds_a_step",
         lambda draw, few, many: draw(0) or {"loop": 1e-3}.get(did[-1][0], 4e-3),
     )
-    monkeypatch.setattr(steps.floors, "speed", lambda *a: Speed(1e15, 1e12))
+    monkeypatch.setattr(steps.roofline, "speed", lambda *a: Speed(1e15, 1e12))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: did.append("reset"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
     (result,) = steps.latency("bundled", "bfloat16", 8).measure("cuda")

@@ -146,14 +146,14 @@ def test_triton_kernels_in_the_loop_equal_the_reference(tiny_sampler, monkeypatc
     calls = []
     real = kernels.sample_stats
     monkeypatch.setattr(kernels, "sample_stats", lambda *a: (calls.append(1), real(*a)))
-    sampler.execution.ops = kernels
+    sampler.executor.ops = kernels
     got = sampler.sample(**arguments, solver="ddpm")
     assert len(calls) == 3
     # Deviations are sums in another order; all else is equal bit for bit.
     assert (got - want).abs().max() <= 1e-5
     del arguments["guidance_rescale"]
     got = sampler.sample(**arguments)
-    sampler.execution.ops = reference
+    sampler.executor.ops = reference
     assert torch.equal(got, sampler.sample(**arguments))
 
 
@@ -193,7 +193,7 @@ def test_one_graph_serves_every_plan_on_a_gpu(tiny_unet):
         arguments = {"seeds": range(5), "labels": 1, "guidance": GUIDANCE, "num_steps": 6}
         got = captured.sample(**arguments, **options)
         assert (got - plain.sample(**arguments, **options)).abs().max() <= 1e-3
-    assert len(captured.execution.graphs) <= 2  # of one step, and of as many as pay
+    assert len(captured.executor.graphs) <= 2  # of one step, and of as many as pay
 
 
 def test_previews_show_the_thresholded_x0(tiny_sampler):

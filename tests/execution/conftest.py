@@ -62,8 +62,8 @@ def captured(tiny_sampler):
 
     def make(limit=None, **options):
         sampler, card = tiny_sampler(), _Card(**options)
-        sampler.execution.capture = True
-        sampler.execution.graphs = Graphs(card, limit)
+        sampler.executor.capture = True
+        sampler.executor.graphs = Graphs(card, limit)
         return sampler, card
 
     return make

@@ -109,8 +109,8 @@ class TestEngine:
             engine.drain()
             del engine
             gc.collect()
-        sampler.execution.graphs.sweep()
-        assert len(sampler.execution.graphs) == 0
+        sampler.executor.graphs.sweep()
+        assert len(sampler.executor.graphs) == 0
 
     def test_a_callback_that_exits_loses_no_image_of_others(self, captured):
         sampler, _ = captured()
@@ -139,7 +139,7 @@ class TestEngine:
         a = engine.submit(self.ask(0, num_steps=1))
         b = engine.submit(self.ask(1, num_steps=4))
         engine.turn()
-        sampler.execution.take_step = None  # the next step fails
+        sampler.executor.take_step = None  # the next step fails
         engine.turn()
         assert a.result().image.isfinite().all()
         with pytest.raises(fd.RequestFailed):

@@ -40,9 +40,9 @@ class TestOnAGPU:
         for seeds in (range(3), range(3, 6)):
             got, want = sampler.sample(seeds, **ask), plain.sample(seeds, **ask)
             assert (got - want).abs().max() <= 1e-3
-        counts = {graph.count for graph in sampler.execution.graphs._kept.values()}
+        counts = {graph.count for graph in sampler.executor.graphs._kept.values()}
         assert counts == {1, count}
-        assert sampler.execution.graphs.bytes > 0
+        assert sampler.executor.graphs.bytes > 0
 
     def test_ten_buckets_are_compiled_and_captured_once_each(self, make):
         sampler, plain = make(compile=True), make(backend="reference")
@@ -51,13 +51,13 @@ class TestOnAGPU:
                 got = sampler.sample(range(lanes), 1, num_steps=3, bucket=lanes)
                 want = plain.sample(range(lanes), 1, num_steps=3)
                 assert (got - want).abs().max() <= 1e-3
-        assert sampler.execution.compiled.shapes == {(n, False) for n in range(1, 11)}
-        assert {key[2] for key, _ in sampler.execution.graphs._kept} == set(range(1, 11))
+        assert sampler.executor.compiled.shapes == {(n, False) for n in range(1, 11)}
+        assert {key[2] for key, _ in sampler.executor.graphs._kept} == set(range(1, 11))
 
     def test_without_memory_for_graphs(self, make):
         sampler, plain = make(graph_memory=0), make(backend="reference")
         got, want = (s.sample(range(3), num_steps=5, **RUN) for s in (sampler, plain))
-        assert (got - want).abs().max() <= 1e-3 and sampler.execution.graphs.bytes == 0
+        assert (got - want).abs().max() <= 1e-3 and sampler.executor.graphs.bytes == 0
 
     def test_a_step_that_may_not_be_captured_runs_as_it_is(self, make):
         """And leaves the card, and the sampler itself, able to capture others."""
@@ -76,12 +76,12 @@ class TestOnAGPU:
         )
         stream = torch.cuda.current_stream()
         want = sampler.sample(0, 0, num_steps=2)
-        assert len(sampler.execution.graphs) == 0
+        assert len(sampler.executor.graphs) == 0
         assert torch.cuda.current_stream() == stream
         assert not torch.cuda.is_current_stream_capturing()
         reads[0] = False
         got = sampler.sample(0, 0, num_steps=2, bucket=3)  # another key, the same pools
-        assert len(sampler.execution.graphs) >= 1
+        assert len(sampler.executor.graphs) >= 1
         assert (got - want).abs().max() <= 1e-5
         assert make().sample(range(2), 0, num_steps=3).isfinite().all()
 
@@ -104,7 +104,7 @@ class TestOnAGPU:
             capture=True,
         )
         want = [sampler.sample(range(n), num_steps=33) for n in (2, 8)]
-        graphs = sampler.execution.graphs
+        graphs = sampler.executor.graphs
         for key in [key for key, _ in graphs._kept if key[2] == 8]:
             graphs._drop(lambda other, count, key=key: other == key)
         torch.cuda.empty_cache()
@@ -127,9 +127,9 @@ class TestOnAGPU:
         ]
         with fd.Engine(sampler, 4) as engine:
             engine.warm()
-            held = len(sampler.execution.graphs)
+            held = len(sampler.executor.graphs)
             results = [future.result() for future in map(engine.submit, requests)]
-            assert len(sampler.execution.graphs) == held == 4
+            assert len(sampler.executor.graphs) == held == 4
             assert engine.metrics()["graph_bytes"] > 0
         for r, result in zip(requests, results, strict=True):
             want = plain.sample(r.seed, r.label, r.guidance, r.solver, r.num_steps)

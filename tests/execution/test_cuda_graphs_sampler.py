@@ -38,17 +38,17 @@ class TestSampler:
             assert (got - want).abs().max() <= 1e-5, options
         captures = [entry[1:] for entry in card.log if entry[0] == "capture"]
         assert captures == [(n, count) for n in (8, 4) for count in (1, 4, 16)]
-        assert len(sampler.execution.graphs) == 4
+        assert len(sampler.executor.graphs) == 4
 
     def test_buckets_share_buffers_that_only_grow(self, captured):
         sampler, card = captured()
         buffers = []
         for count, batch in ((3, 4), (1, 4), (4, 4), (2, 2), (5, 8), (1, 4)):
             sampler.sample(range(count), 0, num_steps=2, batch_size=batch)
-            buffers.append(sampler.execution._slots)
+            buffers.append(sampler.executor._slots)
         assert len({id(b) for b in buffers[:4]}) == 1 and buffers[4] is buffers[5] is not buffers[0]
         assert len(buffers[0].idx) == 4 and len(buffers[4].idx) == 8
-        keys = {key[0] for key, _ in sampler.execution.graphs._kept}
+        keys = {key[0] for key, _ in sampler.executor.graphs._kept}
         assert keys == {buffers[4].token}  # the graphs of the old ones are gone
 
     def test_without_room_steps_run_one_by_one(self, tiny_sampler, captured):
@@ -106,7 +106,7 @@ class TestSampler:
         for _ in range(3):
             trajectory = sampler.trajectory(range(3), 0, num_steps=3)
             want = trajectory.run()
-            assert len(sampler.execution.graphs) == 1
+            assert len(sampler.executor.graphs) == 1
             log = list(card.log)
             del trajectory
             gc.collect()

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 import flashddpm as fd
 from flashddpm.diffusion.plan import Plan
-from flashddpm.execution.slot_table import Batch, Occupant, PlanTable
-from flashddpm.execution.slots import Slots, evaluate
+from flashddpm.execution.plan_table import PlanTable
+from flashddpm.execution.slot_table import Occupant, SlotTable
+from flashddpm.execution.slots import Slots
+from flashddpm.execution.step import evaluate
 from flashddpm.kernels import reference
 from flashddpm.kernels.tables import REST, Column
 
@@ -36,24 +38,36 @@ def image(value):
     return torch.full(SHAPE, float(value))
 
 
+def put(batch, occupant, x):
+    """Admit an image at x_t, as the device has it once lanes are filled."""
+    slot = batch.admit(occupant)
+    batch.slots.x[slot] = x
+    return slot
+
+
+def told(batch):
+    batch.upload()
+    batch.fill_lanes()
+
+
 class TestBatch:
     @settings(max_examples=200)
     @given(st.data())
     def test_upload_tells_the_device_what_the_host_knows(self, data):
         slots = make_slots(dtype=torch.bfloat16)
-        batch, held = Batch(slots), {}
+        batch, held = SlotTable(slots), {}
         seeds = iter(range(100, 200))
         for _ in range(data.draw(st.integers(1, 6))):
             free = [s for s in range(4) if s not in held]
             if free and (not held or data.draw(st.booleans())):
                 o = occupant(next(seeds), data.draw(st.sampled_from([1.0, 2.5])), row=2)
-                assert batch.admit(o, image(o.seed / 256)) == free[0]
+                assert put(batch, o, image(o.seed / 256)) == free[0]
                 held[free[0]] = o
             else:
                 gone = data.draw(st.sampled_from(sorted(held)))
                 batch.retire(gone)
                 del held[gone]
-        batch.upload()
+        told(batch)
         assert len(batch) == len(held)
         L = batch.lanes
         assert L == sum(2 if o.guidance != 1 else 1 for o in held.values())
@@ -77,12 +91,12 @@ class TestBatch:
 
     def test_the_host_is_where_the_device_is(self):
         slots = make_slots()
-        batch, table = Batch(slots), PlanTable(slots)
+        batch, table = SlotTable(slots), PlanTable(slots)
         lengths = [1, 4, 2]
         for length in lengths:
             start = table.acquire(make_plan(length))
-            batch.admit(occupant(row=start, last=start + length - 1), image(0))
-        batch.upload()
+            put(batch, occupant(row=start, last=start + length - 1), image(0))
+        told(batch)
         finished = []
         for turn in range(1, 5):
             finished += [(turn, s) for s in batch.advance()]
@@ -91,20 +105,19 @@ class TestBatch:
             assert rows == slots.idx.tolist()
         assert finished == [(1, 0), (2, 2), (4, 1)]
 
-    def test_admit_clears_the_flag_and_takes_nothing_if_it_fails(self):
-        slots = make_slots()
-        slots.nonfinite[0] = 5
-        batch = Batch(slots)
-        with pytest.raises(RuntimeError):
-            batch.admit(occupant(), torch.zeros(7, 7, 7))
-        assert len(batch) == 0
-        assert batch.admit(occupant(), image(3)) == 0 and slots.nonfinite[0] == 0
+    def test_admit_takes_the_first_idle_slot_or_nothing(self):
+        batch = SlotTable(make_slots())
+        assert [batch.admit(occupant(seed)) for seed in range(4)] == [0, 1, 2, 3]
+        with pytest.raises(ValueError):
+            batch.admit(occupant(4))
+        batch.retire(2)
+        assert len(batch) == 3 and batch.admit(occupant(5)) == 2
 
     def test_without_labels(self):
         slots = make_slots(labelled=False)
-        batch = Batch(slots)
-        batch.admit(Occupant(1, None, None, 1.0, 1, 1), image(1))
-        batch.upload()
+        batch = SlotTable(slots)
+        put(batch, Occupant(1, None, None, 1.0, 1, 1), image(1))
+        told(batch)
         assert slots.lane_label is None and slots.idx.tolist() == [1, 0, 0, 0]
 
 
@@ -175,10 +188,10 @@ class TestPlanTable:
 def test_a_bucket_runs_on_the_first_lanes_only(lanes):
     slots = make_slots()
     slots.load_plan(make_plan(2, 6.0))
-    batch = Batch(slots)
+    batch = SlotTable(slots)
     for seed in range(3):
-        batch.admit(occupant(seed), image(seed))
-    batch.upload()
+        put(batch, occupant(seed), image(seed))
+    told(batch)
     seen = []
 
     def network(x_t, t, labels, index):
@@ -193,6 +206,6 @@ def test_a_bucket_runs_on_the_first_lanes_only(lanes):
 def test_bucket_is_a_power_of_two_only_where_shapes_are_fixed():
     network = torch.nn.Conv2d(2, 2, 1)
     options = {"shape": SHAPE, "device": "cpu", "call": lambda x, t, labels: network(x)}
-    execution = fd.Sampler(network, fd.NoiseSchedule.create(), **options).execution
-    assert [execution.bucket(n, 12, False) for n in (1, 3, 12)] == [1, 3, 12]
-    assert [execution.bucket(n, 12, True) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 12]
+    executor = fd.Sampler(network, fd.NoiseSchedule.create(), **options).executor
+    assert [executor.bucket(n, 12, False) for n in (1, 3, 12)] == [1, 3, 12]
+    assert [executor.bucket(n, 12, True) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 12]

@@ -6,8 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashddpm as fd
 from flashddpm import kernels
-from flashddpm.execution.slot_table import Batch, Occupant, PlanTable
-from flashddpm.execution.slots import Slots, step
+from flashddpm.execution.plan_table import PlanTable
+from flashddpm.execution.slot_table import Occupant, SlotTable
+from flashddpm.execution.slots import Slots
+from flashddpm.execution.step import step
 from flashddpm.kernels import reference
 from flashddpm.kernels.launch import INTERPRETED
 
@@ -29,13 +31,14 @@ PLANS = [
 def batch_of_three(device="cpu"):
     """Slots 0, 1 and 2 of four, each on a plan of its own, the third guided."""
     slots = Slots(4, 6, SHAPE, 64, torch.float32, torch.device(device), labelled=True)
-    table, batch = PlanTable(slots), Batch(slots)
+    table, batch = PlanTable(slots), SlotTable(slots)
     draws = torch.Generator().manual_seed(0)
     for i, (one, w) in enumerate(zip(PLANS, (1.0, 1.0, 3.0), strict=True)):
         row = table.acquire(one)
         x = torch.randn(SHAPE, generator=draws).to(device)
-        batch.admit(Occupant(i, i, 3, w, row, row + len(one) - 1), x)
+        slots.x[batch.admit(Occupant(i, i, 3, w, row, row + len(one) - 1))] = x
     batch.upload()
+    batch.fill_lanes()
     return slots, batch
 
 
@@ -115,12 +118,13 @@ def test_every_slot_ends_as_if_it_were_alone(ops):
             finished[s] = n + 1
             result = slots.x[s].clone()
             lone = Slots(1, 2, SHAPE, 64, torch.float32, torch.device("cpu"), labelled=True)
-            alone = Batch(lone)
+            alone = SlotTable(lone)
             lone.load_plan(PLANS[s])
             start = batch_of_three()[0].x[s]
             w = (1.0, 1.0, 3.0)[s]
-            alone.admit(Occupant(s, s, 3, w, 1, len(PLANS[s])), start)
+            lone.x[alone.admit(Occupant(s, s, 3, w, 1, len(PLANS[s])))] = start
             alone.upload()
+            alone.fill_lanes()
             for _ in range(len(PLANS[s])):
                 step(lone.prefix(1, 2 if w != 1 else 1), Network(2), ops)
             assert torch.equal(lone.x[0], result)

@@ -75,8 +75,8 @@ def test_bad_noise(tiny_sampler):
 
 def test_nothing_is_captured_beside_step_noise(tiny_sampler, monkeypatch):
     sampler = tiny_sampler()
-    sampler.execution.capture = True
-    monkeypatch.setattr(sampler.execution, "_graph", lambda *a: pytest.fail("captured"))
+    sampler.executor.capture = True
+    monkeypatch.setattr(sampler.executor, "_graph", lambda *a: pytest.fail("captured"))
     got = sampler.sample(range(2), 0, num_steps=3, step_noise=lambda i: None)
     assert (got - tiny_sampler().sample(range(2), 0, num_steps=3)).abs().max() <= 1e-5
 

@@ -113,7 +113,7 @@ def test_triton_kernels_in_the_loop_equal_the_reference(tiny_sampler, run, monke
     calls = []
     real = kernels.denoise_step
     monkeypatch.setattr(kernels, "denoise_step", lambda *a: (calls.append(1), real(*a)))
-    sampler.execution.ops = kernels
+    sampler.executor.ops = kernels
     got = sampler.sample(range(5), LABELS, GUIDANCE, num_steps=4, **run)
     assert len(calls) == 4
     assert torch.equal(got, want)
@@ -193,7 +193,7 @@ def test_a_users_own_network(tiny_sampler):
     schedule = fd.NoiseSchedule.create("linear", 50)
     kinds = {"shape": (3, 5, 7), "prediction_type": "sample", "device": "cpu"}
     module = fd.Sampler(Denoiser(), schedule, **kinds)
-    assert module.execution.compile is False
+    assert module.executor.compile is False
     called = fd.Sampler(Denoiser(), schedule, call=lambda x, t, labels: x * 0.5, **kinds)
     a, b = (s.sample(range(3), num_steps=5, solver="ddpm") for s in (module, called))
     assert a.shape == (3, 3, 5, 7) and torch.equal(a, b)
@@ -317,7 +317,7 @@ def test_replace_changes_what_is_named(tiny_sampler, tiny_unet):
     other = sampler.replace(schedule=fd.NoiseSchedule.create("linear", 50))
     assert other.scheduler_config["num_train_timesteps"] == 50  # not the old config's
     assert other.conditioning == sampler.conditioning and other.prediction_type == "v_prediction"
-    assert other.execution.graphs._limit == 7
+    assert other.executor.graphs._limit == 7
     with pytest.raises(TypeError, match="colour"):
         sampler.replace(colour="grey")
     with pytest.raises(ValueError, match="backend='triton'"):
@@ -339,7 +339,7 @@ def test_captured_graph_equals_the_reference_on_a_gpu(tiny_unet, run):
         )
 
     captured, plain = make(compile=False), make(backend="reference")
-    assert captured.execution.capture and not plain.execution.capture
+    assert captured.executor.capture and not plain.executor.capture
     for seeds in (range(5), range(5, 10)):  # a second call with new seeds replays the same graph
         a = captured.sample(seeds, LABELS, GUIDANCE, num_steps=10, **run)
         b = plain.sample(seeds, LABELS, GUIDANCE, num_steps=10, **run)
@@ -353,13 +353,13 @@ def test_compiled_captured_bfloat16_is_near_the_reference_on_a_gpu():
     """The default path on CUDA: PSNR over at least 64 images of 50 steps (numerics.md)."""
     fast = fd.Sampler.from_pretrained(fd.bundled(), "cuda")
     plain = fd.Sampler.from_pretrained(fd.bundled(), "cuda", "float32", backend="reference")
-    assert fast.execution.capture and fast.dtype is torch.bfloat16
+    assert fast.executor.capture and fast.dtype is torch.bfloat16
     labels = [i % 10 for i in range(64)]
     for run in RUNS:  # other solvers and numbers of steps replay the same graph
         a, b = (fd.to_uint8(s.sample(range(64), labels, **run)).double() for s in (fast, plain))
         psnr = 10 * torch.log10(255**2 / (a - b).square().mean())
         assert psnr >= 35, run
-    assert len(fast.execution.graphs) <= 2  # of one step, and of as many as pay
+    assert len(fast.executor.graphs) <= 2  # of one step, and of as many as pay
 
 
 @pytest.mark.gpu

@@ -91,7 +91,8 @@ def test_image_to_image(epsilon_sampler):
     plan = sampler.plan("ddim", 50).start(0.1)
     a, b = plan.initial
     x = a * image + b * sampler.initial_noise(SEEDS)
-    torch.testing.assert_close(sampler.execution.start(SEEDS, plan, image), x, rtol=1e-6, atol=1e-6)
+    began = sampler.trajectory(SEEDS, num_steps=50, image=image, strength=0.1)
+    torch.testing.assert_close(began.x, x, rtol=1e-6, atol=1e-6)
     alone = sampler.sample(SEEDS[1:2], num_steps=50, image=image[1], strength=0.1)
     torch.testing.assert_close(alone, near[1:2], rtol=0, atol=1e-4)
 

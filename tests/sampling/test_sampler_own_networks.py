@@ -35,13 +35,13 @@ def test_compiled_and_fused_are_near_the_reference(make):
     assert (make().sample(range(3), num_steps=5) - want).abs().max() <= 1e-4
     compiled = make(compile=True)
     assert (compiled.sample(range(3), num_steps=5) - want).abs().max() <= 1e-4
-    assert compiled.execution.compiled.shapes == {(4, False)}
+    assert compiled.executor.compiled.shapes == {(4, False)}
 
 
 def test_auto_counts_its_work(make):
-    execution = make().execution
-    assert execution.compile == "auto"
-    assert execution.auto_compile(1)[0] is False and execution.auto_compile(10**12)[0] is True
+    executor = make().executor
+    assert executor.compile == "auto"
+    assert executor.auto_compile(1)[0] is False and executor.auto_compile(10**12)[0] is True
 
 
 def test_weights_that_others_change_are_followed(make):

@@ -43,7 +43,11 @@ def test_saved_and_resumed_it_ends_in_the_same_bits(tiny_sampler, tmp_path, run,
     path = tmp_path / "state.safetensors"
     whole.save(path)
     resumed = tiny_sampler().resume(path)
-    assert (resumed.position, resumed.seeds, resumed.done) == (position, [3, 4, 5], position == 7)
+    assert (resumed.position, resumed.images.seeds, resumed.done) == (
+        position,
+        [3, 4, 5],
+        position == 7,
+    )
     assert torch.equal(resumed.x, whole.x)
     assert torch.equal(resumed.run(), whole.run())
 

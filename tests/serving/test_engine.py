@@ -147,7 +147,7 @@ class TestEnds:
         assert not any(thread.name == "flashddpm" for thread in threading.enumerate())
 
     def test_graphs_are_let_go(self, sampler, start, monkeypatch):
-        forgotten, graphs = [], sampler.execution.graphs
+        forgotten, graphs = [], sampler.executor.graphs
         monkeypatch.setattr(graphs, "forget", forgotten.append)
         monkeypatch.setattr(graphs, "sweep", lambda: forgotten.append("swept"))
         engine = start()

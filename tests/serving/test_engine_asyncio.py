@@ -87,7 +87,7 @@ class TestAsyncio:
         assert ends(engine) == {"completed": 1, "failed": 1, "cancelled": 0, "expired": 0}
 
     def test_a_failure_comes_through_a_stream(self, sampler, on_call, ask):
-        on_call(sampler.execution, "take_step", range(99))
+        on_call(sampler.executor, "take_step", range(99))
 
         async def main(engine):
             with pytest.raises(fd.RequestFailed):

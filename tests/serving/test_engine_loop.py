@@ -81,10 +81,11 @@ class TestFaults:
             ("table", "acquire", 1, "admission", {1}),
             ("table", "_place", 0, "admission", {0}),
             ("slots", "load_plan", 0, "admission", {0}),
-            ("flight", "draw", 0, "admission", {0, 1}),
+            ("flight", "start", 0, "admission", {0, 1}),
             ("batch", "admit", 2, "admission", {2}),
-            ("batch", "upload", 0, "step", {0, 1}),
-            ("execution", "take_step", 4, "step", {2, 3}),
+            ("batch", "upload", 0, "admission", {0, 1}),
+            ("batch", "fill_lanes", 0, "admission", {0, 1}),
+            ("executor", "take_step", 4, "step", {2, 3}),
             ("batch", "advance", 1, "step", {0, 1}),
             ("flight", "take", 1, "harvest", {1}),
         ],
@@ -96,13 +97,24 @@ class TestFaults:
         on_call(owner, name, {call})
         run(engine, failing, stage)
 
+    def test_an_upload_after_an_image_has_left(self, start, on_call, Fault, ask, is_as_new):
+        """Nobody enters, so that it belongs to the step, which fails for whoever is left."""
+        engine = start()
+        short, long = engine.submit(ask(1, num_steps=1)), engine.submit(ask(2, num_steps=3))
+        on_call(engine._loop.flight.batch, "upload", {1})
+        engine.drain()
+        assert short.exception() is None
+        assert isinstance(long.exception().__cause__, Fault)
+        assert str(long.exception()).startswith("step")
+        is_as_new(engine)
+
     @pytest.mark.parametrize("name", ["evaluate", "update"])
     def test_network_and_update(
         self, sampler, start, monkeypatch, name, on_call, ask, draw, is_as_new
     ):
-        from flashddpm.execution import executor
+        from flashddpm.execution import step
 
-        on_call(executor, name, {1})
+        on_call(step, name, {1})
         engine = start()
         with monkeypatch.context():
             requests = [ask(i) for i in range(4)]
@@ -154,7 +166,7 @@ class TestFaults:
 
     def test_closes_after_failures_in_a_row(self, start, sampler, on_call, Fault, ask):
         engine = start(1, max_failures=3)
-        on_call(sampler.execution, "take_step", {0, 1, 4, 5, 6})
+        on_call(sampler.executor, "take_step", {0, 1, 4, 5, 6})
         futures = [engine.submit(ask(i, num_steps=2)) for i in range(9)]
         engine.drain()
         kinds = [type(future.exception()) for future in futures]
@@ -167,7 +179,7 @@ class TestFaults:
 
     @pytest.mark.filterwarnings("error")
     def test_whatever_kills_the_thread_resolves_everything(self, sampler, caplog, on_call, ask):
-        on_call(sampler.execution, "take_step", {5}, SystemExit)
+        on_call(sampler.executor, "take_step", {5}, SystemExit)
         resolved = []
         with fd.Engine(sampler, 2) as engine:
             with engine._desk._changed:  # nothing starts before all are queued

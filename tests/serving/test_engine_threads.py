@@ -43,7 +43,7 @@ class TestThreads:
 
     def test_weights_change_between_steps(self, tiny_sampler, tiny_unet, monkeypatch, ask):
         sampler, inside, seen = tiny_sampler(), threading.Lock(), []
-        step, load = sampler.execution.take_step, sampler.execution.update_weights
+        step, load = sampler.executor.take_step, sampler.executor.update_weights
         stepping = threading.Event()
 
         def take_step(*args):
@@ -60,8 +60,8 @@ class TestThreads:
             seen.append(engine.metrics()["completed"])
             inside.release()
 
-        monkeypatch.setattr(sampler.execution, "take_step", take_step)
-        monkeypatch.setattr(sampler.execution, "update_weights", update)
+        monkeypatch.setattr(sampler.executor, "take_step", take_step)
+        monkeypatch.setattr(sampler.executor, "update_weights", update)
         new = tiny_unet(1, num_class_embeds=4).state_dict()
         with fd.Engine(sampler, 1) as engine:
             futures = [engine.submit(ask(i, num_steps=20)) for i in range(20)]

@@ -124,7 +124,7 @@ def test_a_latency_case_on_the_cpu(monkeypatch):
     of = models.model("bundled")
     sampler = of.sampler("cpu", torch.float32, compile=False)
     monkeypatch.setattr(steps.pipelines, "sampler", lambda *a: sampler)
-    monkeypatch.setattr(steps.floors, "speed", lambda *a: Speed(1e12, 1e12))
+    monkeypatch.setattr(steps.roofline, "speed", lambda *a: Speed(1e12, 1e12))
     monkeypatch.setattr(steps, "ROUNDS", 1)
     monkeypatch.setitem(steps.SPAN, "cpu", {"bundled": (1, 2)})
     (result,) = steps.latency("bundled", "float32", 2).measure("cpu")
