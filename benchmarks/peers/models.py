@@ -122,7 +122,8 @@ def model(name: str) -> Model:
         folder = Path(bundled())
         text = (folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8")
         loaded = Sampler.from_pretrained(folder, "cpu", "float32", compile=False)
-        unet = load_unet(folder, "cpu", "float32").eval()
+        unet = load_unet(folder, "cpu", "float32")
+        assert isinstance(unet, UNet)
         return Model(name, unet, json.loads(text), loaded.conditioning)
     config, variance_type = PUBLISHED[name]
     scheduler = {"_class_name": "DDPMScheduler", "variance_type": variance_type}

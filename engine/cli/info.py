@@ -41,5 +41,5 @@ def info() -> None:
     print(f"dtype auto: {str(sampler.dtype).removeprefix('torch.')}")
     kind = "Triton kernels, captured step" if cuda else "PyTorch operations, noise drawn ahead"
     print(f"backend auto: {sampler.backend} ({kind})")
-    chosen, reason = sampler.executor.auto_compile(64 * MULTISTEP_STEPS)
+    chosen, reason = sampler.executor.choice.auto(64 * MULTISTEP_STEPS)
     print(f"compile auto: {'yes' if chosen else 'no'} for a sheet of 64 ({reason})")

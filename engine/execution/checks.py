@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
 from flashddpm.diffusion.solvers import Plan
+from flashddpm.networks import registry
 from flashddpm.networks.conditioning import Conditioning
 from flashddpm.networks.registry import Network
+from flashddpm.networks.state_dict import mismatches
 
 
 def check_network(
@@ -50,3 +57,21 @@ def check_variance(plan: Plan, channels: int, image_channels: int) -> None:
             f"variance_type: must be fixed_small or fixed_large for a network that returns "
             f"{channels} channels; a learned variance takes {2 * image_channels}"
         )
+
+
+def check_state(network: Any, state: Mapping[str, Tensor]) -> Network:
+    """Return the network, once a state dict has been found to be one of its own.
+
+    Args:
+        network: of a sampler.
+        state: with diffusers' keys.
+
+    Raises:
+        ValueError: the network is not one of ours, or keys, shapes or numbers are not its own.
+    """
+    if not isinstance(network, registry.Network):
+        raise ValueError("update_weights: the network is not flashddpm's own")
+    wrong = mismatches(network, state)
+    if wrong:
+        raise ValueError("state: does not match the network: " + "; ".join(wrong))
+    return network

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property, partial
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -18,18 +18,17 @@ from flashddpm.diffusion.solvers import Plan
 from flashddpm.errors import CompilationError
 from flashddpm.execution import cpu_noise
 from flashddpm.execution.backends import choose_backend
-from flashddpm.execution.calls import by_call, positional
-from flashddpm.execution.checks import check_network, check_variance
-from flashddpm.execution.compiled_network import CompiledNetwork, repays
+from flashddpm.execution.checks import check_network, check_state, check_variance
+from flashddpm.execution.compile_choice import CompileChoice
 from flashddpm.execution.cpu_noise import CompiledNoise
 from flashddpm.execution.cuda_graphs import CapturedSteps, Card, Graphs, Key, Resting, Step
 from flashddpm.execution.follower import Follower
-from flashddpm.execution.modes import evaluating, module_of
+from flashddpm.execution.modes import evaluating
+from flashddpm.execution.prepared_network import prepare
 from flashddpm.execution.slot_table import Occupant, SlotTable
 from flashddpm.execution.slots import Slots
 from flashddpm.execution.step import (
     Call,
-    Network,
     check_output,
     predicted_x0,
     step,
@@ -41,9 +40,6 @@ from flashddpm.kernels.tables import Purpose
 from flashddpm.networks import registry
 from flashddpm.networks.conditioning import Conditioning
 from flashddpm.networks.customized import hanging
-from flashddpm.networks.hoisted_unet import HoistedUNet, flops_per_image, unhoistable
-from flashddpm.networks.state_dict import mismatches
-from flashddpm.networks.unet import UNet
 
 log = logging.getLogger("flashddpm")
 
@@ -52,8 +48,8 @@ class Executor:
     """A network on a device, and the ways to run it. Arguments are those of ``Sampler``.
 
     Attributes:
-        backend, compile, capture, ops: of the path (`Backend`).
-        compiled: the compiled network.
+        backend, capture, ops: of the path (`Backend`).
+        choice: the network, compiled or not.
         follower: what sees changes of the network, and follows them.
     """
 
@@ -79,31 +75,20 @@ class Executor:
         chosen = choose_backend(backend, compile, capture, device, plain)
         if own is not None:
             check_network(own, shape, conditioning)
-        self.backend, self.compile, self.capture = chosen.name, chosen.compile, chosen.capture
-        self.ops, fused = chosen.ops, chosen.name == "fused"
+        self.backend, self.capture, self.ops = chosen.name, chosen.capture, chosen.ops
         if graph_memory is not None:
             arguments.integer("graph_memory", graph_memory, 0)
         self.device, self.shape = device, shape
         self.num_timesteps = num_timesteps
         self.conditioning = conditioning
-        self.network = network.to(device) if isinstance(network, nn.Module) else network
-        stored = _dtype_of(network)
-        self.dtype = arguments.resolve_dtype(dtype, stored)
-        if own and self.dtype is not stored:
-            raise ValueError(f"dtype={self.dtype}: the network's is {stored}; convert it first")
-        if fused and own is not None:
-            own.to(memory_format=torch.channels_last)
-        self._hoisted: HoistedUNet | None = None
-        if fused and isinstance(own, UNet) and unhoistable(own) is None:
-            self._hoisted = HoistedUNet(own)
-        self._predict: Network = self._hoisted or (by_call(call) if call else positional(network))
-        modules = [m for m in map(module_of, (network, call)) if m is not None]
-        self.follower = Follower(self.network, modules, self._hoisted)
+        ready = prepare(network, call, shape, device, dtype, chosen.name == "fused")
+        self.network, self.dtype, self._hoisted = ready.network, ready.dtype, ready.hoisted
+        self.follower = Follower(self.network, ready.modules, self._hoisted)
         log.info("runs on %s in %s, %s backend", device, self.dtype, self.backend)
-        self.compiled = CompiledNetwork(self._predict, arguments.boolean("tune", tune))
+        tune = arguments.boolean("tune", tune)
+        self.choice = CompileChoice(chosen.compile, ready.predict, tune, device, ready.flops)
         self._compiled_noise = CompiledNoise()
         self.graphs = Graphs(Card(device), graph_memory)
-        self._not_compiled: str | None = None  # why "auto" goes on without
         self._slots: Slots | None = None
         self._turns = Turns(device)
 
@@ -160,25 +145,6 @@ class Executor:
         """Return the noise of these seeds under one key, float32 [B, C, H, W]."""
         seed = send(host.ints(seeds), self.device)
         return self.ops.philox(seed, torch.full_like(seed, key), self.shape, purpose)
-
-    def compiles(self, evaluations: int, lanes: int) -> bool:
-        """Return whether to compile for this many evaluations of one image, ``lanes`` at a time."""
-        if self.compile != "auto":
-            return bool(self.compile)
-        return (lanes, False) in self.compiled.shapes or self.auto_compile(evaluations)[0]
-
-    def auto_compile(self, evaluations: int) -> tuple[bool, str]:
-        """Return what compile="auto" chooses for so many evaluations of one image, and why."""
-        if not isinstance(self.network, registry.Network):
-            return False, "a foreign network is compiled only when asked"
-        if self.device.type == "cuda":
-            return True, "our U-Net on CUDA is always compiled"
-        return repays(evaluations * self._flops)
-
-    @cached_property
-    def _flops(self) -> int:
-        assert isinstance(self.network, registry.Network)
-        return flops_per_image(self.network.config, self.shape)
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Make the device the current one."""
@@ -261,7 +227,7 @@ class Executor:
         """
         prefixes = sorted(prefixes, key=lambda slots: -len(slots.lane_slot))
         for slots in prefixes:
-            compiled = compiled and self._prepared(slots, fractional=False)
+            compiled = compiled and self.choice.prepared(slots, fractional=False)
             if self.capture:
                 self.graphs.warm(*self._step(slots, compiled, False))
         for slots in prefixes:
@@ -281,12 +247,12 @@ class Executor:
         Returns:
             The network's output, to be read before the next step.
         """
-        compiled = compiled and self._prepared(slots, fractional)
+        compiled = compiled and self.choice.prepared(slots, fractional)
         graph = self._graph(slots, compiled, fractional)
         if graph is not None:
             return graph()
         noise = partial(cpu_noise.of_rows, slots) if self._draws_ahead else None
-        return step(slots, self._network(compiled), self.ops, fractional, noise, stats)
+        return step(slots, self.choice.network(compiled), self.ops, fractional, noise, stats)
 
     def run(
         self,
@@ -310,12 +276,12 @@ class Executor:
         """
         self.check_plan(plan)
         fractional = self.tells_floats(plan)
-        compiled = compiled and self._prepared(slots, fractional)
+        compiled = compiled and self.choice.prepared(slots, fractional)
         graph = None if given else self._graph(slots, compiled, fractional)
         if graph is not None and not previews:
             yield from self._replay(slots, plan, compiled, graph)
             return
-        network, stats = self._network(compiled), plan.needs_stats
+        network, stats = self.choice.network(compiled), plan.needs_stats
         drawn = given or self._noise(slots, plan, compiled)
         rows = plan.rows.astype(np.float32).tolist() if previews else []
         for i in range(len(plan)):
@@ -353,9 +319,9 @@ class Executor:
 
     def check_exact(self, plan: Plan) -> None:
         """Refuse what has no bits to promise: a network that is not compiled, or compiled twice."""
-        if self._not_compiled is not None:
-            raise CompilationError(self._not_compiled)
-        if self.compile is False:
+        if self.choice.why_not is not None:
+            raise CompilationError(self.choice.why_not)
+        if self.choice.compile is False:
             raise ValueError(
                 f"exact=True: needs a compiled network; this sampler, with backend="
                 f"{self.backend!r} and compile=False, has none"
@@ -368,57 +334,24 @@ class Executor:
 
     def prove_exact(self, L: int) -> None:
         """Refuse exact mode where the compiled network's bits depend on the lane: try, once."""
-        if L not in self.compiled.exact:
+        if L not in self.choice.compiled.exact:
             image = self.draw([0], 0, Purpose.INITIAL).to(self.dtype)
             t = torch.zeros(1, dtype=torch.int64, device=self.device)
             told = self._hoisted.embed(t) if self._hoisted else t
-            self.compiled.prove_exact(image, told, L, self._labelled)
-
-    def _prepared(self, slots: Slots, fractional: bool) -> bool:
-        """Compile for the lanes of these buffers; return False where "auto" goes on without."""
-        if self.compile is False:
-            return False
-        lanes = len(slots.lane_slot)
-        try:
-            self.compiled.prepare(slots, fractional)
-        except CompilationError as error:
-            self._give_up_compiling(error, lanes)
-        return self.compile is not False
-
-    def _give_up_compiling(self, error: CompilationError, lanes: int) -> None:
-        """Go on without compiling if nobody asked for it, and say so once.
-
-        Raises:
-            CompilationError: compile=True asked for it, or exact images are drawn on so many lanes.
-        """
-        if self.compile != "auto" or lanes in self.compiled.exact:
-            raise error
-        log.warning("goes on without compiling: %s", error)
-        self.compile, self._not_compiled = False, str(error)
-
-    def _network(self, compiled: bool) -> Network:
-        return self.compiled.network if compiled else self._predict
+            self.choice.compiled.prove_exact(image, told, L, self._labelled)
 
     def predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None, evaluations: int) -> Tensor:
         """Return the output for any images; arguments are those of ``Sampler.predict``."""
         x_t, told = x_t.to(self.dtype), self._hoisted.embed(t) if self._hoisted else t
         index = torch.arange(len(x_t), dtype=torch.int64, device=x_t.device)
-        given = (x_t, told, labels, index)
-        compiled = self.compiles(evaluations, len(x_t))
-        try:
-            out = self._network(compiled)(*given)
-        except CompilationError as error:
-            self._give_up_compiling(error, len(x_t))
-            compiled, out = False, self._predict(*given)
-        if compiled:
-            self.compiled.shapes.add((len(x_t), False))
+        out = self.choice.predict(evaluations, x_t, told, labels, index)
         check_output(out, x_t.shape)
         return out
 
     def _step(self, slots: Slots, compiled: bool, fractional: bool) -> tuple[Key, Resting]:
         """Return the key of these buffers' step among the graphs, and what makes it harmless."""
         key = (slots.token, len(slots.idx), len(slots.lane_slot), compiled, fractional)
-        take = partial(step, slots, self._network(compiled), self.ops, fractional)
+        take = partial(step, slots, self.choice.network(compiled), self.ops, fractional)
         return key, partial(_at_rest, slots, take)
 
     def _graph(self, slots: Slots, compiled: bool, fractional: bool) -> CapturedSteps | None:
@@ -446,19 +379,9 @@ class Executor:
             return cpu_noise.ahead(slots, plan, draw)
         return repeat(None)
 
-    def check_state(self, state: dict[str, Tensor]) -> None:
-        """Refuse a state dict that `update_weights` cannot load."""
-        if not isinstance(self.network, registry.Network):
-            raise ValueError("update_weights: the network is not flashddpm's own")
-        wrong = mismatches(self.network, state)
-        if wrong:
-            raise ValueError("state: does not match the network: " + "; ".join(wrong))
-
     def update_weights(self, state: dict[str, Tensor]) -> None:
         """Copy weights into our U-Net, in place; the next call renews what depends on them."""
-        self.check_state(state)
-        assert isinstance(self.network, registry.Network)
-        self.network.load_state_dict(state)
+        check_state(self.network, state).load_state_dict(state)
 
 
 @contextmanager
@@ -470,11 +393,3 @@ def _at_rest(slots: Slots, take: Step) -> Iterator[Step]:
         yield take
     finally:
         slots.idx.copy_(idx)
-
-
-def _dtype_of(network: Any) -> torch.dtype:
-    if isinstance(network, nn.Module):
-        for parameter in network.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-    return torch.float32

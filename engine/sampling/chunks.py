@@ -59,7 +59,7 @@ def choose_width(
         executor.check_exact(plan)
         return Width(batch, most, bucket or most, True)
     lanes = bucket or executor.bucket(used, most, compiled=True)
-    compiled = executor.compiles(len(plan) * sum(images.lanes), lanes)
+    compiled = executor.choice.compiles(len(plan) * sum(images.lanes), lanes)
     fixed = bucket or compiled or executor.capture
     return Width(batch, most, lanes if fixed else None, compiled)
 

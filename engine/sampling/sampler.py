@@ -8,48 +8,32 @@ steps drawn in one call; on both, the time half of our U-Net hoisted and the res
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from os import PathLike
-from typing import Any, Protocol, Unpack
-from weakref import WeakSet
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from flashddpm import arguments
-from flashddpm.checkpoints.pretrained import (
-    Pretrained,
-    load_diffusers,
-    load_pretrained,
-    save_pretrained,
-    scheduler_config,
-)
 from flashddpm.diffusion.parameterization import PREDICTION_TYPES
-from flashddpm.diffusion.plan_options import PlanOptions, RunOptions
+from flashddpm.diffusion.plan_options import PlanOptions
 from flashddpm.diffusion.schedule import NoiseSchedule
 from flashddpm.diffusion.scheduler_config import SamplingDefaults
 from flashddpm.diffusion.solvers import Plan
-from flashddpm.execution.backends import BACKENDS
+from flashddpm.execution.checks import check_state
 from flashddpm.execution.executor import Executor
-from flashddpm.execution.processes import check_picklable
 from flashddpm.execution.step import Call
 from flashddpm.host import isolated
 from flashddpm.kernels.tables import Purpose
 from flashddpm.networks.conditioning import Conditioning
 from flashddpm.sampling import chunks, inputs
+from flashddpm.sampling.guests import Guest, Guests
+from flashddpm.sampling.loading import Loadable
 from flashddpm.sampling.trajectory import Trajectory, load_trajectory
 
 
-class Guest(Protocol):
-    """Who draws images with a sampler over many of its calls."""
-
-    def emptied(self) -> AbstractContextManager[None]:
-        """Finish the images under way; within the context start no others."""
-
-
-class Sampler:
+class Sampler(Loadable):
     """Draws images from a network.
 
     Args:
@@ -100,23 +84,12 @@ class Sampler:
         graph_memory: int | None = None,
         scheduler: Mapping[str, Any] | None = None,
     ) -> None:
-        self._arguments: dict[str, Any] = {
-            "network": network,
-            "schedule": schedule,
-            "shape": shape,
-            "prediction_type": prediction_type,
-            "call": call,
-            "conditioning": conditioning,
-            "defaults": defaults,
-            "device": device,
-            "dtype": dtype,
-            "backend": backend,
-            "compile": compile,
-            "capture": capture,
-            "tune": tune,
-            "graph_memory": graph_memory,
-            "scheduler": scheduler,
-        }
+        super().__init__(
+            network=network, schedule=schedule, shape=shape, prediction_type=prediction_type,
+            call=call, conditioning=conditioning, defaults=defaults, device=device, dtype=dtype,
+            backend=backend, compile=compile, capture=capture, tune=tune,
+            graph_memory=graph_memory, scheduler=scheduler,
+        )  # fmt: skip
         if not callable(network):
             raise ValueError(f"network={network!r}: must be a module or a function")
         if not isinstance(shape, Sequence) or len(shape) != 3:
@@ -143,29 +116,7 @@ class Sampler:
             tune=tune,
             graph_memory=graph_memory,
         )
-        self._guests: WeakSet[Guest] = WeakSet()
-
-    def __copy__(self) -> Sampler:
-        return self.replace()
-
-    @isolated
-    def __deepcopy__(self, memo: dict[int, Any]) -> Sampler:
-        return type(self)(**copy.deepcopy(self._arguments, memo))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle arguments and weights; what was compiled or captured is made anew elsewhere.
-
-        Raises:
-            TypeError: an argument, such as the network or its call, cannot be pickled.
-        """
-        for name, value in self._arguments.items():
-            check_picklable(
-                name,
-                value,
-                "make the Sampler in the other process, of what can be sent: the network's "
-                "state_dict, a folder, a function of a module",
-            )
-        return _rebuild, (type(self), self._arguments)
+        self._guests = Guests()
 
     @property
     def network(self) -> nn.Module | Callable[..., Tensor]:
@@ -186,124 +137,6 @@ class Sampler:
     def backend(self) -> str:
         """The path: "reference" or "fused"."""
         return self.executor.backend
-
-    @property
-    def scheduler_config(self) -> dict[str, Any]:
-        """Schedule, prediction type and defaults with diffusers' keys, as a folder has them.
-
-        Raises:
-            ValueError: diffusers has no settings for these defaults.
-        """
-        known = self._arguments["scheduler"]
-        if known is not None:
-            return dict(known)
-        return scheduler_config(self.schedule, self.prediction_type, self.defaults)
-
-    @classmethod
-    @isolated(grad=False)
-    def from_pretrained(
-        cls,
-        source: str | PathLike[str],
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype | None = None,
-        *,
-        allow_pickle: bool = False,
-        revision: str | None = None,
-        tables: str = "float64",
-        **options: Unpack[RunOptions],
-    ) -> Sampler:
-        """Load a model in diffusers' layout.
-
-        Args:
-            source: a folder, of a pipeline or flat; or OWNER/NAME on the Hugging Face Hub.
-            device: as for the class.
-            dtype: of the network; by default bfloat16 on CUDA and float32 on the CPU.
-            allow_pickle: read .bin weights, checked, where there are no safetensors.
-            revision: on the hub, a branch, tag or commit.
-            tables: "float64", or "diffusers" for the bits of its float32 schedule.
-            options: backend, compile, capture, tune and graph_memory, as for the class.
-
-        Raises:
-            CheckpointError: no such model, or files or keys missing, broken or not supported.
-            ValueError: an argument that is not allowed.
-        """
-        target = arguments.resolve_device(device)
-        cuda = target.type == "cuda"
-        kind = arguments.resolve_dtype(dtype, torch.bfloat16 if cuda else torch.float32)
-        arguments.one_of("backend", options.get("backend", "auto"), BACKENDS)
-        model = load_pretrained(source, target, kind, allow_pickle, revision, tables)
-        return cls._of(model, options)
-
-    @classmethod
-    @isolated(grad=False)
-    def from_diffusers(
-        cls,
-        model: Any,
-        scheduler: Any = None,
-        *,
-        conditioning: Conditioning | None = None,
-        tables: str = "float64",
-        **options: Unpack[RunOptions],
-    ) -> Sampler:
-        """Take over live objects of diffusers; their weights are copied, where and as they are.
-
-        A U-Net that is more than its weights and config, with hooks, a forward or an attention
-        processor of its own, say, is called itself, as any network of one's own is: not copied,
-        and not compiled unless asked.
-
-        Args:
-            model: a DDPMPipeline or DDIMPipeline, or a UNet2DModel.
-            scheduler: needed beside a UNet2DModel; beside a pipeline, in place of its own.
-            conditioning: what labels the network takes; by default every embedding is a class.
-            tables: "float64", or "diffusers" for the bits of its float32 schedule.
-            options: backend, compile, capture, tune and graph_memory, as for the class.
-
-        Raises:
-            ValueError: other classes, or settings that we have no rows or layers for.
-        """
-        return cls._of(load_diffusers(model, scheduler, conditioning, tables), options)
-
-    @classmethod
-    def _of(cls, model: Pretrained, options: RunOptions) -> Sampler:
-        parameter = next(model.unet.parameters())
-        return cls(
-            model.unet,
-            model.schedule,
-            shape=model.shape,
-            prediction_type=model.prediction_type,
-            conditioning=model.conditioning,
-            defaults=model.defaults,
-            device=parameter.device,
-            dtype=parameter.dtype,
-            scheduler=model.scheduler,
-            **options,
-        )
-
-    @isolated(grad=False)
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write a folder that diffusers loads, and ``from_pretrained`` too.
-
-        Args:
-            folder: made if it does not exist; the one that was loaded may be saved over.
-
-        Raises:
-            ValueError: the network is not ours, or its defaults have no settings in diffusers.
-        """
-        save_pretrained(folder, self.network, self.scheduler_config, self.conditioning)
-
-    def replace(self, **changes: Any) -> Sampler:
-        """Return a sampler like this one, but for these arguments of the class.
-
-        Nothing compiled is taken over. Unless another network is given both share theirs, and
-        follow its weights, whoever changes them.
-
-        Raises:
-            TypeError: no such argument.
-            ValueError: one that is not allowed.
-        """
-        if changes.keys() & {"schedule", "prediction_type", "defaults"}:
-            changes = {"scheduler": None, **changes}  # they no longer are what it says
-        return type(self)(**self._arguments | changes)
 
     @isolated(grad=False)
     def initial_noise(self, seeds: int | Iterable[int] | Tensor) -> Tensor:
@@ -499,18 +332,11 @@ class Sampler:
             ValueError: the network is not our UNet, or the state is not one of its finite,
                 matching state dicts; then nothing was changed.
         """
-        self.executor.check_state(state)
+        check_state(self.network, state)
         self.executor.check_not_within()
-        with ExitStack() as emptied:
-            for guest in list(self._guests):
-                emptied.enter_context(guest.emptied())
-            with self.executor.exclusive():
-                self.executor.update_weights(state)
+        with self._guests.emptied(), self.executor.exclusive():
+            self.executor.update_weights(state)
 
     def welcome(self, guest: Guest) -> None:
         """Have whoever draws images over many calls, such as an `Engine`, empty at new weights."""
         self._guests.add(guest)
-
-
-def _rebuild(kind: type[Sampler], given: dict[str, Any]) -> Sampler:
-    return kind(**given)

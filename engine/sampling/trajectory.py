@@ -56,7 +56,7 @@ class Trajectory:
         executor.check_plan(plan)
         lanes = sum(images.lanes)
         L = executor.bucket(lanes, 1 << (lanes - 1).bit_length(), compiled=True)
-        self._compiled = executor.compiles(len(plan) * lanes, L)
+        self._compiled = executor.choice.compiles(len(plan) * lanes, L)
         if not (self._compiled or executor.capture):
             L = lanes
         with executor.exclusive():

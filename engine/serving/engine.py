@@ -78,7 +78,7 @@ class Engine:
         executor = sampler.executor
         if exact and buckets is not None:
             raise ValueError(f"buckets={buckets!r}: must not be given beside exact, which has one")
-        if exact and executor.compile is False:
+        if exact and executor.choice.compile is False:
             raise ValueError(
                 f"exact=True: needs a compiled network; this sampler, with backend="
                 f"{executor.backend!r} and compile=False, has none"
@@ -89,7 +89,7 @@ class Engine:
                 self.max_batch,
                 guided=sampler.conditioning.null_label is not None,
                 num_timesteps=len(sampler.schedule),
-                compiled=exact or executor.compiles(0, 0),
+                compiled=exact or executor.choice.compiles(0, 0),
                 exact=exact,
                 buckets=buckets,
             )

@@ -37,13 +37,13 @@ import contextlib, json, logging, os, sys
 import torch
 import flashddpm as fd
 from flashddpm.cli import main as cli
-from flashddpm.execution import executor as execution
+from flashddpm.execution import compile_choice
 
 folder, *compilers = sys.argv[1:]
 torch.set_num_threads(1)
 logging.getLogger("flashddpm").setLevel(logging.INFO)
-execution.repays = lambda flops: (True, "")
-execution.Executor._flops = 1
+compile_choice.repays = lambda flops: (True, "")
+compile_choice.CompileChoice._flops = 1
 fd.UNet.body = lambda self, x_t, projected: x_t / 2 + projected.sum()  # is traced at once
 small = {
     "sample_size": 2, "in_channels": 1, "out_channels": 1, "block_out_channels": (2,),
@@ -192,8 +192,9 @@ class Broken:
 @pytest.fixture
 def broken(monkeypatch, caplog):
     """A compiler that fails, and that auto would choose; and what is logged."""
-    monkeypatch.setattr("flashddpm.execution.executor.repays", lambda flops: (True, "by decree"))
-    monkeypatch.setattr("flashddpm.execution.executor.Executor._flops", 1)
+    choice = "flashddpm.execution.compile_choice"
+    monkeypatch.setattr(f"{choice}.repays", lambda flops: (True, "by decree"))
+    monkeypatch.setattr(f"{choice}.CompileChoice._flops", 1)
     monkeypatch.setattr(compiled_network.torch, "compile", Broken)
     monkeypatch.setattr(Broken, "good", 0)
     caplog.set_level(logging.WARNING, "flashddpm")
@@ -221,7 +222,7 @@ class TestAuto:
         assert warning.startswith(SAID)
         want = plain.sample(SEEDS, 1, solver="ddpm", num_steps=3)
         assert torch.equal(auto.sample(SEEDS, 1, solver="ddpm", num_steps=3), want)
-        assert len(warned(caplog)) == 1 and not auto.executor.compiles(10**9, 2)
+        assert len(warned(caplog)) == 1 and not auto.executor.choice.compiles(10**9, 2)
 
     def test_sample(self, auto, plain, broken):
         want = plain.sample(SEEDS, 1, solver="ddpm", num_steps=3)
@@ -315,8 +316,8 @@ def test_only_the_compiled_is_missing(tiny_sampler, broken):
     """Where the network's code lies in a cache, the noise goes on by itself."""
     sampler = tiny_sampler(compile=True)
     Broken.good = 100
-    _ = sampler.executor.compiled.network
+    _ = sampler.executor.choice.compiled.network
     Broken.good = 0
     want = tiny_sampler(compile=False).sample(SEEDS, solver="ddpm", num_steps=3)
     assert torch.equal(sampler.sample(SEEDS, solver="ddpm", num_steps=3), want)
-    assert sampler.executor.compiles(0, 2) and len(warned(broken)) == 1
+    assert sampler.executor.choice.compiles(0, 2) and len(warned(broken)) == 1

@@ -174,7 +174,7 @@ class TestSent:
                 assert torch.equal(draw(there), want)
                 for name in ("shape", "dtype", "device", "backend", "defaults", "conditioning"):
                     assert getattr(there, name) == getattr(sampler, name), name
-                assert there.executor.compile == sampler.executor.compile
+                assert there.executor.choice.compile == sampler.executor.choice.compile
                 assert there.scheduler_config == sampler.scheduler_config
         assert not torch.equal(draw(called), draw(taken))
 

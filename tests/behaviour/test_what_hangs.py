@@ -284,8 +284,8 @@ def test_hooks_that_a_graph_would_skip_are_refused(unet):
 
 def test_a_network_with_hooks_is_compiled_when_asked_only(unet):
     on_a_convolution(unet)
-    assert of(unet, compile="auto").executor.compile is False
-    assert of(unet, compile=True).executor.compile is True
+    assert of(unet, compile="auto").executor.choice.compile is False
+    assert of(unet, compile=True).executor.choice.compile is True
 
 
 class TestModes:

@@ -36,7 +36,7 @@ def test_a_live_pipeline_draws_the_same(unet):
     scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
     for given in ((DDIMPipeline(unet, scheduler),), (unet, scheduler)):
         sampler = fd.Sampler.from_diffusers(*given, compile=False)
-        assert sampler.executor.compile is False
+        assert sampler.executor.choice.compile is False
         x_T = sampler.initial_noise(range(3)).contiguous()
         want = theirs(unet, scheduler, x_T, 10)
         assert (sampler.sample(range(3), num_steps=10) - want).abs().max() <= 1e-4

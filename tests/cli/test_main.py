@@ -140,7 +140,7 @@ def test_ctrl_c_in_sampling_ends_cleanly(run, tmp_path, monkeypatch):
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flashddpm.execution.executor.update", interrupt)
+    monkeypatch.setattr("flashddpm.execution.step.update", interrupt)
     code, _, err = run("sample", "--num-images", 1, "--num-steps", 2, "--out", tmp_path / "a.png")
     assert code == 130 and "interrupted" in err and "Traceback" not in err
     assert not (tmp_path / "a.png").exists()

@@ -51,7 +51,7 @@ class TestOnAGPU:
                 got = sampler.sample(range(lanes), 1, num_steps=3, bucket=lanes)
                 want = plain.sample(range(lanes), 1, num_steps=3)
                 assert (got - want).abs().max() <= 1e-3
-        assert sampler.executor.compiled.shapes == {(n, False) for n in range(1, 11)}
+        assert sampler.executor.choice.compiled.shapes == {(n, False) for n in range(1, 11)}
         assert {key[2] for key, _ in sampler.executor.graphs._kept} == set(range(1, 11))
 
     def test_without_memory_for_graphs(self, make):

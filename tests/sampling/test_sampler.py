@@ -193,7 +193,7 @@ def test_a_users_own_network(tiny_sampler):
     schedule = fd.NoiseSchedule.create("linear", 50)
     kinds = {"shape": (3, 5, 7), "prediction_type": "sample", "device": "cpu"}
     module = fd.Sampler(Denoiser(), schedule, **kinds)
-    assert module.executor.compile is False
+    assert module.executor.choice.compile is False
     called = fd.Sampler(Denoiser(), schedule, call=lambda x, t, labels: x * 0.5, **kinds)
     a, b = (s.sample(range(3), num_steps=5, solver="ddpm") for s in (module, called))
     assert a.shape == (3, 3, 5, 7) and torch.equal(a, b)

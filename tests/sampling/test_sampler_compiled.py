@@ -39,10 +39,10 @@ def test_exact_is_refused_where_bits_depend_on_the_lane(tiny_sampler, monkeypatc
     def network(x_t, told, labels, index):
         return x_t * 0.5 + 1e-7 * torch.arange(len(x_t)).reshape(-1, 1, 1, 1)
 
-    sampler.executor.compiled.network = network
+    sampler.executor.choice.compiled.network = network
     with pytest.raises(ValueError, match=r"exact=True: on this machine .* lanes of 8"):
         sampler.sample(0, 0, num_steps=2, batch_size=4, exact=True)
-    sampler.executor.compiled.network = lambda x, told, y, index: x * 0.5
+    sampler.executor.choice.compiled.network = lambda x, told, y, index: x * 0.5
     assert sampler.sample(0, 0, num_steps=2, batch_size=4, exact=True).isfinite().all()
 
 
@@ -65,7 +65,8 @@ def test_compiled_equals_eager(tiny_sampler):
     got = compiled.sample(range(5), labels, batch_size=3, **run)  # the last chunk is padded
     assert (got - want).abs().max() <= 1e-5
     execution = compiled.executor
-    assert execution._network(True) is not execution._predict
+    choice = execution.choice
+    assert choice.network(True) is not choice.network(False)
 
 
 def test_compiles_once_for_each_number_of_lanes(tiny_sampler, monkeypatch):
@@ -96,7 +97,7 @@ def test_compiles_once_for_each_number_of_lanes(tiny_sampler, monkeypatch):
 
 def test_auto_compiles_only_what_repays(tiny_sampler):
     sampler = tiny_sampler(compile="auto")
-    assert sampler.executor.auto_compile(100)[0] is False
-    assert sampler.executor.auto_compile(10**9)[0] is True
+    assert sampler.executor.choice.auto(100)[0] is False
+    assert sampler.executor.choice.auto(10**9)[0] is True
     foreign = fd.Sampler(lambda x, t: x, sampler.schedule, shape=(1, 8, 8), device="cpu")
-    assert "foreign" in foreign.executor.auto_compile(10**9)[1]
+    assert "foreign" in foreign.executor.choice.auto(10**9)[1]

@@ -35,13 +35,13 @@ def test_compiled_and_fused_are_near_the_reference(make):
     assert (make().sample(range(3), num_steps=5) - want).abs().max() <= 1e-4
     compiled = make(compile=True)
     assert (compiled.sample(range(3), num_steps=5) - want).abs().max() <= 1e-4
-    assert compiled.executor.compiled.shapes == {(4, False)}
+    assert compiled.executor.choice.compiled.shapes == {(4, False)}
 
 
 def test_auto_counts_its_work(make):
     executor = make().executor
-    assert executor.compile == "auto"
-    assert executor.auto_compile(1)[0] is False and executor.auto_compile(10**12)[0] is True
+    assert executor.choice.compile == "auto"
+    assert executor.choice.auto(1)[0] is False and executor.choice.auto(10**12)[0] is True
 
 
 def test_weights_that_others_change_are_followed(make):

@@ -95,7 +95,7 @@ class TestExact:
             future.result(0)
 
     def test_lanes_are_tried_once(self, compiled, monkeypatch, ask):
-        network, tried = compiled.executor.compiled, []
+        network, tried = compiled.executor.choice.compiled, []
 
         def prove(image, told, L, labelled):
             tried.append(L)
