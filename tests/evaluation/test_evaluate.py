@@ -459,7 +459,7 @@ def test_no_real_images_beside_samples_where_there_are_too_few():
 
 
 def test_without_a_solver_the_report_names_the_default(settings, model):
-    """The model's own is ddim; of ddpm see test_cli_options.py."""
+    """The model's own is ddim; of ddpm see tests/cli/test_options.py."""
     work = prepare(settings(plan={"solver": None, "num_steps": None, "spacing": None}))
     assert work.settings.plan == {"solver": "ddim", "num_steps": 20, "spacing": None}
 
