@@ -1,23 +1,16 @@
 """Every program around us gets the bits of a plain process, whatever it has set in torch.
 
-An activity takes a ``Stage``, where it finds what was made beforehand, and returns tensors by
-their names; it runs once in a plain process and once in each program. Another activity is another
-function above ACTIVITIES.
+An activity takes a ``Stage`` (conftest.py), where it finds what was made beforehand, and returns
+tensors by their names; it runs once in a plain process and once in each program. Another activity
+is another function above ACTIVITIES.
 """
 
-import asyncio
-import copy
 import dataclasses
-import importlib.util
-import json
 import multiprocessing
 import os
 import pickle
-import re
 import runpy
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +18,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import flashddpm as fd
-from flashddpm.checkpoints.model_folder import load_unet, save_model
+from flashddpm.checkpoints.model_folder import load_unet
 from flashddpm.convert import convert
 from flashddpm.data import load_data
 from flashddpm.evaluation.bound import variational_bound
@@ -47,134 +37,17 @@ from flashddpm.io.images import make_grid, save_grid, to_uint8
 from flashddpm.networks.registry import on_meta
 from flashddpm.training.draws import Draws
 
-FIXTURES = Path(__file__).parents[1] / "convert" / "fixtures"
-
 Result = dict[str, Tensor]
-
-
-@dataclasses.dataclass
-class Stage:
-    """What was made beforehand, in a plain process.
-
-    Attributes:
-        training: small runs (conftest.py).
-        made: a folder with model/, run/, images/, ddpt.safetensors and improved.safetensors.
-        live: networks and schedulers.
-        out: an empty folder.
-    """
-
-    training: Any
-    made: Path
-    live: "Live"
-    out: Path
-
-
-@dataclasses.dataclass
-class Live:
-    """Networks of 8x8 images and schedulers of diffusers that exist already.
-
-    Attributes:
-        unet, hooked: diffusers' U-Nets; on the second a hook.
-        ddpm, ddim: schedulers.
-        conv: a network of the user's own.
-        noise: float32 [2, 1, 8, 8]; t, labels: int64 [2].
-    """
-
-    unet: UNet2DModel
-    hooked: UNet2DModel
-    ddpm: DDPMScheduler
-    ddim: DDIMScheduler
-    conv: nn.Module
-    noise: Tensor
-    t: Tensor
-    labels: Tensor
-
-
-# Programs: each calls what it is given, and returns what that returns.
-
-Work = Callable[[], Result]
-
-
-@contextmanager
-def default_device(device: str) -> Iterator[None]:
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def within(context: Callable[[], AbstractContextManager[Any]]) -> Callable[[Work], Result]:
-    def program(work: Work) -> Result:
-        with context():
-            return work()
-
-    return program
-
-
-def in_a_task_of_a_thread(work: Work) -> Result:
-    """Where there are no gradients, and deterministic algorithms."""
-    found: list[Result] = []  # what a task returned is in its repr, which asyncio.run makes
-
-    async def program() -> None:
-        with torch.no_grad(), deterministic():
-            found.append(work())
-
-    thread = threading.Thread(target=lambda: asyncio.run(program()))
-    thread.start()
-    thread.join()
-    return found[0]
-
-
-def in_a_compiled_function(work: Work) -> Result:
-    """Nothing of ours may be traced but the networks, which anyone may compile."""
-    found: list[Result] = []
-    package = re.escape(f"{Path(fd.__file__).parent}/")
-    ours = re.compile(package + r"(?!networks/(rms_)?unet)\S+ line.*")
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        lines = [ours.search(node.stack_trace or "") for node in graph.graph.nodes]
-        assert not any(lines), [line[0] for line in lines if line]
-        return graph.forward
-
-    @torch.compile(backend=backend)
-    def program(x: Tensor) -> Tensor:
-        x = x + 1
-        found.append(work())
-        return x + 1
-
-    torch.compiler.reset()
-    program(torch.zeros(2))
-    return found[0]
-
-
-PROGRAMS = {
-    "default device": within(lambda: default_device("meta")),
-    "float64": within(lambda: default_dtype(torch.float64)),
-    "bfloat16": within(lambda: default_dtype(torch.bfloat16)),
-    "autocast": within(lambda: torch.autocast("cpu", torch.bfloat16)),
-    "inference mode": within(torch.inference_mode),
-    "task": in_a_task_of_a_thread,
-    "compiled": in_a_compiled_function,
-}
+PROGRAMS = (
+    "default device",
+    "float64",
+    "bfloat16",
+    "autocast",
+    "inference mode",
+    "task",
+    "compiled",
+)
+"""The names of ``programs`` (conftest.py)."""
 
 # Activities.
 
@@ -185,20 +58,20 @@ def inside(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-def draw(stage: Stage) -> Result:
+def draw(stage: Any) -> Result:
     """What a step sees: so many labels that some lie by the threshold of those dropped."""
     config = dataclasses.replace(stage.training.TINY, batch_size=40_000, label_dropout=0.3)
     drawn = inside(lambda: Draws(config, 1000)(5))
     return {"index": drawn.index, "flip": drawn.flip, **drawn.extra}
 
 
-def train(stage: Stage) -> Result:
+def train(stage: Any) -> Result:
     """Two steps in float32, their weights averaged and saved."""
     trainer = stage.training.run(stage.training.trainer(stage.out, steps=2, ema_half_lives=(3,)))
-    return stored(stage.out) | trainer.state().tensors | trainer.draw(7)
+    return stage.stored() | trainer.state().tensors | trainer.draw(7)
 
 
-def train_in_bfloat16(stage: Stage) -> Result:
+def train_in_bfloat16(stage: Any) -> Result:
     """Two steps under autocast, each of two parts, and the losses of two more."""
     trainer = stage.training.trainer(
         stage.out, steps=4, precision="bfloat16", accumulate=2, timestep_sampling="low_discrepancy"
@@ -207,7 +80,7 @@ def train_in_bfloat16(stage: Stage) -> Result:
     return trainer.state().tensors | {"losses": torch.stack(losses)}
 
 
-def resume(stage: Stage) -> Result:
+def resume(stage: Any) -> Result:
     """A step more of a run; the network of the run's averages."""
     trainer = stage.training.trainer(stage.out, steps=4)
     trainer.out = stage.made / "run"
@@ -216,7 +89,7 @@ def resume(stage: Stage) -> Result:
     return trainer.state().tensors | trainer.averaged_unet().state_dict() | {"loss": loss}
 
 
-def bound(stage: Stage) -> Result:
+def bound(stage: Any) -> Result:
     """The bound of a model."""
     sampler = fd.Sampler.from_pretrained(stage.made / "model", device="cpu", compile=False)
     data = load_data(stage.made / "images")
@@ -225,7 +98,7 @@ def bound(stage: Stage) -> Result:
     return {"bound": torch.from_numpy(np.array([found.total, *found.terms, *found.x0_mse]))}
 
 
-def measure(stage: Stage) -> Result:
+def measure(stage: Any) -> Result:
     """A classifier, its features, neighbours, and distances."""
     data = load_data(stage.made / "images")
     images, labels = data.fetch(chosen(30, len(data)))
@@ -248,24 +121,24 @@ def measure(stage: Stage) -> Result:
     }
 
 
-def convert_ddpt(stage: Stage) -> Result:
+def convert_ddpt(stage: Any) -> Result:
     """denoising-diffusion-pytorch's network, and what it gives."""
     convert(
         stage.made / "ddpt.safetensors", stage.out, "ddpt", image_size=16, objective="pred_noise"
     )
     unet = load_unet(stage.out, torch.device("cpu"), torch.float32)
     times = inside(unet.embed_time, torch.from_numpy(np.arange(3)))
-    return stored(stage.out) | {"times": times}
+    return stage.stored() | {"times": times}
 
 
-def convert_improved(stage: Stage) -> Result:
+def convert_improved(stage: Any) -> Result:
     """improved-diffusion's network."""
-    flags = scripts("make_openai").CASES["improved_scale_shift"]
+    flags = stage.script("make_openai").CASES["improved_scale_shift"]
     convert(stage.made / "improved.safetensors", stage.out, "improved", **flags)
-    return stored(stage.out)
+    return stage.stored()
 
 
-def load(stage: Stage) -> Result:
+def load(stage: Any) -> Result:
     """A folder, as it is and in bfloat16; and that there is no memory for what was not loaded."""
     cpu, folder = torch.device("cpu"), stage.made / "model"
     unet, half = (load_unet(folder, cpu, dtype) for dtype in (torch.float32, torch.bfloat16))
@@ -275,11 +148,6 @@ def load(stage: Stage) -> Result:
     return unet.state_dict() | {f"half.{key}": p for key, p in half.state_dict().items()}
 
 
-def loaded(stage: Stage, **options: Any) -> fd.Sampler:
-    options = {"device": "cpu", "compile": False, **options}
-    return fd.Sampler.from_pretrained(stage.made / "model", **options)
-
-
 def ordinary(found: Result) -> Result:
     """What we return can be trained on, whatever called us."""
     assert not [name for name, value in found.items() if value.is_inference()]
@@ -287,9 +155,9 @@ def ordinary(found: Result) -> Result:
     return found
 
 
-def sample(stage: Stage) -> Result:
+def sample(stage: Any) -> Result:
     """Images by every kind of step, and the noise of seeds."""
-    sampler, z = loaded(stage), stage.live.noise
+    sampler, z = stage.sampler(), stage.live.noise
     x0: list[Tensor] = []
     return ordinary(
         {
@@ -308,7 +176,7 @@ def sample(stage: Stage) -> Result:
             "given": sampler.sample(
                 range(2), 0, solver="ddpm", num_steps=2, initial_noise=z, step_noise=lambda i: z
             ),
-            "reference": loaded(stage, backend="reference").sample(
+            "reference": stage.sampler(backend="reference").sample(
                 1, 1, solver="ddpm", num_steps=2
             ),
             "z_T": sampler.initial_noise(range(2)),
@@ -318,19 +186,19 @@ def sample(stage: Stage) -> Result:
     )
 
 
-def walk(stage: Stage) -> Result:
+def walk(stage: Any) -> Result:
     """A trajectory, saved on its way and resumed by another sampler."""
     asked = {"labels": [0, 1], "guidance": [2.0, 1.0], "num_steps": 3}
-    trajectory = loaded(stage).trajectory(range(2), solver="dpmpp_2m", **asked)
+    trajectory = stage.sampler().trajectory(range(2), solver="dpmpp_2m", **asked)
     trajectory.step()
     path = stage.out / "trajectory.safetensors"
     trajectory.save(path)
-    x, again = trajectory.x, loaded(stage).resume(path)
+    x, again = trajectory.x, stage.sampler().resume(path)
     found = {"now": x, "resumed": again.run(), "run": trajectory.run()}
     return ordinary(found) | safetensors.torch.load(path.read_bytes())
 
 
-def pipe(stage: Stage) -> Result:
+def pipe(stage: Any) -> Result:
     """diffusers' pipelines, whose noise is torch's or ours."""
 
     def generator(seed: int = 0) -> torch.Generator:
@@ -358,7 +226,7 @@ def pipe(stage: Stage) -> Result:
     return ordinary(found)
 
 
-def take_over(stage: Stage) -> Result:
+def take_over(stage: Any) -> Result:
     """Live objects of diffusers; the network that has a hook is called itself."""
     live = stage.live
     plain = fd.Sampler.from_diffusers(live.unet, live.ddim, tables="diffusers")
@@ -370,7 +238,7 @@ def take_over(stage: Stage) -> Result:
         "hooked": hooked.sample(range(2), solver="ddpm", num_steps=2),
         "fractional": hooked.sample(0, solver="euler", num_steps=2, spacing="linspace"),
     }
-    return ordinary(found) | stored(stage.out)
+    return ordinary(found) | stage.stored()
 
 
 def once_and_half(network: nn.Module) -> tuple[Result, Result]:
@@ -378,9 +246,9 @@ def once_and_half(network: nn.Module) -> tuple[Result, Result]:
     return tuple({key: value * by for key, value in state.items()} for by in (1, 0.5))
 
 
-def change_weights(stage: Stage) -> Result:
+def change_weights(stage: Any) -> Result:
     """New weights, in a sampler and under an engine."""
-    sampler = loaded(stage)
+    sampler = stage.sampler()
     whole, halves = inside(once_and_half, sampler.network)
     first = sampler.sample(0, 0, num_steps=2)
     sampler.update_weights(halves)
@@ -390,12 +258,12 @@ def change_weights(stage: Stage) -> Result:
         engine.update_weights(whole)
         found["whole"] = engine.submit(fd.Request(seed=0, label=0, num_steps=2)).result().image
     assert torch.equal(found["whole"], first[0])
-    return ordinary(found) | stored(stage.out)
+    return ordinary(found) | stage.stored()
 
 
-def serve(stage: Stage) -> Result:
+def serve(stage: Any) -> Result:
     """Requests of several plans, on a thread of the engine's and on this one, with previews."""
-    sampler, image = loaded(stage), stage.live.noise[0]
+    sampler, image = stage.sampler(), stage.live.noise[0]
     watched = fd.Request(seed=1, label=0, num_steps=2, guidance=2.0, guidance_rescale=0.5)
     others = [
         fd.Request(seed=2, solver="ddpm", num_steps=2, label=1, image=image, strength=0.5),
@@ -416,7 +284,7 @@ def serve(stage: Stage) -> Result:
     return ordinary(found)
 
 
-def call_another(stage: Stage) -> Result:
+def call_another(stage: Any) -> Result:
     """A network of the user's own: told of indices, and in an autocast that it enters itself."""
     live = stage.live
     schedule = fd.NoiseSchedule.create("squaredcos_cap_v2", 20)
@@ -441,7 +309,7 @@ def call_another(stage: Stage) -> Result:
     return ordinary(found)
 
 
-def picture(stage: Stage) -> Result:
+def picture(stage: Any) -> Result:
     """Pictures of samples."""
     x = stage.live.noise
     save_grid(x, stage.out / "grid.png")
@@ -476,98 +344,8 @@ ACTIVITIES = (
 TRACED = {bound, sample, walk, pipe, take_over, serve, call_another, picture}
 """Those that are run in a compiled function: others hold many tensors, each of which it guards."""
 
+
 # The matrix.
-
-
-def stored(folder: Path) -> Result:
-    """The bytes of every model's files below a folder."""
-    models = (path.parent for path in sorted(folder.rglob("model_index.json")))
-    files = [f for model in models for f in (model / "unet", model / "scheduler")]
-    files = [f for folder in files for f in sorted(folder.iterdir())]
-    return {str(f.relative_to(folder)): torch.from_numpy(np.fromfile(f, np.uint8)) for f in files}
-
-
-def scripts(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, FIXTURES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def write_images(folder: Path) -> None:
-    """36 images of 8x8 in two classes, as IDX files."""
-    folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (36, 8, 8), np.uint8)
-    labels = np.arange(36, dtype=np.uint8) % 2
-    for name, array in (("images-idx3", pixels), ("labels-idx1", labels)):
-        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-        (folder / f"train-{name}-ubyte").write_bytes(header + array.tobytes())
-
-
-def prepare(folder: Path, training: Any) -> None:
-    """Make what the stages hold."""
-    write_images(folder / "images")
-    trainer = training.run(training.trainer(folder / "run", steps=2))
-    unet = trainer.averaged_unet()
-    scheduler = {"num_train_timesteps": 20}
-    save_model(folder / "model", unet.config, unet.state_dict(), scheduler, fd.Conditioning(2, 2))
-    weights = scripts("make_openai").weights
-    with safe_open(FIXTURES / "ddpt.safetensors", "pt") as file:
-        ddpt = weights(json.loads(file.metadata()["other"]))
-    save_file({f"model.{key}": value for key, value in ddpt.items()}, folder / "ddpt.safetensors")
-    with safe_open(FIXTURES / "openai_improved_scale_shift.safetensors", "pt") as file:
-        save_file(weights(json.loads(file.metadata()["shapes"])), folder / "improved.safetensors")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("made")
-
-
-@pytest.fixture
-def made(folder: Path, training: Any) -> Path:
-    """What the stages hold; made for the first test that asks."""
-    if not any(folder.iterdir()):
-        prepare(folder, training)
-    return folder
-
-
-def make_live() -> Live:
-    config = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "block_out_channels": (8,),
-        "down_block_types": ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet, hooked = (UNet2DModel(**config).eval() for _ in range(2))
-        conv, noise = nn.Conv2d(1, 1, 3, padding=1), torch.randn(2, 1, 8, 8)
-    hooked.conv_out.register_forward_hook(lambda module, given, out: out * 0.5)
-    t, labels = torch.tensor([3, 4]), torch.tensor([0, 1])
-    return Live(unet, hooked, DDPMScheduler(), DDIMScheduler(), conv, noise, t, labels)
-
-
-@pytest.fixture(scope="module")
-def live() -> Live:
-    return make_live()
-
-
-@pytest.fixture(scope="module")
-def plain() -> dict[str, Result]:
-    """What activities gave in a plain process; filled by the first test that asks."""
-    return {}
-
-
-@pytest.fixture
-def stage(made: Path, live: Live, training: Any, tmp_path: Path) -> Stage:
-    return Stage(training, made, live, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -581,16 +359,18 @@ def stage(made: Path, live: Live, training: Any, tmp_path: Path) -> Stage:
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_bits_are_those_of_a_plain_process(
-    activity: Callable[[Stage], Result],
+    activity: Callable[[Any], Result],
     program: str,
+    programs: dict[str, Callable[..., Result]],
     plain: dict[str, Result],
-    stage: Stage,
+    stage: Any,
 ) -> None:
+    assert tuple(programs) == PROGRAMS
     name = activity.__name__
     if name not in plain:
         plain[name] = activity(dataclasses.replace(stage, out=stage.out.with_name("plain")))
     expected = plain[name]
-    found = PROGRAMS[program](lambda: activity(stage))
+    found = programs[program](lambda: activity(stage))
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert (found[key].device, found[key].dtype) == (value.device, value.dtype), key
@@ -613,12 +393,13 @@ def run(stage, activity, file):
 def main(here, made, out):
     import torch
     torch.set_num_threads(1)
-    tests, training = load(here), load(here.parents[1] / "training" / "conftest.py").Training()
-    live = tests.make_live()
+    tests, fixtures = load(here), load(here.with_name("conftest.py"))
+    training, live = fixtures.Training(), fixtures.make_live()
     for start in ("forked", "spawned"):  # after a backward pass torch refuses them in a fork
         for activity in tests.ACTIVITIES:
             name = f"{activity.__name__}-{start}"
-            given = tests.Stage(training, made, live, out / name), activity, out / f"{name}.pickle"
+            stage = fixtures.Stage(training, made, live, out / name)
+            given = stage, activity, out / f"{name}.pickle"
             if start == "spawned":
                 run(*given)
                 continue
@@ -635,7 +416,7 @@ main(*map(Path, os.environ["SPAWNED"].split(os.pathsep)))
 
 @pytest.mark.slow
 def test_bits_of_spawned_and_forked_processes(
-    plain: dict[str, Result], stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: dict[str, Result], stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "spawned.py"
     script.write_text(SPAWNED)
@@ -656,117 +437,3 @@ def test_bits_of_spawned_and_forked_processes(
             assert found.keys() == plain[name].keys()
             for key, value in plain[name].items():
                 assert torch.equal(found[key], value), (name, start, key)
-
-
-BETWEEN = ["default device", "bfloat16", "autocast", "inference mode"]
-
-
-@pytest.mark.parametrize("where", ["built", "used"])
-@pytest.mark.parametrize("program", BETWEEN)
-def test_what_is_built_in_one_program_may_be_used_in_another(
-    program: str, where: str, stage: Stage
-) -> None:
-    def built(made: list[Any]) -> Result:
-        sampler = loaded(stage)
-        made += [
-            sampler,
-            fd.Sampler.from_diffusers(stage.live.unet, stage.live.ddim, compile=False),
-            fd.Engine(sampler, 2, threaded=False),
-            sampler.trajectory(range(2), 1, num_steps=2),
-        ]
-        return {}
-
-    def used(sampler: fd.Sampler, other: fd.Sampler, engine: fd.Engine, walk: Any) -> Result:
-        future = engine.submit(fd.Request(seed=1, label=1, num_steps=2))
-        with engine:
-            engine.drain()
-        found = {
-            "sample": sampler.sample(0, 1, 2.0, "ddpm", 2),
-            "other": other.sample(0, num_steps=2),
-        }
-        return found | {"engine": future.result().image, "walk": walk.run()}
-
-    plainly: list[Any] = []
-    built(plainly)
-    expected = used(*plainly)
-    mixed: list[Any] = []
-    if where == "built":
-        PROGRAMS[program](lambda: built(mixed))
-        found = used(*mixed)
-    else:
-        built(mixed)
-        found = PROGRAMS[program](lambda: used(*mixed))
-    for key, value in expected.items():
-        assert torch.equal(found[key], value), key
-
-
-def test_a_network_may_be_trained_after_it_was_loaded_in_inference_mode(made: Path, live: Live):
-    with torch.inference_mode():
-        samplers = [
-            fd.Sampler.from_pretrained(made / "model", device="cpu"),
-            fd.Sampler.from_diffusers(live.unet, live.ddim),
-            copy.deepcopy(fd.Sampler.from_pretrained(made / "model", device="cpu")),
-        ]
-    for sampler in samplers:
-        sampler.network.requires_grad_(True)
-        labels = None if sampler.conditioning.num_classes is None else live.labels
-        sampler.network(live.noise, 3.5, labels).sum().backward()
-        assert all(p.grad is not None for p in sampler.network.parameters())
-
-
-def test_a_timestep_between_the_integers_is_what_it_is(live: Live, made: Path):
-    unet = load_unet(made / "model", torch.device("cpu"), torch.float32)
-    expected = unet(live.noise, 3.3, live.labels)
-    with default_dtype(torch.bfloat16):
-        assert torch.equal(unet(live.noise, 3.3, live.labels), expected)
-
-
-def test_a_callers_autocast_holds_no_old_weights(live: Live):
-    """The network's own autocast would take those that the caller's has cast before."""
-    conv = copy.deepcopy(live.conv)
-
-    def call(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return conv(x_t)
-
-    schedule = fd.NoiseSchedule.create()
-    sampler = fd.Sampler(conv, schedule, shape=(1, 8, 8), call=call, device="cpu")
-    with torch.autocast("cpu", torch.bfloat16):
-        conv(live.noise)
-        with torch.no_grad():
-            for parameter in conv.parameters():
-                parameter.zero_()
-        assert not sampler.predict(live.noise, live.t).any()
-
-
-CLOSE = 1e-3
-"""Largest difference of an image where sums are in another order (docs: float32 trajectories)."""
-
-
-def test_other_threads_and_precisions_of_products_keep_images_close(stage: Stage):
-    """What a processor adds up in another order is no bit of a promise, but near."""
-    sampler = loaded(stage)
-
-    def images() -> Tensor:
-        return sampler.sample(range(2), 1, 2.0, "ddpm", 2)
-
-    expected, threads = images(), torch.get_num_threads()
-    precision = torch.get_float32_matmul_precision()
-    noise = sampler.initial_noise(range(3))
-    try:
-        for count, wanted in ((1, "medium"), (2, "highest"), (3, "medium")):
-            torch.set_num_threads(count)
-            torch.set_float32_matmul_precision(wanted)
-            assert torch.equal(sampler.initial_noise(range(3)), noise)
-            assert (images() - expected).abs().max() <= CLOSE
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
-
-
-@pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad])
-def test_what_was_made_without_gradients_can_be_trained(around, training: Any, tmp_path: Path):
-    with around():
-        trainer = training.trainer(tmp_path, steps=2)
-    assert all(p.requires_grad and not p.is_inference() for p in trainer.unet.parameters())
-    trainer.train_step()
