@@ -68,7 +68,7 @@ def test_a_compiled_network_gives_the_same(tiny_sampler):
     sampler = tiny_sampler(compile=True)
     found = variational_bound(sampler, images, 1, timesteps=3, batch_size=4)
     np.testing.assert_allclose(found.terms, plain.terms, rtol=1e-4)
-    assert sampler.executor.compiled.shapes == {(4, False)}
+    assert sampler.executor.choice.compiled.shapes == {(4, False)}
 
 
 def test_defaults_are_the_samplers(tiny_sampler):
