@@ -32,7 +32,7 @@ from flashddpm.evaluation.job import (
     NEIGHBOURS,
     OF_FEATURES,
     PRC_NEIGHBOUR,
-    Job,
+    EvaluationJob,
     chosen,
     shuffled,
     subset_size,
@@ -50,7 +50,7 @@ Evaluation = tuple[dict[str, Any], dict[str, bytes]]
 
 
 @isolated(grad=False)
-def evaluate(job: Job) -> Evaluation:
+def evaluate(job: EvaluationJob) -> Evaluation:
     """Return the numbers and the pictures of a job that was prepared.
 
     Raises:
@@ -148,7 +148,7 @@ def counterpart(source: ImageSource, count: int, labels: Sequence[int] | None) -
     return None
 
 
-def _facts(job: Job, seconds: float | None) -> dict[str, Any]:
+def _facts(job: EvaluationJob, seconds: float | None) -> dict[str, Any]:
     """Return what the numbers depend on."""
     settings, sampler = job.settings, job.sampler
     plan = sampler.plan(**settings.plan)
@@ -220,7 +220,7 @@ def _ranges(seeds: Sequence[int]) -> str:
     return ",".join(str(a) if b == a + 1 else f"{a}:{b}" for a, b in parts)
 
 
-def _bound(job: Job) -> dict[str, Any]:
+def _bound(job: EvaluationJob) -> dict[str, Any]:
     """Return the bound of real images, with their labels where the model has them."""
     images, labels = job.reference.fetch(chosen(job.bound_images, len(job.reference)))
     start = time.perf_counter()
@@ -239,7 +239,7 @@ def _bound(job: Job) -> dict[str, Any]:
     }
 
 
-def _of_features(job: Job, drawn: Tensor) -> dict[str, Any]:
+def _of_features(job: EvaluationJob, drawn: Tensor) -> dict[str, Any]:
     """Return distances, precision and recall, and the share recognised."""
     extractor, count = job.extractor, len(drawn)
     assert extractor is not None
@@ -279,7 +279,9 @@ def _prc(drawn: Tensor, real: Tensor) -> dict[str, Any]:
     return {**dataclasses.asdict(found), "k": PRC_NEIGHBOUR, "reference_images": count}
 
 
-def _recognised(job: Job, classifier: Classifier, drawn: Tensor, real: Tensor) -> dict[str, Any]:
+def _recognised(
+    job: EvaluationJob, classifier: Classifier, drawn: Tensor, real: Tensor
+) -> dict[str, Any]:
     """Return the share of samples, and of real images, that are taken for what they should be."""
     last, classes = classifier.last, classifier.num_classes
 
@@ -298,7 +300,7 @@ def _recognised(job: Job, classifier: Classifier, drawn: Tensor, real: Tensor) -
     return result
 
 
-def _neighbours(job: Job, drawn: Tensor) -> tuple[dict[str, Any], bytes]:
+def _neighbours(job: EvaluationJob, drawn: Tensor) -> tuple[dict[str, Any], bytes]:
     """Return how near samples are to training images, and the nearest of them as a picture."""
     found = neighbours.nearest(drawn, job.data, NEIGHBOURS)
     first = found.distance[:, 0]

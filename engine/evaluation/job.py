@@ -76,13 +76,16 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Job:
-    """Settings that were read and found possible.
+class EvaluationJob:
+    """An evaluation that is ready to run: its settings, checked, and what they name, loaded.
 
     Attributes:
-        folder, fingerprint: of the model.
+        settings: what was asked for; its plan has the model's defaults filled in.
+        sampler: the model.
+        folder, fingerprint: folder and fingerprint of the model.
+        data, reference: the training images, and those that samples are compared with.
         held_out: whether ``reference`` is other images than ``data``.
-        seeds, labels: one a sample; labels None for an unconditional model.
+        seeds, labels: seed and label of each sample; labels None for an unconditional model.
         conditional: whether the model's classes are those of ``data``, by their number.
         labelled: whether ``reference`` has labels of these classes.
         bound_images, bound_timesteps: as `variational_bound` takes them.
@@ -177,7 +180,7 @@ def everything(source: ImageSource) -> tuple[Tensor, Tensor | None]:
 
 
 @isolated(grad=False)
-def prepare(settings: Settings) -> Job:
+def prepare(settings: Settings) -> EvaluationJob:
     """Check the settings and load what they name; a classifier may be trained, at the end.
 
     Raises:
@@ -216,7 +219,7 @@ def prepare(settings: Settings) -> Job:
         extractor, classifier = features_for(settings.features, settings.feature_input, data, where)
         probe, _ = reference.fetch(torch.arange(min(2, len(reference)), device="cpu"))
         _check_counts(metrics, counts, extractor(probe).shape[1])
-    return Job(
+    return EvaluationJob(
         settings,
         sampler,
         folder,

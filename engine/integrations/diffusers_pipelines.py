@@ -72,7 +72,7 @@ class SchedulerSettings:
     config: dict[str, Any]
 
 
-class Draws:
+class GeneratorNoise:
     """Standard normal noise, drawn one call after another from generators as diffusers does.
 
     Args:
@@ -256,7 +256,7 @@ class _Pipeline:
         seed = _seeds(batch_size, seeds)
         noise: dict[str, Any] = {}
         if seeds is None:
-            draws = Draws(generator, (len(seed), *sampler.shape), sampler.device)
+            draws = GeneratorNoise(generator, (len(seed), *sampler.shape), sampler.device)
             noise = _noise(draws, solver, plan, options.get("eta") or 0.0, sampler.dtype)
         x = sampler.sample(seed, labels, guidance, plan, progress=self._progress, **noise)
         images: Any = to_pil(x) if output_type == "pil" else (x / 2 + 0.5).clamp(0, 1)
@@ -383,7 +383,9 @@ class DDIMPipeline(_Pipeline):
         return SamplingDefaults.from_config(config, "DDIMScheduler")
 
 
-def _noise(draws: Draws, solver: str, plan: Plan, eta: float, dtype: torch.dtype) -> dict[str, Any]:
+def _noise(
+    draws: GeneratorNoise, solver: str, plan: Plan, eta: float, dtype: torch.dtype
+) -> dict[str, Any]:
     """Return what `Sampler.sample` is to take for the noise that diffusers draws."""
     kinds = [_drawn(solver, eta, timestep, dtype) for timestep in plan.timesteps]
 

@@ -16,7 +16,7 @@ from diffusers import (
 )
 
 import flashddpm as fd
-from flashddpm.integrations.diffusers_pipelines import DDIMPipeline, DDPMPipeline, Draws
+from flashddpm.integrations.diffusers_pipelines import DDIMPipeline, DDPMPipeline, GeneratorNoise
 
 TINY = {
     "sample_size": 8,
@@ -176,7 +176,7 @@ def test_noise_is_of_the_dtype_and_device_asked_for(given):
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            draws = Draws(generator if given else None, (2, 1, 3, 3), torch.device("cpu"))
+            draws = GeneratorNoise(generator if given else None, (2, 1, 3, 3), torch.device("cpu"))
             got = draws(torch.float32)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -474,4 +474,4 @@ def test_bad_samplers_and_generators(tiny_sampler):
         device = torch.device("cuda")
 
     with pytest.raises(ValueError, match="generator: of cuda; must all be of cpu or cpu"):
-        Draws(OfAGPU(), (1, 1, 2, 2), torch.device("cpu"))
+        GeneratorNoise(OfAGPU(), (1, 1, 2, 2), torch.device("cpu"))
