@@ -1,6 +1,6 @@
 """The settings of a training run: one frozen dataclass, stored beside the run.
 
-The command line is made of it: a field's name is its flag, its ``help`` the flag's.
+The flags of ``flashddpm train`` are its fields: a field's ``help`` is the flag's.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from flashddpm.diffusion.parameterization import (
     LEARNED_VARIANCES,
     LOSS_WEIGHTINGS,
     PREDICTION_TYPES,
+    VARIANCE_TYPES,
 )
 from flashddpm.diffusion.schedule import BETA_SCHEDULES, MAX_TIMESTEPS
 from flashddpm.kernels.tables import LOSSES
@@ -23,19 +24,18 @@ from flashddpm.networks.unet_config import UNetConfig
 
 LR_SCHEDULES = ("constant", "cosine")
 TIMESTEP_SAMPLINGS = ("uniform", "low_discrepancy")
-VARIANCE_TYPES = ("fixed_small", "fixed_large", *LEARNED_VARIANCES)
 PRECISIONS = ("float32", "bfloat16")
 ONLY_WITH = {
     "huber_delta": ("loss", "huber"),
     "min_snr_gamma": ("loss_weighting", "min_snr"),
     "p2_gamma": ("loss_weighting", "p2"),
 }
-"""Settings that must stay at their defaults unless another setting has that value."""
+"""Settings that must have their defaults unless another setting has the value given here."""
 NETWORK = ("block_out_channels", "layers_per_block", "attention_head_dim", "norm_num_groups")
-"""Settings of a new network: at their defaults where ``init`` names one to start from."""
+"""Settings of a new network; they must have their defaults where ``init`` names one."""
 MAY_CHANGE = ("steps", "data", "save_every", "keep", "sample_every", "checkpoint_activations")
-"""Settings that a resumed run may have other values of. Other data are known by their content; the
-steps of a cosine decide its learning rates, and so may not change."""
+"""Settings that may change when a run is resumed. Data are compared by their content instead, and
+``steps`` may not change under a cosine schedule, whose learning rates depend on it."""
 
 INTEGERS: dict[str, tuple[int, ...]] = {
     "steps": (1,),
@@ -69,7 +69,8 @@ CHOICES = {
     "timestep_sampling": TIMESTEP_SAMPLINGS,
     "beta_schedule": BETA_SCHEDULES,
 }
-"""What settings are checked against: the lowest and the highest, or all that are allowed."""
+"""Allowed values of settings: in INTEGERS and NUMBERS the lowest and the highest, where there is
+one, in CHOICES all of them."""
 
 
 def _field(default: Any, help: str) -> Any:
@@ -78,57 +79,71 @@ def _field(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a run depends on; of its data, where they are."""
+    """The settings of a run, and the path of its data; a field's ``help`` says what it is.
+
+    Raises:
+        ValueError: a setting is of another type or out of its range, or does not go with another.
+    """
 
     FILE: ClassVar[str] = "train_config.json"
 
     steps: int = dataclasses.field(
-        metadata={"help": "Steps in all, those of a resumed run included."}
+        metadata={"help": "Steps of the run in all, those before a resume included."}
     )
-    data: str = _field("", "Where the images are.")
-    init: str = _field("", "A model folder whose network and weights to start from.")
-    batch_size: int = _field(64, "Images a step, of all processes together.")
-    accumulate: int = _field(1, "Parts of a step's batch, one after the other, to save memory.")
-    seed: int = _field(0, "Seed of weights, order, timesteps and noise.")
-    learning_rate: float = _field(5e-4, "After the warm-up.")
-    lr_schedule: str = _field("constant", "constant or cosine.")
-    warmup_steps: int = _field(200, "Steps of linear warm-up.")
-    grad_clip: float = _field(1.0, "Bound of the gradient's norm; 0 for none.")
+    data: str = _field("", "Path of the images.")
+    init: str = _field("", "A model folder whose network and weights the run starts from.")
+    batch_size: int = _field(64, "Images of a step, of all processes together.")
+    accumulate: int = _field(1, "Parts of a batch that are computed in turn, to save memory.")
+    seed: int = _field(0, "Seed of the weights, the order of images, the timesteps and the noise.")
+    learning_rate: float = _field(5e-4, "Learning rate after the warm-up.")
+    lr_schedule: str = _field("constant", "Schedule of the learning rate: constant or cosine.")
+    warmup_steps: int = _field(200, "Steps of the linear warm-up.")
+    grad_clip: float = _field(1.0, "Norm that gradients are clipped to; 0 for no clipping.")
     ema_half_lives: tuple[int, ...] = _field(
         (700, 2800),
-        "Half-lives, in steps, of the averaged weights: the first are the run's model, "
-        "the others' are in OUT/ema-HALFLIFE.",
+        "Half-lives, in steps, of the averages of the weights: the first average is the run's "
+        "model, the others are in OUT/ema-HALFLIFE.",
     )
-    label_dropout: float = _field(0.1, "Share of labels dropped, for guidance.")
-    horizontal_flip: bool = _field(False, "Mirror half of the images, drawn anew each epoch.")
-    precision: str = _field("float32", "float32 or bfloat16 (autocast).")
-    prediction_type: str = _field("epsilon", "epsilon, sample or v_prediction.")
+    label_dropout: float = _field(0.1, "Share of labels dropped, for classifier-free guidance.")
+    horizontal_flip: bool = _field(False, "Mirror each image left to right with probability 1/2.")
+    precision: str = _field("float32", "Precision of the network: float32 or bfloat16 (autocast).")
+    prediction_type: str = _field(
+        "epsilon", "What the network predicts: epsilon, sample or v_prediction."
+    )
     variance_type: str = _field(
         "fixed_small",
-        "fixed_small, fixed_large, or with the hybrid loss learned or learned_range.",
+        "Variance of the model: fixed_small, fixed_large, or with the hybrid loss learned or "
+        "learned_range.",
     )
-    loss: str = _field("mse", "mse, l1 or huber.")
-    huber_delta: float = _field(1.0, "Where huber turns to a line.")
-    loss_weighting: str = _field("constant", "constant, min_snr, truncated_snr or p2.")
-    min_snr_gamma: float = _field(5.0, "Of min_snr: the largest SNR that counts.")
-    p2_gamma: float = _field(1.0, "Of p2: how steeply weights fall with SNR.")
+    loss: str = _field("mse", "Penalty of the error: mse, l1 or huber.")
+    huber_delta: float = _field(1.0, "Error at which huber goes from quadratic to linear.")
+    loss_weighting: str = _field("constant", "Weighting: constant, min_snr, truncated_snr or p2.")
+    min_snr_gamma: float = _field(5.0, "gamma of min_snr: the largest SNR that counts.")
+    p2_gamma: float = _field(1.0, "gamma of p2: how steeply weights fall with SNR.")
     timestep_sampling: str = _field(
-        "uniform", "uniform, or low_discrepancy: spread evenly over each batch."
+        "uniform", "Timesteps of a batch: uniform, or low_discrepancy, which are evenly spread."
     )
-    beta_schedule: str = _field("linear", "linear, scaled_linear, squaredcos_cap_v2 or sigmoid.")
-    num_train_timesteps: int = _field(1000, "Timesteps T of the process.")
+    beta_schedule: str = _field(
+        "linear", "Noise schedule: linear, scaled_linear, squaredcos_cap_v2 or sigmoid."
+    )
+    num_train_timesteps: int = _field(1000, "Number T of timesteps of the forward process.")
     block_out_channels: tuple[int, ...] = _field((32, 64, 96), "Channels at each resolution.")
     layers_per_block: int = _field(1, "Residual blocks at each resolution.")
-    attention_head_dim: int = _field(32, "Channels of an attention head.")
-    norm_num_groups: int = _field(8, "Groups of the norms.")
+    attention_head_dim: int = _field(32, "Channels of each attention head.")
+    norm_num_groups: int = _field(8, "Groups of the group norms.")
     checkpoint_activations: bool = _field(
         False, "Compute activations again in the backward pass, to save memory."
     )
-    save_every: int = _field(500, "Steps between saves.")
-    keep: int = _field(2, "States to go on from that are kept, the newest.")
-    sample_every: int = _field(0, "Steps between sample grids; 0 for none.")
+    save_every: int = _field(500, "Steps between two saves.")
+    keep: int = _field(2, "Number of newest states, to resume from, that are kept.")
+    sample_every: int = _field(0, "Steps between two grids of samples; 0 for none.")
 
     def __post_init__(self) -> None:
+        self._check_each()
+        self._check_together()
+
+    def _check_each(self) -> None:
+        """Check every setting by itself; store numbers and tuples as Python's own."""
         for name, limits in INTEGERS.items():
             self._set(name, arguments.integer(name, getattr(self, name), *limits))
         for name, bounds in NUMBERS.items():
@@ -142,6 +157,9 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be a path, as a string")
         for name in ("block_out_channels", "ema_half_lives"):
             self._check_integers(name)
+
+    def _check_together(self) -> None:
+        """Check the settings that restrict one another."""
         self._check_loss_settings()
         if len(set(self.ema_half_lives)) < len(self.ema_half_lives):
             raise ValueError(f"ema_half_lives={self.ema_half_lives!r}: must differ")
@@ -177,10 +195,10 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Return the settings that a run stored; what they do not name is at its default.
+        """Return the settings that a run stored; one that is missing has its default.
 
         Raises:
-            ValueError: a setting that there is none of, or one out of its range.
+            ValueError: ``steps`` is missing, a name is no setting, or a value is not allowed.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
@@ -191,25 +209,25 @@ class TrainConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON has them."""
+        """Return the settings by name, as JSON stores them."""
         values = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the network has 2C output channels."""
+        """Whether the network predicts the variance too, in C more output channels."""
         return self.variance_type in LEARNED_VARIANCES
 
     @property
     def weighting_gamma(self) -> float | None:
-        """The gamma of the weighting, if it has one."""
+        """The gamma of the loss weighting, or None if it has none."""
         return {"min_snr": self.min_snr_gamma, "p2": self.p2_gamma}.get(self.loss_weighting)
 
     def part_of(self, processes: int) -> int:
-        """Return how many images of a batch each of so many processes takes.
+        """Return the number of images of a batch that each of so many processes takes.
 
         Raises:
-            ValueError: not all take equally many.
+            ValueError: the batch has no so many equal parts, or these no ``accumulate`` ones.
         """
         if self.batch_size % (processes * self.accumulate):
             raise ValueError(
@@ -220,23 +238,24 @@ class TrainConfig:
 
     @property
     def may_change(self) -> tuple[str, ...]:
-        """The settings that a resumed run may have other values of."""
+        """Names of the settings that may change when the run is resumed."""
         fixed = "steps" if self.lr_schedule == "cosine" else ""
         return tuple(name for name in MAY_CHANGE if name != fixed)
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then constant or half a cosine down to 0."""
+        """Return a step's learning rate: linear warm-up, times 1 or half a cosine down to 0."""
         rate = self.learning_rate * min(1.0, (step + 1) / max(self.warmup_steps, 1))
         if self.lr_schedule == "cosine":
             rate *= 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return rate
 
     def unet_config(self, shape: tuple[int, int, int], num_classes: int | None) -> UNetConfig:
-        """Return a new network for such images: attention at the lowest resolution only.
+        """Return the config of a new network, with attention at the lowest resolution only.
 
         Args:
-            shape: (C, H, W) of an image.
-            num_classes: of the labels; the network has one more, the null class.
+            shape: shape (C, H, W) of an image.
+            num_classes: number of classes; the network has one more, the null class. None for an
+                unconditional network.
         """
         C, H, W = shape
         plain = len(self.block_out_channels) - 1
@@ -254,7 +273,7 @@ class TrainConfig:
         )
 
     def scheduler_config(self) -> dict[str, Any]:
-        """Return the keys of scheduler_config.json."""
+        """Return the content of scheduler_config.json, with diffusers' keys."""
         return {
             "_class_name": "DDPMScheduler",
             "num_train_timesteps": self.num_train_timesteps,
