@@ -22,6 +22,8 @@ SWITCHES = (
     "resblock_updown",
 )
 TRAINING = ("use_fp16", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
+"""Flags that say nothing of a checkpoint. They are taken so that a published line of flags, such as
+guided-diffusion's MODEL_FLAGS, can be pasted as it stands."""
 
 
 def _flag(name: str, help: str | None = None) -> Any:

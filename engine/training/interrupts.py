@@ -1,4 +1,4 @@
-"""Signals that wait for the end of a block."""
+"""Ctrl-C and SIGTERM, held back until a block has ended."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from contextlib import contextmanager
 
 @contextmanager
 def held_signals() -> Iterator[list[int]]:
-    """Hold back SIGINT and SIGTERM until the block ends; the list names those that came.
+    """Hold back SIGINT and SIGTERM until the block ends, then raise the first that came.
 
-    An interrupt inside a step would leave weights, averages and position of two different steps.
-    Outside the main thread, where Python allows no handlers, nothing is held back. A signal that
-    is ignored, as a shell's background jobs ignore SIGINT, stays so.
+    Yields the list of the numbers of the signals that came so far. An interrupt inside a step would
+    leave weights, averages and position of two different steps. Outside of the main thread, where
+    Python allows no handlers, nothing is held back. SIG_IGN handlers are kept, such as the one for
+    SIGINT of a shell's background jobs.
     """
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():

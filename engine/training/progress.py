@@ -1,4 +1,4 @@
-"""What a run tells on its way: one line, metrics.jsonl, and loss.png where matplotlib is there."""
+"""The progress of a run: its progress bar, metrics.jsonl, and loss.png if matplotlib is there."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ METRICS = "metrics.jsonl"
 
 
 class Progress:
-    """The line of a run, and the lines of its log.
+    """The progress bar of a run, and its log, metrics.jsonl.
 
     Args:
-        out: the run's folder.
-        step, steps: where the run is, and where it ends.
-        batch_size: images of a step.
-        shown: whether the line is.
+        out: folder of the run.
+        step: number of steps that the run has taken.
+        steps: number of steps at which it ends.
+        batch_size: number of images of a step.
+        shown: whether there is a progress bar.
     """
 
     def __init__(self, out: Path, step: int, steps: int, batch_size: int, shown: bool) -> None:
@@ -33,16 +34,19 @@ class Progress:
         self._step, self._wait, self._start = step, 0.0, time.perf_counter()
 
     def advance(self) -> None:
-        """Count a step."""
+        """Move the progress bar on by a step."""
         self._bar.update()
 
     def log(self, step: int, wait_seconds: float, **values: float) -> None:
-        """Show and append a line: since the last one, images a second and share of waiting.
+        """Append a line to the log, and show it at the progress bar.
+
+        The line holds ``values``, and since the last line the images a second and the share of the
+        time that was spent waiting for images.
 
         Args:
-            step: the steps taken.
-            wait_seconds: how long the run has waited for images, in all.
-            values: what else the line holds; ``loss`` is shown too.
+            step: number of steps that the run has taken.
+            wait_seconds: time that the run has waited for images, in all.
+            values: what else the line holds; must have ``loss``.
         """
         seconds = max(time.perf_counter() - self._start, 1e-9)
         rate = (step - self._step) * self.batch_size / seconds
@@ -58,11 +62,12 @@ class Progress:
         self._step, self._wait, self._start = step, wait_seconds, time.perf_counter()
 
     def close(self) -> None:
-        """End the line."""
+        """Close the progress bar."""
         self._bar.close()
 
 
 def _missing_newline(path: Path) -> bytes:
+    """Return the newline that the end of a file lacks, if it does."""
     with open(path, "rb") as file:
         if not file.seek(0, os.SEEK_END):
             return b""
@@ -71,7 +76,7 @@ def _missing_newline(path: Path) -> bytes:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's log; of a step that was taken again, the last."""
+    """Return the lines of a run's log, sorted by step; of a step taken twice, the later line."""
     path = out / METRICS
     if not path.exists():
         return []
@@ -86,7 +91,10 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def plot_loss(out: Path) -> Path | None:
-    """Draw OUT/loss.png, the loss over the steps; return it, or None without matplotlib."""
+    """Draw OUT/loss.png, the loss over the steps, and return its path.
+
+    Without matplotlib, or with fewer than two lines in the log, nothing is drawn: return None.
+    """
     lines = read_metrics(out)
     if len(lines) < 2 or importlib.util.find_spec("matplotlib") is None:
         return None
