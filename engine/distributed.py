@@ -1,8 +1,9 @@
-"""One run over several processes: of N processes, number r takes batches r, r + N, r + 2N, ...
+"""Several processes that share the work of one run, started by torchrun.
 
-torchrun starts the processes and says in the environment who each of them is. Batches are cut from
-the list of seeds before they are dealt out: a network's last bits depend on the batch that an image
-is computed in, so a batch must be the same one whoever computes it. No image depends on N then.
+torchrun's environment variables say which process each of them is. In sampling, of N processes
+number r takes the batches r, r + N, r + 2N, ..., which are cut from the list of seeds before they
+are dealt out: a network's last bits depend on the batch that an image is computed in, so that batch
+must not depend on N. In training each process takes an equal part of every batch.
 """
 
 from __future__ import annotations
@@ -19,25 +20,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashddpm import arguments
+from flashddpm.host import ints
 
 T = TypeVar("T")
 
 LAUNCHED = "TORCHELASTIC_RUN_ID"
-"""Set by torchrun. RANK and WORLD_SIZE alone are also set in containers whose command is alone."""
+"""Set by torchrun only. RANK and WORLD_SIZE are also set in containers that run one process."""
 
 PATIENCE = timedelta(days=365)
-"""How long to wait for a process with more work; one that has died is noticed at once."""
+"""Time to wait for a process that has more work; one that has died is noticed at once."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Which of the run's processes this one is.
+    """The processes of a run, and which of them this one is.
 
     Attributes:
-        rank: its number, of all.
-        size: how many there are, N.
-        local_rank: its number, of those on this machine.
-        local_size: how many there are on this machine.
+        rank: number of this process among all, 0..size-1.
+        size: number of processes, N.
+        local_rank: number of this process among those on this machine, 0..local_size-1.
+        local_size: number of processes on this machine.
     """
 
     rank: int = 0
@@ -47,10 +49,10 @@ class World:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
-        """Return what torchrun's variables say; without them, one process alone.
+        """Return the world that torchrun's variables describe; without them, one process.
 
         Raises:
-            ValueError: a variable is missing or is no number of its range.
+            ValueError: a variable is missing, is no integer or is out of its range.
         """
         if LAUNCHED not in environment:
             return cls()
@@ -66,11 +68,11 @@ class World:
         )
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
-        """Return every N-th item, from number ``rank`` on."""
+        """Return the items of this process: every N-th, from number ``rank`` on."""
         return items[self.rank :: self.size]
 
     def device(self, device: str) -> str:
-        """Return the device of this process: the GPU of its number, or the CPU.
+        """Return the device of this process: the GPU number ``local_rank``, or the CPU.
 
         Raises:
             ValueError: one GPU is named for several processes.
@@ -88,13 +90,13 @@ class World:
 
     @contextmanager
     def joined(self, device: str) -> Iterator[None]:
-        """Meet the other processes: messages go over gloo, tensors on a GPU over NCCL.
+        """Join the other processes' group for a block: gloo on the CPU, NCCL on GPUs.
 
         On the CPU a process takes its share of the machine's threads. torchrun sets
         OMP_NUM_THREADS to 1 where it is unset; any other number is kept.
 
         Raises:
-            ConnectionError: the processes did not meet.
+            ConnectionError: not all processes joined.
         """
         if self.size == 1:
             yield
@@ -113,7 +115,7 @@ class World:
         dist.destroy_process_group()
 
     def gather(self, value: T) -> list[T]:
-        """Return each process's value, in the order of their numbers; all must call it.
+        """Return the values of all processes, in the order of their ranks; all must call it.
 
         Raises:
             SystemExit: another process has ended; it, or torchrun, says why.
@@ -148,10 +150,30 @@ class World:
             self.gather(None)
         raise SystemExit(2)
 
-    def add_up(self, x: Tensor) -> Tensor:
-        """Return the sum of every process's ``x``; of use in process 0 only.
+    def any(self, value: bool) -> bool:
+        """Return whether ``value`` is true in any process; all must call it."""
+        if self.size == 1:
+            return value
+        flag = ints(int(value))  # on the CPU, over gloo: no GPU is waited for
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
-        A sum of tensors of which all but one are 0 at each place is exact: the one number.
+    def minimum_(self, x: Tensor) -> None:
+        """Set ``x`` to the elementwise minimum over all processes; all must call it."""
+        if self.size > 1:
+            dist.all_reduce(x, dist.ReduceOp.MIN)
+
+    def mean(self, x: Tensor) -> float:
+        """Return the mean of all processes' ``x``, a scalar; all must call it."""
+        if self.size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return float(x) / self.size
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """Return, in process 0 only, the sum of ``x`` over all processes; all must call it.
+
+        The sum is exact where all processes but one have 0.
         """
         if self.size > 1:
             dist.reduce(x, 0)
@@ -159,7 +181,7 @@ class World:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -16,7 +16,8 @@ from flashddpm.benchmarks.measure import harness, kernel_time
 from flashddpm.benchmarks.peers.training_peers import usual_loss
 from flashddpm.kernels import reference
 from flashddpm.kernels.tables import Purpose
-from flashddpm.training.step import Inputs, TrainStep
+from flashddpm.training.loader import TrainBatch
+from flashddpm.training.step import TrainStep
 from flashddpm.training.trainer import Trainer
 
 CALLS = 8
@@ -34,19 +35,18 @@ def parts(trainer: Trainer) -> dict[str, Part]:
     backward; optimizer: clipping and AdamW; averages.
     """
     stepper, config = trainer.stepper, trainer.config
-    inputs = trainer.draw(trainer.step)
-    x_t, out, d_out = _around_the_network(stepper, inputs)
-    t, labels = inputs["t"], inputs.get("labels")
+    batch = trainer.batch(trainer.step)
+    x_t, out, d_out = _around_the_network(stepper, batch)
     around = _with_network(stepper, lambda *_: out)
-    stepper.gradients(inputs)  # for the optimizer; taken away and left again by `network`
+    stepper.gradients(batch)  # for the optimizer; taken away and left again by `network`
 
     def noising_and_loss() -> None:
-        torch.autograd.grad(around.loss(inputs), out)
+        torch.autograd.grad(around.loss(batch), out)
 
     def network() -> None:
         stepper.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(trainer.device.type, torch.bfloat16, config.precision == "bfloat16"):
-            made = stepper.network(x_t, t, labels)
+            made = stepper.network(x_t, batch.t, batch.labels)
         made.backward(d_out)
 
     def optimizer() -> None:
@@ -59,7 +59,7 @@ def parts(trainer: Trainer) -> dict[str, Part]:
         "noising_and_loss": noising_and_loss,
         "network": network,
         "optimizer": optimizer,
-        "averages": stepper.averages.update,
+        "averages": stepper.ema.update,
     }
 
 
@@ -70,7 +70,7 @@ def _with_network(stepper: TrainStep, network: Callable[..., Tensor]) -> TrainSt
     return other
 
 
-def _around_the_network(stepper: TrainStep, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+def _around_the_network(stepper: TrainStep, batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Return what the network is given, what it returns, a leaf, and the loss's gradient for it."""
     seen: list[Tensor] = []
 
@@ -79,7 +79,7 @@ def _around_the_network(stepper: TrainStep, inputs: Inputs) -> tuple[Tensor, Ten
         seen.extend((x_t, out))
         return out
 
-    loss = _with_network(stepper, watched).loss(inputs)
+    loss = _with_network(stepper, watched).loss(batch)
     x_t, out = seen
     (d_out,) = torch.autograd.grad(loss, out)
     return x_t, out, d_out
@@ -95,7 +95,7 @@ def milliseconds(trainer: Trainer, rounds: int) -> dict[str, float]:
         trainer.train_step()
     device = parts(trainer)
     calls: dict[str, Part] = {
-        "data": lambda: trainer.draw(trainer.step),
+        "data": lambda: trainer.batch(trainer.step),
         **({} if cuda else device),
         "whole": trainer.train_step,
     }
@@ -130,8 +130,7 @@ def mebibytes(trainer: Trainer) -> dict[str, float]:
     device: what is kept is the same there. Weights count on neither side. On CUDA also the peak of
     forward and backward.
     """
-    inputs = trainer.draw(trainer.step)
-    sides = both_losses(trainer, inputs)
+    sides = both_losses(trainer, trainer.batch(trainer.step))
     params = list(trainer.unet.parameters())
     live = {name: live_bytes(loss, held, params) for name, (loss, held) in sides.items()}
     values = {f"{name}_mib": size / MIB for name, size in live.items()}
@@ -147,7 +146,7 @@ Side = tuple[Callable[[], Tensor], Iterable[Tensor]]
 """The loss of a batch, and the tensors that its caller holds meanwhile."""
 
 
-def both_losses(trainer: Trainer, inputs: Inputs) -> dict[str, Side]:
+def both_losses(trainer: Trainer, batch: TrainBatch) -> dict[str, Side]:
     """Return both sides' losses around the trainer's network as it is, not compiled.
 
     The usual side's caller holds the noise: it is a variable of the loop.
@@ -158,17 +157,16 @@ def both_losses(trainer: Trainer, inputs: Inputs) -> dict[str, Side]:
     ours = _with_network(trainer.stepper, unet)
     ours.ops = kernels
     scheduler: Any = DDPMScheduler.from_config(config.scheduler_config())
-    x0 = inputs["x0"]
+    x0, t, seeds, keys, labels = batch
     C, H, W = x0.shape[1:]
-    seeds, keys = inputs["seeds"].cpu(), inputs["keys"].cpu()
-    noise = reference.philox(seeds, keys, (C, H, W), Purpose.TRAINING)
+    noise = reference.philox(seeds.cpu(), keys.cpu(), (C, H, W), Purpose.TRAINING)
     noise = noise.to(x0.device).contiguous(memory_format=torch.channels_last)
-    names = [name for name in inputs if name not in ("seeds", "keys")]
+    usual = [value for value in (x0, t, labels, noise) if value is not None]
     return {
-        "ours": (lambda: ours.loss(inputs), [*inputs.values()]),
+        "ours": (lambda: ours.loss(batch), batch.tensors()),
         "usual": (
-            lambda: usual_loss(unet, scheduler, inputs, noise, config.precision),
-            [*(inputs[name] for name in names), noise],
+            lambda: usual_loss(unet, scheduler, x0, t, labels, noise, config.precision),
+            usual,
         ),
     }
 

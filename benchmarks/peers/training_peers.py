@@ -27,8 +27,8 @@ from flashddpm.kernels.tables import Purpose
 from flashddpm.networks.rms_unet import RMSUNet
 from flashddpm.training.config import TrainConfig
 from flashddpm.training.draws import Draws
-from flashddpm.training.loader import Batch, Loader
-from flashddpm.training.step import Inputs, TrainStep
+from flashddpm.training.loader import Loader, TrainBatch
+from flashddpm.training.step import TrainStep
 from flashddpm.training.trainer import Trainer
 
 LOSS, GRADIENT = 1e-5, 1e-3  # relative differences that float32 may show
@@ -47,17 +47,17 @@ class Ours(Protocol):
     stepper: TrainStep
     step: int
 
-    def draw(self, step: int) -> Inputs:
-        """Return what a step trains on."""
+    def batch(self, step: int) -> TrainBatch:
+        """Return the batch of a step, read now."""
 
-    def train_step(self, batch: Batch | None = None) -> Tensor:
-        """Take a step."""
+    def train_step(self, batch: TrainBatch | None = None) -> Tensor:
+        """Take a step; its batch is read now by default."""
 
 
 class Peer(Protocol):
     """What takes theirs."""
 
-    def gradients(self, inputs: Inputs, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def gradients(self, batch: TrainBatch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch on given noise, and its gradients by name."""
 
     def steps(self, count: int) -> None:
@@ -74,9 +74,9 @@ def ours_steps(ours: Ours, count: int) -> None:
             ours.train_step(loader.next())
 
 
-def ours_gradients(ours: Ours, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+def ours_gradients(ours: Ours, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of a batch and its gradients, under the names that checkpoints have."""
-    loss = ours.stepper.gradients(inputs).detach()
+    loss = ours.stepper.gradients(batch).detach()
     twin = copy.deepcopy(ours.stepper.unet)  # a state dict may name and shape parameters its way
     for mine, parameter in zip(twin.parameters(), ours.stepper.params.values(), strict=True):
         assert parameter.grad is not None
@@ -91,12 +91,12 @@ def agree(ours: Ours, peer: Peer, name: str) -> None:
     Raises:
         AssertionError: they do.
     """
-    inputs = ours.draw(0)
-    x0, seeds, keys = inputs["x0"], inputs["seeds"], inputs["keys"]
-    C, H, W = x0.shape[1:]
-    noise = reference.philox(seeds.cpu(), keys.cpu(), (C, H, W), Purpose.TRAINING).to(x0.device)
-    mine, gradients = ours_gradients(ours, inputs)
-    theirs, others = peer.gradients(inputs, noise)
+    batch = ours.batch(0)
+    C, H, W = batch.x0.shape[1:]
+    seeds, keys = batch.seeds.cpu(), batch.keys.cpu()
+    noise = reference.philox(seeds, keys, (C, H, W), Purpose.TRAINING).to(batch.x0.device)
+    mine, gradients = ours_gradients(ours, batch)
+    theirs, others = peer.gradients(batch, noise)
     off = abs(float(mine) / float(theirs) - 1)
     if not off <= LOSS:
         raise AssertionError(f"loss: differs from {name}'s by {off:.3g} of it, not timed")
@@ -115,7 +115,9 @@ def agree(ours: Ours, peer: Peer, name: str) -> None:
 def usual_loss(
     network: Callable[..., Tensor],
     scheduler: Any,
-    inputs: Inputs,
+    x0: Tensor,
+    t: Tensor,
+    labels: Tensor | None,
     noise: Tensor,
     precision: str,
 ) -> Tensor:
@@ -124,14 +126,15 @@ def usual_loss(
     Args:
         network: (x_t, t, labels or None) -> out.
         scheduler: diffusers' DDPMScheduler.
-        inputs: x0, t, and labels if there are any.
-        noise: float32, of x0's shape.
+        x0: images, float32 [B, C, H, W] in [-1, 1].
+        t: timesteps, int64 [B].
+        labels: classes, int64 [B], or None.
+        noise: noise, float32 [B, C, H, W].
         precision: "float32" or "bfloat16", by autocast.
     """
-    x0, t = inputs["x0"], inputs["t"]
     x_t = scheduler.add_noise(x0, noise, t)
     with torch.autocast(x0.device.type, torch.bfloat16, precision == "bfloat16"):
-        out = network(x_t, t, inputs.get("labels"))
+        out = network(x_t, t, labels)
     kind = scheduler.config.prediction_type
     target = {"epsilon": noise, "sample": x0}.get(kind)
     if target is None:
@@ -170,40 +173,42 @@ class Diffusers:
             self.params, lr=config.learning_rate, weight_decay=0.0, fused=True
         )
 
-    def loss(self, inputs: Inputs, noise: Tensor) -> Tensor:
-        """Return the loss of a batch."""
-        return usual_loss(self._network, self.scheduler, inputs, noise, self.config.precision)
+    def loss(self, x0: Tensor, t: Tensor, labels: Tensor | None, noise: Tensor) -> Tensor:
+        """Return the mean loss of a batch."""
+        precision = self.config.precision
+        return usual_loss(self._network, self.scheduler, x0, t, labels, noise, precision)
 
     def _network(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         return self.unet(x_t, t, labels, return_dict=False)[0]
 
-    def gradients(self, inputs: Inputs, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def gradients(self, batch: TrainBatch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch on given noise, and its gradients by name."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(inputs, noise)
+        loss = self.loss(batch.x0, batch.t, batch.labels, noise)
         loss.backward()
         return loss.detach(), _taken(self.unet)
 
     def steps(self, count: int) -> None:
         """Take so many steps on random images."""
         for _ in range(count):
-            inputs = self._inputs()
-            loss = self.loss(inputs, torch.randn_like(inputs["x0"]))
+            x0, t, labels = self._batch()
+            loss = self.loss(x0, t, labels, torch.randn_like(x0))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.params, self.config.grad_clip)
             self.optimizer.step()
             self.ema.step(self.params)
 
-    def _inputs(self) -> Inputs:
+    def _batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return images, timesteps and labels, drawn at random."""
         B, T = self.config.batch_size, self.config.num_train_timesteps
         images, labels = self.data.fetch(torch.randint(0, len(self.data), (B,)))
         images = self._send(images).contiguous(memory_format=torch.channels_last)
-        inputs = {"x0": to_float(images), "t": torch.randint(0, T, (B,), device=self.device)}
+        x0, t = to_float(images), torch.randint(0, T, (B,), device=self.device)
         if labels is not None and self.data.num_classes is not None:
             dropped = torch.rand(B) < self.config.label_dropout
-            inputs["labels"] = self._send(torch.where(dropped, self.data.num_classes, labels))
-        return inputs
+            labels = self._send(torch.where(dropped, self.data.num_classes, labels))
+        return x0, t, labels
 
     def _send(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cpu":
@@ -269,10 +274,10 @@ class Lucidrains:
                 images = images.pin_memory().to(self.device, non_blocking=True)
             yield images.float() / 255
 
-    def gradients(self, inputs: Inputs, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def gradients(self, batch: TrainBatch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch on given noise, and its gradients by name."""
         self.diffusion.zero_grad(set_to_none=True)
-        loss = self.diffusion((inputs["x0"] + 1) / 2, times=inputs["t"], noise=noise)
+        loss = self.diffusion((batch.x0 + 1) / 2, times=batch.t, noise=noise)
         loss.backward()
         return loss.detach(), _taken(self.unet)
 
@@ -308,18 +313,15 @@ class OnTheirs:
         self.stepper = TrainStep(config, unet, schedule, compile=cuda, capture=cuda)
         self.draws = Draws(config, len(self.data))
 
-    def draw(self, step: int) -> Inputs:
-        """Return what a step trains on."""
+    def batch(self, step: int) -> TrainBatch:
+        """Return the batch of a step, read now."""
         with Loader(self.data, self.draws, step, self.device, ahead=0) as loader:
-            return self._inputs(loader.next())
+            return loader.next()
 
-    def _inputs(self, batch: Batch) -> Inputs:
-        return {"x0": batch.x0} | {k: v for k, v in batch.extra.items() if k != "drop"}
-
-    def train_step(self, batch: Batch | None = None) -> Tensor:
-        """Take a step."""
-        inputs = self.draw(self.step) if batch is None else self._inputs(batch)
-        loss, _ = self.stepper(inputs, self.step)
+    def train_step(self, batch: TrainBatch | None = None) -> Tensor:
+        """Take a step; its batch is read now by default."""
+        batch = self.batch(self.step) if batch is None else batch
+        loss, _ = self.stepper(batch, self.step)
         self.step += 1
         return loss
 

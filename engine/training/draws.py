@@ -1,14 +1,16 @@
-r"""What a step of training draws: images, mirrorings, timesteps, dropped labels and noise.
+r"""The random choices of a training run: images, flips, timesteps, dropped labels, noise keys.
 
-All of it is a pure function of (seed, step), so that a run can go on anywhere, in any number of
-processes. Image number k of the run, k = step B + i, has the noise key k; its words are
+Each choice is a pure function of the run's seed and of an image's key k = step B + i, its number in
+the run, i being its place in the batch of B. So a run can be resumed anywhere, in any number of
+processes. With word(p, k) the 32 bits of counted noise of purpose p and key k,
 
-    t      = floor(w T 2^-32),     w = word(TIMESTEP, key k)                       uniform
-                                   w = word(TIMESTEP, key step) + i 2^32 / B       low_discrepancy
-    label dropped, image mirrored  where word(LABEL_DROPOUT or FLIP, key k) is small
+    t            = floor(w T 2^-32),  w = word(TIMESTEP, k)                          uniform
+                                      w = word(TIMESTEP, step) + i 2^32 / B mod 2^32 low_discrepancy
+    label drops    where word(LABEL_DROPOUT, k) < label_dropout 2^32
+    image flips    where word(FLIP, k) < 2^31
 
 (low discrepancy: Kingma et al. 2021, appendix I.1: the timesteps of a batch are evenly spread, and
-each is uniform). Every epoch is a permutation of its own.
+each is uniform). The images of an epoch are a permutation of the data, another one each epoch.
 """
 
 from __future__ import annotations
@@ -21,18 +23,19 @@ from flashddpm.host import ints
 from flashddpm.kernels import reference
 from flashddpm.kernels.tables import Purpose
 from flashddpm.training.config import TrainConfig
-from flashddpm.training.loader import Draw
 
 WORD = 2**32
 
 
 class Draws:
-    """``draws(step)`` is what this process trains on in a step.
+    """The random choices of a run: ``keys(step)``, and of keys int64 [B] everything else.
+
+    All tensors are on the CPU, of B rows, one for each key.
 
     Args:
-        config: of the run.
-        count: images of the data.
-        rank, size: the part of every batch, ``rank`` of ``size`` equal ones, that is drawn.
+        config: settings of the run.
+        count: number of images of the data.
+        rank, size: number of this process, and of all; each draws an equal part of every batch.
     """
 
     def __init__(self, config: TrainConfig, count: int, rank: int = 0, size: int = 1) -> None:
@@ -41,41 +44,22 @@ class Draws:
         self.seed = arguments.seed_list(config.seed)[0]
         self._last = (-1, ints([]))
 
-    def __call__(self, step: int) -> Draw:
-        """Return what a step trains on, on the CPU, each [b]:
+    def keys(self, step: int) -> Tensor:
+        """Return the keys of this process's images in a step, int64 [B].
 
-        index of the images int64, which are mirrored bool, and as ``extra``: ``t`` int64, ``seeds``
-        and ``keys`` of the noise int64, ``drop``, whose labels are dropped, bool.
+        Raises:
+            ValueError: the processes cannot have equal parts of a batch.
         """
-        config, B = self.config, self.config.batch_size
-        part = config.part_of(self.size)
-        places = torch.arange(self.rank * part, (self.rank + 1) * part, device="cpu")
-        keys = step * B + places
-        if config.timestep_sampling == "uniform":
-            word = self._words(keys, Purpose.TIMESTEP)
-        else:
-            start = self._words(ints([step]), Purpose.TIMESTEP)
-            word = (start + (places << 32) // B) % WORD
-        # float32, in which torch compares integers with a fraction where no dtype is set.
-        dropout = self._words(keys, Purpose.LABEL_DROPOUT).float()
-        return Draw(
-            index=self._images(keys),
-            flip=(self._words(keys, Purpose.FLIP) < WORD // 2) & config.horizontal_flip,
-            extra={
-                "t": (word * config.num_train_timesteps) >> 32,
-                "seeds": torch.full_like(keys, self.seed),
-                "keys": keys,
-                "drop": dropout < config.label_dropout * WORD,
-            },
-        )
+        part = self.config.part_of(self.size)
+        first = step * self.config.batch_size + self.rank * part
+        return torch.arange(first, first + part, device="cpu")
 
-    def _words(self, keys: Tensor, purpose: Purpose) -> Tensor:
-        """Return 32 bits of counted noise for each key, int64 [B]."""
-        seeds = torch.full_like(keys, self.seed)
-        return reference.philox_words(seeds, keys, purpose, 1)[0][:, 0]
+    def seeds(self, keys: Tensor) -> Tensor:
+        """Return the seed of each image's noise, that of the run, int64 [B]."""
+        return torch.full_like(keys, self.seed)
 
-    def _images(self, keys: Tensor) -> Tensor:
-        """Return the index of each image of the run."""
+    def index(self, keys: Tensor) -> Tensor:
+        """Return the number of each image in the data, int64 [B] in 0..count-1."""
         epochs, places = keys // self.count, keys % self.count
         index = torch.empty_like(keys)
         for epoch in epochs.unique().tolist():
@@ -83,7 +67,33 @@ class Draws:
             index[here] = self._permutation(epoch)[places[here]]
         return index
 
+    def flips(self, keys: Tensor) -> Tensor:
+        """Return which images are mirrored left to right, bool [B]."""
+        return (self._words(keys, Purpose.FLIP) < WORD // 2) & self.config.horizontal_flip
+
+    def timesteps(self, keys: Tensor) -> Tensor:
+        """Return the timestep of each image, int64 [B] in 0..T-1."""
+        config, B = self.config, self.config.batch_size
+        if config.timestep_sampling == "uniform":
+            words = self._words(keys, Purpose.TIMESTEP)
+        else:
+            starts = self._words(keys[:1] // B, Purpose.TIMESTEP)  # all keys are of one step
+            words = (starts + (keys % B << 32) // B) % WORD
+        return (words * config.num_train_timesteps) >> 32
+
+    def label_drops(self, keys: Tensor) -> Tensor:
+        """Return which images lose their label, for classifier-free guidance, bool [B]."""
+        # float32, in which torch compares integers with a fraction where no dtype is set.
+        words = self._words(keys, Purpose.LABEL_DROPOUT).float()
+        return words < self.config.label_dropout * WORD
+
+    def _words(self, keys: Tensor, purpose: Purpose) -> Tensor:
+        """Return 32 bits of counted noise for each key, int64 [B] in 0..2^32-1."""
+        seeds = torch.full_like(keys, self.seed)
+        return reference.philox_words(seeds, keys, purpose, 1)[0][:, 0]
+
     def _permutation(self, epoch: int) -> Tensor:
+        """Return the order of the data in an epoch, int64 [count]."""
         known, order = self._last  # read and set as one: a loader's thread may draw beside us
         if known != epoch:
             seed = (self.config.seed + epoch * 0x9E3779B9) % 2**63

@@ -2,7 +2,8 @@ r"""Exponential moving averages of the weights, several half-lives h (in steps) 
 
     average += (1 - d) (weights - average),    d = min(2^(-1/h), (1 + s) / (10 + s))    at step s
 
-so that the average forgets the random start at once. Which half-life is best is seen after the run.
+The second term of d makes the first averages forget the random start. All half-lives are kept, as
+which one gives the best model is known only after the run.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import torch
 from torch import Tensor
 
 
-class Averages:
-    """The averages of a network's parameters, each as float32 tensors by the parameters' names.
+class Ema:
+    """The averages of a network's weights, one for each half-life.
 
     Args:
-        parameters: by name; read at every `update`.
-        half_lives: in steps.
+        parameters: weights by name, float32; they are read at every `update`.
+        half_lives: half-lives in steps.
+
+    Attributes:
+        weights: for each half-life the averages by the weights' names, float32.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], half_lives: Sequence[int]) -> None:
         self._parameters = list(parameters.values())
-        self.of = {
+        self.weights = {
             half_life: {name: p.detach().clone() for name, p in parameters.items()}
             for half_life in half_lives
         }
@@ -32,20 +36,23 @@ class Averages:
         self._rates = {h: torch.zeros((), dtype=torch.float32, device=device) for h in half_lives}
 
     def set_rates(self, step: int) -> None:
-        """Choose 1 - d for this step."""
+        """Set 1 - d of every average to that of a step."""
         for half_life, rate in self._rates.items():
             rate.fill_(1 - min(2 ** (-1 / half_life), (1 + step) / (10 + step)))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move every average towards the weights."""
-        for half_life, average in self.of.items():
+        """Move every average towards the weights, in place."""
+        for half_life, average in self.weights.items():
             values = list(average.values())
             change = torch._foreach_sub(self._parameters, values)
             torch._foreach_mul_(change, self._rates[half_life])
             torch._foreach_add_(values, change)
 
     def are_finite(self) -> bool:
-        """Return whether every weight always was finite: if one was not, its average stays so."""
-        finite = [v.isfinite().all() for average in self.of.values() for v in average.values()]
-        return bool(torch.stack(finite).all())
+        """Return whether every weight was finite at every update so far.
+
+        An average that met a NaN or an infinity stays NaN or infinite.
+        """
+        averages = [value for average in self.weights.values() for value in average.values()]
+        return bool(torch.stack([value.isfinite().all() for value in averages]).all())

@@ -1,4 +1,4 @@
-"""The network that a run begins with: a new one, or that of a model folder."""
+"""The network that a run starts from: a new one, or that of a model folder."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ from flashddpm.networks.unet import UNet
 from flashddpm.training.config import TrainConfig
 
 
-def first_network(config: TrainConfig, data: ImageSource) -> UNet:
-    """Return the network to train, its weights drawn with the seed or read from ``init``.
+def initial_network(config: TrainConfig, data: ImageSource) -> UNet:
+    """Return the network to train, float32 on the CPU.
+
+    Args:
+        config: settings of the run: its seed draws the weights, unless ``init`` names a model.
+        data: images, whose shape and classes the network must fit.
 
     Raises:
-        ValueError: settings that make no network.
+        ValueError: the settings make no network.
         CheckpointError: ``init`` names no model, or one that does not fit data and settings.
     """
     if config.init:
-        return _given_network(Path(config.init), config, data)
+        return _load_network(Path(config.init), config, data)
     with torch.random.fork_rng(devices=[]), plain_factories():
         torch.default_generator.manual_seed(config.seed)  # torch.manual_seed reseeds CUDA too
         return UNet(config.unet_config(data.shape, data.num_classes))
 
 
-def _given_network(folder: Path, config: TrainConfig, data: ImageSource) -> UNet:
+def _load_network(folder: Path, config: TrainConfig, data: ImageSource) -> UNet:
+    """Return the network of a model folder, checked against the data and the settings."""
     unet = load_unet(folder, torch.device("cpu"), torch.float32)
     if not isinstance(unet, UNet):
         raise CheckpointError(f"{folder}: holds an {type(unet).__name__}; must hold a UNet2DModel")

@@ -1,11 +1,13 @@
-"""The batches of a run, fetched ahead by a thread of its own.
+"""The data loader of a run: a `TrainBatch` for every step, fetched ahead by a thread of its own.
 
-A batch is a pure function of its step: ``draw(step)`` says which images and which are mirrored.
+A batch is a pure function of its step: `Draws` makes the random choices, and this file applies
+them: it reads the images, mirrors some, and drops some labels.
+
 One thread is enough, and no DataLoader of PyTorch's with its processes is needed: NumPy, PyTorch
 and Pillow let other Python threads run while they copy, hash or decode, folders that are decoded
 as they go have decoding threads of their own, and nothing has to be sent between processes.
 
-The thread itself calls nothing of CUDA: a call of another thread's may break the capture of a
+The thread itself calls nothing of CUDA, as a call from another thread may break the capture of a
 graph. So ``next`` pins the bytes, copies them without waiting, and makes them floats on the device.
 """
 
@@ -15,90 +17,95 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from itertools import repeat
 from time import perf_counter
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashddpm import arguments
 from flashddpm.data import ImageSource, to_float
+from flashddpm.training.draws import Draws
 
 
-@dataclass(frozen=True)
-class Draw:
-    """What a step trains on, all on the CPU.
-
-    Attributes:
-        index: int64 [B], numbers of images.
-        flip: bool [B], which of them are mirrored left to right.
-        extra: tensors that go with the batch, as they are.
-    """
-
-    index: Tensor
-    flip: Tensor
-    extra: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A step's images, on the device.
+class TrainBatch(NamedTuple):
+    """What a training step takes: one process's part of a batch, all on one device.
 
     Attributes:
-        x0: float32 [B, C, H, W] in [-1, 1], channels_last.
-        labels: int64 [B], or None.
-        extra: the draw's tensors.
+        x0: images, float32 [B, C, H, W] in [-1, 1], channels_last.
+        t: timestep of each image, int64 [B] in 0..T-1.
+        seeds: seed of each image's noise, int64 [B].
+        keys: key of each image's noise, its number in the run, int64 [B].
+        labels: class of each image, int64 [B] in 0..K-1, or K, the null class, where the label is
+            dropped; None for an unconditional network.
     """
 
     x0: Tensor
+    t: Tensor
+    seeds: Tensor
+    keys: Tensor
     labels: Tensor | None
-    extra: dict[str, Tensor]
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that are there, in the order of the fields."""
+        return [value for value in self if value is not None]
 
-Fetched = tuple[Tensor, Tensor | None, dict[str, Tensor]]
+    def map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
+        """Return the batch of what a function makes of each tensor."""
+        return self._make(None if value is None else function(value) for value in self)
+
+    def chunk(self, parts: int) -> list[TrainBatch]:
+        """Return so many equal parts, views of this batch; ``parts`` must divide B."""
+        columns = [repeat(None) if value is None else value.chunk(parts) for value in self]
+        return [self._make(rows) for rows in zip(*columns, strict=False)]
 
 
 class Loader:
-    """Batches of steps start, start + 1, ...; also a context manager that closes itself.
+    """The batches of steps start, start + 1, ...; a context manager that closes itself.
 
     Args:
-        source: the images.
-        draw: a pure function of the step. With ``ahead`` it is called in the loader's thread,
-            one call at a time and in the order of steps.
-        start: the first step.
-        device: where batches go.
-        ahead: how many batches are fetched while one is trained on; with 0 there is no thread,
-            and ``next`` fetches.
+        source: images and labels.
+        draws: random choices of the run. With ``ahead`` they are made in the loader's thread, one
+            step at a time and in the order of steps.
+        start: first step.
+        device: device that batches are copied to.
+        ahead: number of batches that are fetched while one is trained on; with 0 there is no
+            thread, and ``next`` fetches.
+
+    Attributes:
+        step: step of the batch that ``next`` returns.
+        wait_seconds: time that ``next`` has waited for batches, in all.
 
     Raises:
-        ValueError: ``start`` or ``ahead`` below 0.
+        ValueError: ``start`` or ``ahead`` is below 0.
     """
 
     def __init__(
         self,
         source: ImageSource,
-        draw: Callable[[int], Draw],
+        draws: Draws,
         start: int,
         device: torch.device | str,
         ahead: int = 2,
     ) -> None:
         self.step = arguments.integer("start", start, 0)
         self.wait_seconds = 0.0
-        self._source, self._draw = source, draw
+        self._source, self._draws = source, draws
         self._device = arguments.resolve_device(device)
         self._lock, self._closed = threading.Lock(), False
         self._thread: ThreadPoolExecutor | None = None
-        self._fetching: deque[Future[Fetched]] = deque()
+        self._fetching: deque[Future[TrainBatch]] = deque()
         if arguments.integer("ahead", ahead, 0):
             self._thread = ThreadPoolExecutor(1, "flashddpm-loader")
             for step in range(start, start + ahead):
                 self._fetching.append(self._thread.submit(self._fetch, step))
 
-    def next(self) -> Batch:
+    def next(self) -> TrainBatch:
         """Return the batch of ``step`` and go on to the next; ``wait_seconds`` grows by the wait.
 
-        What ``draw`` or the source raised comes out here, and again at each further call: no step
+        What ``draws`` or the source raised comes out here, and again at each further call: no step
         is left out.
 
         Raises:
@@ -107,16 +114,13 @@ class Loader:
         self._check_open()
         began = perf_counter()
         try:
-            images, labels, extra = self._wait()
+            batch = self._wait()
         finally:
             self.wait_seconds += perf_counter() - began
         self.step += 1
-        x0 = self._send(images).contiguous(memory_format=torch.channels_last)
-        return Batch(
-            to_float(x0),
-            None if labels is None else self._send(labels),
-            {name: self._send(value) for name, value in extra.items()},
-        )
+        batch = batch.map(self._send)
+        pixels = batch.x0.contiguous(memory_format=torch.channels_last)
+        return batch._replace(x0=to_float(pixels))
 
     def close(self) -> None:
         """Drop what is fetched ahead, without waiting for a fetch that has begun."""
@@ -141,7 +145,8 @@ class Loader:
         if self._closed:
             raise RuntimeError("loader: is closed; make another")
 
-    def _wait(self) -> Fetched:
+    def _wait(self) -> TrainBatch:
+        """Return what was fetched for ``step``; the thread gets another step to fetch."""
         if self._thread is None:
             return self._fetch(self.step)
         with self._lock:
@@ -159,16 +164,22 @@ class Loader:
             self._fetching.popleft()
         return fetched
 
-    def _fetch(self, step: int) -> Fetched:
-        """Return a step's images uint8 [B, C, H, W], labels and extra tensors, on the CPU."""
-        draw = self._draw(step)
-        B = len(draw.index)
-        if draw.flip.dtype is not torch.bool or draw.flip.shape != (B,):
-            raise ValueError(f"flip: {draw.flip.dtype} {list(draw.flip.shape)}; must be bool [{B}]")
-        images, labels = self._source.fetch(draw.index)
-        if draw.flip.any():
-            images = torch.where(draw.flip[:, None, None, None], images.flip(-1), images)
-        return images, labels, draw.extra
+    def _fetch(self, step: int) -> TrainBatch:
+        """Return a step's batch on the CPU, x0 still as pixels, uint8 [B, C, H, W]."""
+        draws = self._draws
+        keys = draws.keys(step)
+        flip, B = draws.flips(keys), len(keys)
+        if flip.dtype is not torch.bool or flip.shape != (B,):
+            raise ValueError(f"flip: {flip.dtype} {list(flip.shape)}; must be bool [{B}]")
+        images, labels = self._source.fetch(draws.index(keys))
+        if flip.any():
+            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        null_class = self._source.num_classes
+        if null_class is None or labels is None:
+            labels = None
+        else:
+            labels = labels.masked_fill(draws.label_drops(keys), null_class)
+        return TrainBatch(images, draws.timesteps(keys), draws.seeds(keys), keys, labels)
 
     def _send(self, tensor: Tensor) -> Tensor:
         """Copy to the device; on CUDA without waiting, from pinned memory."""

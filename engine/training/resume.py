@@ -1,7 +1,7 @@
-"""The states of a run, to go on from: OUT/states/STEP.safetensors, the newest few of them.
+"""The states that a run can be resumed from: OUT/states/STEP.safetensors, the newest few of them.
 
-A state holds weights, averages and the optimizer's moments; its metadata the step, the settings,
-the fingerprint of the data, and the machine, on which the last bits of what follows depend.
+A state holds weights, averages and the optimizer's moments. Its metadata hold the step, the
+settings, the fingerprint of the data, and the machine, on which the last bits of a step depend.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ FOLDER = "states"
 
 @dataclass(frozen=True)
 class State:
-    """A moment of a run.
+    """Everything that the rest of a run depends on.
 
     Attributes:
-        step: the steps taken.
-        tensors: by name; "model.", "ema-H.", "exp_avg." or "exp_avg_sq." and a parameter's.
-        config: the settings that the run had, `TrainConfig.to_dict`.
-        data: the fingerprint of its data.
-        machine: what its last bits depend on besides.
+        step: number of steps that the run has taken.
+        tensors: float32 tensors; the name of each is "model.", "ema-H.", "exp_avg." or
+            "exp_avg_sq.", then the parameter's name.
+        config: settings that the run had, as `TrainConfig.to_dict` returns them.
+        data: fingerprint of the data.
+        machine: what else the last bits of a step depend on, as `machine` returns it.
     """
 
     step: int
@@ -48,7 +49,7 @@ class State:
 
 
 def machine(device: torch.device, compiled: bool, processes: int) -> dict[str, Any]:
-    """Return what the bits of a step depend on besides the settings."""
+    """Return what the last bits of a step depend on besides settings and data."""
     where: dict[str, Any] = {"device": device.type, "torch": torch.__version__}
     if device.type == "cuda":
         where["card"] = torch.cuda.get_device_name(device)
@@ -61,12 +62,16 @@ def machine(device: torch.device, compiled: bool, processes: int) -> dict[str, A
 
 
 def states(out: Path) -> list[Path]:
-    """Return a run's states, the newest first."""
+    """Return the files of a run's states, the newest first."""
     return sorted((out / FOLDER).glob("[0-9]*.safetensors"), reverse=True)
 
 
 def write(out: Path, state: State, keep: int) -> None:
-    """Write a state, then remove all but the newest ``keep``; a kill at any moment costs none."""
+    """Write a state, then remove all but the newest ``keep``; a kill at any moment loses none.
+
+    Raises:
+        OSError: the state could not be written; those before it are kept.
+    """
     metadata = {
         "step": str(state.step),
         "config": json.dumps(state.config),
@@ -84,10 +89,10 @@ def write(out: Path, state: State, keep: int) -> None:
 
 
 def read_newest(out: Path) -> State:
-    """Return the newest state that can be read; one that cannot is named in the log.
+    """Return the newest state that can be read; the log names those that cannot.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no state, or none that can be read.
     """
     found = states(out)
     if not found:
@@ -104,10 +109,10 @@ def read_newest(out: Path) -> State:
 
 
 def read(path: Path) -> State:
-    """Return a state.
+    """Return the state in a file.
 
     Raises:
-        CheckpointError: the file is missing, broken or no run's.
+        CheckpointError: the file is missing or broken, or holds no state of a run.
     """
     tensors = read_tensors(path)
     with safetensors.safe_open(path, "pt") as file:
@@ -121,15 +126,17 @@ def read(path: Path) -> State:
 
 
 def check_settings(state: State, config: TrainConfig, data: str, allow: Sequence[str] = ()) -> None:
-    """Refuse to go on with other settings or data than those that the run was started with.
+    """Refuse to resume with other settings or data than those that the run was started with.
 
     Args:
-        state: what to go on from. A setting that is younger than the run was at its default then.
-        config, data: of now.
-        allow: settings that may differ, besides MAY_CHANGE; "data" for the data.
+        state: state to resume from. A setting that it does not name, as the version that wrote it
+            did not have it, was at its default.
+        config: settings to resume with.
+        data: fingerprint of the data to resume with.
+        allow: names of settings that may differ, besides MAY_CHANGE; "data" for the data.
 
     Raises:
-        ValueError: something else differs; all of it is listed.
+        ValueError: something else differs; the message lists all of it.
     """
     given = config.to_dict()
     for name in allow:
@@ -150,8 +157,22 @@ def check_settings(state: State, config: TrainConfig, data: str, allow: Sequence
         )
 
 
+def check_tensors(out: Path, state: State, expected: Mapping[str, Tensor]) -> None:
+    """Refuse a state whose tensors have other names or shapes than those of the run in ``out``.
+
+    Raises:
+        CheckpointError: they have; the message names some.
+    """
+    found = {name: tensor.shape for name, tensor in state.tensors.items()}
+    names = {*found, *expected}
+    wrong = sorted(n for n in names if n not in expected or found.get(n) != expected[n].shape)
+    if wrong:
+        differ = ", ".join(wrong[:5])
+        raise CheckpointError(f"{out / FOLDER}: is of another network: {differ} differ")
+
+
 def report_machine(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Say in the log where this machine differs from the one that a state is from."""
+    """Warn in the log where this machine differs from the one that wrote a state."""
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     if names:
         changes = ", ".join(f"{n}={there.get(n)!r} there, {here.get(n)!r} now" for n in names)

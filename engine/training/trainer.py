@@ -1,10 +1,13 @@
-r"""Training: a run, from its data to a folder that is a model.
+"""A training run, from images to a model folder.
 
-A step (``train_step.py``) is a pure function of weights, moments, averages, seed and number, so a
-resumed run goes on exactly where it stopped, whatever stopped it.
+An image goes from its source (`flashddpm.data`) through the `Loader`, which draws its noise key and
+timestep, into a `TrainBatch`; `TrainStep` updates the weights with it, and `Ema` their averages.
 
-OUT is a model folder in diffusers' layout with the weights averaged over the first half-life;
-ema-H/ is one with those of half-life H. Beside them stand states/ (what to go on from),
+A step is a pure function of weights, moments, averages, seed and the step's number, so a resumed
+run continues exactly where it stopped, whatever stopped it.
+
+OUT is a model folder in diffusers' layout with the weights averaged over the first half-life, and
+OUT/ema-H one with those of half-life H. Beside them are states/ (what a run is resumed from),
 ``train_config.json``, ``metrics.jsonl`` and ``loss.png``.
 """
 
@@ -19,7 +22,6 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from flashddpm import arguments
@@ -28,8 +30,8 @@ from flashddpm.data import ImageSource
 from flashddpm.diffusion.schedule import NoiseSchedule
 from flashddpm.diffusion.scheduler_config import SamplingDefaults
 from flashddpm.distributed import World
-from flashddpm.errors import CheckpointError, DivergedError
-from flashddpm.host import ints, isolated
+from flashddpm.errors import DivergedError
+from flashddpm.host import isolated
 from flashddpm.io.files import write_json
 from flashddpm.io.images import save_grid
 from flashddpm.networks.conditioning import Conditioning
@@ -38,36 +40,38 @@ from flashddpm.sampling.sampler import Sampler
 from flashddpm.training import resume
 from flashddpm.training.config import TrainConfig
 from flashddpm.training.draws import Draws
-from flashddpm.training.initial_network import first_network
+from flashddpm.training.initial_network import initial_network
 from flashddpm.training.interrupts import held_signals
-from flashddpm.training.loader import Batch, Loader
+from flashddpm.training.loader import Loader, TrainBatch
 from flashddpm.training.progress import Progress, plot_loss
 from flashddpm.training.resume import State
-from flashddpm.training.step import Inputs, TrainStep
+from flashddpm.training.step import TrainStep
 
 log = logging.getLogger("flashddpm")
 
 AHEAD = 4
-"""Batches that are fetched before they are wanted."""
+"""Number of batches that are fetched ahead."""
 NEVER = 2**62
-"""The step that was not finite, of a run in which all were."""
+"""First step that was not finite, in a run whose steps were all finite."""
 
 
 class Trainer:
-    """A run: its network, averaged weights, optimizer and position.
+    """A training run: its network, averaged weights, optimizer and position.
 
     Args:
-        config: the run's settings.
-        data: images and labels; with labels, the network is class-conditional and has one more
-            class, the null class, that labels are dropped to.
-        out: the run's folder.
+        config: settings of the run.
+        data: images and labels. With labels the network is class-conditional and has one more
+            class, the null class, which dropped labels are replaced by.
+        out: folder of the run.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        compile: whether the network is compiled: True, False, or "auto": on CUDA.
-        world: the processes that train, of which each takes an equal part of every batch and the
-            first writes.
+        compile: whether the network is compiled: True, False, or "auto", which is True on CUDA.
+        world: processes that train; each takes an equal part of every batch, and the first writes.
+
+    Attributes:
+        step: number of steps that the run has taken.
 
     Raises:
-        ValueError: settings or a device that cannot be used.
+        ValueError: the settings or the device cannot be used.
         CheckpointError: ``init`` names no model, or one that does not fit data and settings.
     """
 
@@ -90,7 +94,7 @@ class Trainer:
             raise ValueError(f"compile={compile!r}: must be True, False or 'auto'")
         self.compiled = cuda if compile == "auto" else bool(compile)
         self.schedule = NoiseSchedule.create(config.beta_schedule, config.num_train_timesteps)
-        unet = first_network(config, data)
+        unet = initial_network(config, data)
         unet.checkpoint_activations = config.checkpoint_activations
         self.unet = unet.to(self.device).to(memory_format=torch.channels_last).train()
         alone = self.world.size == 1
@@ -104,58 +108,49 @@ class Trainer:
         )
         self.draws = Draws(config, len(data), self.world.rank, self.world.size)
         self.step = 0
-        self._bad = torch.full((), NEVER, dtype=torch.int64, device=self.device)
+        self._first_bad = torch.full((), NEVER, dtype=torch.int64, device=self.device)
 
     @property
     def conditioning(self) -> Conditioning:
-        """The labels that the model takes; the null class only if it is trained."""
+        """Labels that the model takes; the null class only if labels are dropped in training."""
         classes = self.data.num_classes
         null = classes if self.config.label_dropout else None
         return Conditioning(classes, null, self.data.class_names)
 
-    def inputs(self, batch: Batch) -> Inputs:
-        """Return what a step takes: images, labels (some dropped), timesteps, seeds and keys."""
-        extra, labels = dict(batch.extra), {}
-        drop = extra.pop("drop")
-        if batch.labels is not None and self.data.num_classes is not None:
-            null = torch.full_like(batch.labels, self.data.num_classes)
-            labels["labels"] = torch.where(drop, null, batch.labels)
-        return {"x0": batch.x0, **labels, **extra}
-
     @isolated(grad=True)
-    def draw(self, step: int) -> Inputs:
-        """Return what a step trains on, read now."""
+    def batch(self, step: int) -> TrainBatch:
+        """Return the batch of a step, read from the data now."""
         with self._loader(step, ahead=0) as loader:
-            return self.inputs(loader.next())
+            return loader.next()
 
     def _loader(self, start: int, ahead: int = AHEAD) -> Loader:
         return Loader(self.data, self.draws, start, self.device, ahead)
 
     @isolated(grad=True)
-    def train_step(self, batch: Batch | None = None) -> Tensor:
-        """Take one step and return its loss, a scalar on the device.
+    def train_step(self, batch: TrainBatch | None = None) -> Tensor:
+        """Take one step and return its mean loss, a float32 scalar on the device.
 
         Args:
-            batch: what the loader has for this step; read now by default.
+            batch: batch of this step; by default it is read now.
         """
-        inputs = self.draw(self.step) if batch is None else self.inputs(batch)
-        loss, norm = self.stepper(inputs, self.step)
-        fine = loss.isfinite() & norm.isfinite()
-        self._bad = torch.where(fine, self._bad, self._bad.clamp(max=self.step + 1))
+        batch = self.batch(self.step) if batch is None else batch
+        loss, norm = self.stepper(batch, self.step)
+        finite, first = loss.isfinite() & norm.isfinite(), self._first_bad
+        self._first_bad = torch.where(finite, first, first.clamp(max=self.step + 1))
         self.step += 1
         return loss.clone()
 
     @isolated(grad=True)
     def averaged_unet(self, half_life: int | None = None) -> UNet:
-        """Return a U-Net with averaged weights, in evaluation mode.
+        """Return a copy of the network with averaged weights, in evaluation mode.
 
         Args:
-            half_life: which average; the first by default.
+            half_life: half-life of the average in steps; by default the first of the settings'.
 
         Raises:
-            ValueError: the run has no such average.
+            ValueError: the run has no average of this half-life.
         """
-        averages = self.stepper.averages.of
+        averages = self.stepper.ema.weights
         chosen = next(iter(averages)) if half_life is None else half_life
         if chosen not in averages:
             raise ValueError(f"half_life={half_life!r}: must be one of {[*averages]}")
@@ -166,25 +161,25 @@ class Trainer:
 
     @isolated(grad=True)
     def check_finite(self) -> None:
-        """Refuse to go on if anything was not finite so far.
+        """Refuse to go on if a loss, a gradient or a weight was not finite so far.
 
         Raises:
-            DivergedError: a loss, a gradient or a weight was not; it names the first such step,
-                or the last one if only the weights tell.
+            DivergedError: one was not; the error names the first step whose loss or gradient was
+                not finite, or the last step if only weights were not.
         """
-        bad = int(self._bad)
-        if bad != NEVER or not self.stepper.averages.are_finite():
+        bad = int(self._first_bad)
+        if bad != NEVER or not self.stepper.ema.are_finite():
             raise DivergedError(bad if bad != NEVER else self.step)
 
     @isolated(grad=True)
     def save(self) -> None:
-        """Write the run, in the first process: models first, then the state to go on from.
+        """Write the run's models, then the state to resume from; the first process writes.
 
-        Every file is written whole or not at all, and older states go only after that.
+        Every file is written whole or not at all, and older states are removed only after that.
 
         Raises:
-            DivergedError: something was not finite; nothing is written.
-            OSError: the disk is full, say; the states before this one are kept.
+            DivergedError: a loss, a gradient or a weight was not finite; nothing is written.
+            OSError: a file could not be written, as on a full disk; older states are kept.
         """
         self.check_finite()
         if self.world.rank:
@@ -202,6 +197,7 @@ class Trainer:
             ) from error
 
     def _save_models(self) -> None:
+        """Write a model folder for each half-life."""
         for number, half_life in enumerate(self.config.ema_half_lives):
             unet = self.averaged_unet(half_life)
             folder = self.out / f"ema-{half_life}" if number else self.out
@@ -210,7 +206,7 @@ class Trainer:
 
     @isolated(grad=True)
     def state(self) -> State:
-        """Return a copy of everything that the run's future depends on, on the CPU."""
+        """Return a copy, on the CPU, of everything that the rest of the run depends on."""
         tensors = self.stepper.tensors()
         copies = {key: value.to("cpu", copy=True).contiguous() for key, value in tensors.items()}
         return State(
@@ -222,44 +218,39 @@ class Trainer:
 
     @isolated(grad=True)
     def resume(self, allow: Sequence[str] = ()) -> None:
-        """Go on from the newest state in the run's folder that can be read.
+        """Continue from the newest state in the run's folder that can be read.
 
         Where the machine, the libraries or the number of processes differ, the log says so: the
         data, noise and schedule are the same, the last bits of sums may not be.
 
         Args:
-            allow: settings that may differ from the run's, besides those that always may.
+            allow: names of settings that may differ from the run's, besides those that always may.
 
         Raises:
-            CheckpointError: no state there, only broken ones, or one of another network.
-            ValueError: the run was started with other settings or data; each is named.
+            CheckpointError: there is no state, none that can be read, or one of another network.
+            ValueError: the run was started with other settings or data; the message names each.
         """
         state = resume.read_newest(self.out)
-        where = self.out / resume.FOLDER
-        expected = self.stepper.tensors()
-        wrong = sorted(
-            key
-            for key in expected.keys() | state.tensors.keys()
-            if key not in expected
-            or key not in state.tensors
-            or state.tensors[key].shape != expected[key].shape
-        )
         resume.check_settings(state, self.config, self.data.fingerprint(), allow)
-        if wrong:
-            raise CheckpointError(f"{where}: is of another network: {', '.join(wrong[:5])} differ")
+        resume.check_tensors(self.out, state, self.stepper.tensors())
         resume.report_machine(state.machine, self._machine())
         self.load(state)
 
     @isolated(grad=True)
     def load(self, state: State) -> None:
-        """Take over a state whose tensors fit."""
+        """Continue from a state whose tensors have the run's names and shapes."""
         self.step = state.step
-        self._bad.fill_(NEVER)
+        self._first_bad.fill_(NEVER)
         self.stepper.load(state.tensors, state.step)
 
     @isolated(grad=True)
     def save_samples(self, count: int = 20, num_steps: int = 25) -> None:
-        """Write samples/STEP.png: a grid drawn by the averaged weights, from seeds 0, 1, ..."""
+        """Write OUT/samples/STEP.png, a grid of images of the averaged weights by DDIM.
+
+        Args:
+            count: number of images, of seeds 0 to count-1, their labels the classes in turn.
+            num_steps: number of solver steps.
+        """
         classes = self.data.num_classes
         sampler = Sampler(
             self.averaged_unet(),
@@ -280,11 +271,15 @@ class Trainer:
 
     @isolated(grad=True)
     def run(self, progress: bool = True, log_every: int = 50) -> None:
-        """Train to ``config.steps``, saving on the way, at the end and on Ctrl-C or SIGTERM.
+        """Train until ``config.steps``, saving on the way, at the end and on Ctrl-C or SIGTERM.
 
-        The device is waited for every ``log_every`` steps, and to save and to draw samples.
+        Args:
+            progress: whether the first process shows a progress bar.
+            log_every: number of steps between lines of the log. The host waits for the device to
+                write one, to save and to draw samples, and never else.
 
         Raises:
+            ValueError: ``log_every`` is below 1.
             DivergedError: a loss, a gradient or a weight turned NaN or infinite; the last save is
                 untouched.
             OSError: a save failed; the one before is kept.
@@ -296,7 +291,7 @@ class Trainer:
         with held_signals() as signals, self._loader(self.step) as loader:
             try:
                 self._train(loader, line, signals, log_every)
-                self._agree()
+                self.world.minimum_(self._first_bad)
                 self.save()
             except DivergedError:
                 raise
@@ -311,10 +306,10 @@ class Trainer:
                 log.info("%s: stopped after step %d of %d, saved", name, self.step, config.steps)
 
     def _train(self, loader: Loader, line: Progress, signals: list[int], log_every: int) -> None:
-        """Take steps, with what is due after each, to the last one or a signal."""
+        """Take steps, and log, save and sample when due, until the last step or a signal."""
         config, first = self.config, self.world.rank == 0
         total, count = torch.zeros((), dtype=torch.float32, device=self.device), 0
-        while self.step < config.steps and not self._anyone(bool(signals)):
+        while self.step < config.steps and not self.world.any(bool(signals)):
             total += self.train_step(loader.next())
             count += 1
             line.advance()
@@ -323,10 +318,10 @@ class Trainer:
             save = self.step % config.save_every == 0 and not done
             sample = bool(config.sample_every) and self.step % config.sample_every == 0
             if report or save or sample:
-                self._agree()
+                self.world.minimum_(self._first_bad)
                 self.check_finite()
             if report:
-                mean = self._mean(total) / count
+                mean = self.world.mean(total) / count
                 if not math.isfinite(mean):
                     raise DivergedError(self.step)
                 if first:
@@ -337,23 +332,3 @@ class Trainer:
                 self.save()
             if sample and first:
                 self.save_samples()
-
-    def _anyone(self, value: bool) -> bool:
-        """Return whether it is so in any process."""
-        if self.world.size == 1:
-            return value
-        flag = ints(int(value))  # on the CPU, over gloo: no GPU is waited for
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
-
-    def _agree(self) -> None:
-        """Tell every process of a step that was not finite in one."""
-        if self.world.size > 1:
-            dist.all_reduce(self._bad, dist.ReduceOp.MIN)
-
-    def _mean(self, value: Tensor) -> float:
-        """Return the mean over the processes."""
-        if self.world.size > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-        return float(value) / self.world.size

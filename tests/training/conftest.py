@@ -52,7 +52,7 @@ class Training:
         found = {"step": torch.tensor(trainer.step)}
         for name, p in trainer.stepper.params.items():
             found[f"model.{name}"] = p.detach()
-            for half_life, average in trainer.stepper.averages.of.items():
+            for half_life, average in trainer.stepper.ema.weights.items():
                 found[f"ema-{half_life}.{name}"] = average[name]
             for key, value in trainer.stepper.optimizer.state[p].items():
                 found[f"{key}.{name}"] = value

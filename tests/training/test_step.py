@@ -13,6 +13,7 @@ from flashddpm.diffusion.parameterization import LEARNED_VARIANCES, PREDICTION_T
 from flashddpm.kernels import reference
 from flashddpm.kernels.tables import LOSSES
 from flashddpm.networks.unet import UNet
+from flashddpm.training.loader import TrainBatch
 from flashddpm.training.trainer import Trainer
 
 WEIGHTS_OF_X0_ERROR: dict[str, tuple[dict[str, Any], Any]] = {
@@ -27,8 +28,8 @@ WEIGHTS_OF_X0_ERROR: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 
-def noise(inputs: dict[str, Tensor]) -> Tensor:
-    return kernels.philox(inputs["seeds"], inputs["keys"], (1, 8, 8), kernels.Purpose.TRAINING)
+def noise(batch: TrainBatch) -> Tensor:
+    return kernels.philox(batch.seeds, batch.keys, (1, 8, 8), kernels.Purpose.TRAINING)
 
 
 def gradients(trainer: Trainer) -> Tensor:
@@ -48,9 +49,9 @@ def test_the_first_loss_is_the_weighted_penalty_of_the_target(
     settings, of_x0 = WEIGHTS_OF_X0_ERROR.get(name, ({}, None))
     settings = settings | ({"huber_delta": 0.5} if loss == "huber" else {})
     run = training.trainer(tmp_path, prediction_type=prediction_type, loss=loss, **settings)
-    inputs = run.draw(0)
-    x0, eps = inputs["x0"].double(), noise(inputs).double()
-    abar = torch.from_numpy(run.schedule.alphas_cumprod)[inputs["t"]].reshape(-1, 1, 1, 1)
+    batch = run.batch(0)
+    x0, eps = batch.x0.double(), noise(batch).double()
+    abar = torch.from_numpy(run.schedule.alphas_cumprod)[batch.t].reshape(-1, 1, 1, 1)
     a, b = abar.sqrt(), (1 - abar).sqrt()
     target = {"epsilon": eps, "sample": x0, "v_prediction": a * eps - b * x0}
     snr = abar / (1 - abar)
@@ -92,12 +93,12 @@ def test_a_learned_variance_has_the_hybrid_loss(tmp_path, training, variance_typ
     weighting = {"loss_weighting": "min_snr", "min_snr_gamma": 3.0}
     run = training.trainer(tmp_path, **kind, **weighting, grad_clip=0.0)
     assert run.unet.config.out_channels == 2
-    inputs = run.draw(0)
+    batch = run.batch(0)
     rows = hybrid_rows(run.schedule, prediction_type, variance_type, "min_snr", 3.0)
     out = torch.zeros(4, 2, 8, 8, requires_grad=True)  # of the untrained network
-    draws = (inputs["t"], inputs["seeds"], inputs["keys"])
+    draws = (batch.t, batch.seeds, batch.keys)
     table = torch.tensor(rows, dtype=torch.float32)
-    expected = reference.hybrid_loss(out, inputs["x0"], *draws, table).mean()
+    expected = reference.hybrid_loss(out, batch.x0, *draws, table).mean()
     expected.backward()
     assert float(run.train_step()) == pytest.approx(float(expected.detach()), rel=1e-6)
     bias = run.stepper.params["conv_out.bias"].grad
@@ -114,10 +115,10 @@ def test_a_step_is_adamw_on_the_mean_loss(tmp_path, training):
     run.train_step()  # some weights start at 0, where all gradients before them vanish
     twin = UNet(run.unet.config)
     twin.load_state_dict(run.unet.state_dict())
-    inputs = run.draw(1)
-    x0, t, eps = inputs["x0"], inputs["t"], noise(inputs)
+    batch = run.batch(1)
+    x0, t, eps = batch.x0, batch.t, noise(batch)
     abar = torch.from_numpy(run.schedule.alphas_cumprod)[t].reshape(-1, 1, 1, 1)
-    out = twin((abar.sqrt() * x0 + (1 - abar).sqrt() * eps).float(), t, inputs["labels"])
+    out = twin((abar.sqrt() * x0 + (1 - abar).sqrt() * eps).float(), t, batch.labels)
     (out - eps).square().mean().backward()
     before = training.state(run)
     run.train_step()
@@ -143,7 +144,7 @@ def test_the_learning_rate_of_each_step(tmp_path, training):
 def test_gradients_are_clipped_to_a_norm(tmp_path, training):
     def one(clip: float) -> tuple[Tensor, Tensor]:
         run = training.trainer(tmp_path, grad_clip=clip)
-        norm = run.stepper(run.draw(0), 0)[1]
+        norm = run.stepper(run.batch(0), 0)[1]
         return gradients(run), norm
 
     (free, norm), (loose, _), (tight, same) = one(0.0), one(1e6), one(0.01)
@@ -191,7 +192,7 @@ def saved_bytes(run: Trainer) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = run.stepper.loss(run.draw(0))
+        loss = run.stepper.loss(run.batch(0))
     del loss
     return sum(held.values())
 

@@ -25,7 +25,7 @@ class Captured:
         self.replays += 1
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("flashddpm.training.config.TrainConfig.learning_rate_at", None)
-            patch.setattr("flashddpm.training.ema.Averages.set_rates", None)
+            patch.setattr("flashddpm.training.ema.Ema.set_rates", None)
             return self.step()
 
 
@@ -63,28 +63,32 @@ def test_captured_steps_are_the_steps(tmp_path, training, capturing):
     assert captured.stepper.whole
 
 
-def test_inputs_are_copied_to_where_the_graph_reads_them(capturing):
+def test_a_batch_is_copied_to_where_the_graph_reads_it(capturing):
     run = capturing()
     places: dict[str, int] = {}
     for step in range(6):
-        inputs = run.draw(step)
-        run.stepper(inputs, step)
+        batch = run.batch(step)
+        run.stepper(batch, step)
+        if step < WARM_UPS:
+            assert run.stepper._buffers is None
+            continue
+        inside, given = run.stepper._buffers._asdict(), batch._asdict()
+        assert inside.keys() == given.keys() == {"x0", "t", "seeds", "keys", "labels"}
         if step > WARM_UPS:
-            inside = run.stepper._inputs
             assert {name: v.data_ptr() for name, v in inside.items()} == places
-            assert all(torch.equal(value, inputs[name]) for name, value in inside.items())
-            assert all(value is not inputs[name] for name, value in inside.items())
-        places = {name: v.data_ptr() for name, v in run.stepper._inputs.items()}
+            assert all(torch.equal(value, given[name]) for name, value in inside.items())
+            assert all(value is not given[name] for name, value in inside.items())
+        places = {name: v.data_ptr() for name, v in inside.items()}
     assert len(Captured.made) == 1
 
 
 def test_another_shape_is_captured_anew(tmp_path, training, capturing):
     plain, run = training.trainer(tmp_path), capturing()
     for step in range(8):
-        inputs = run.draw(step)
+        batch = run.batch(step)
         if step == 6:
-            inputs = {name: value[:2] for name, value in inputs.items()}
-        assert torch.equal(run.stepper(inputs, step), plain.stepper(inputs, step))
+            batch = batch.map(lambda value: value[:2])
+        assert torch.equal(run.stepper(batch, step), plain.stepper(batch, step))
     training.assert_same(run, training.state(plain) | {"step": torch.tensor(0)})
     assert len(Captured.made) == 3
 

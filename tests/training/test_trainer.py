@@ -41,7 +41,7 @@ def test_the_loss_falls_on_two_images(tmp_path, training, prediction_type):
 
 def test_the_averages_are_of_the_weights(tmp_path, training):
     run = training.trainer(tmp_path)
-    averages = run.stepper.averages.of
+    averages = run.stepper.ema.weights
     expected = {h: {n: p.detach().double() for n, p in run.stepper.params.items()} for h in (3, 20)}
     for step in range(3):
         run.train_step()
@@ -58,7 +58,7 @@ def test_the_averaged_unet_is_a_copy(tmp_path, training):
     run.step = 10**6  # where averages of different half-lives go different ways
     run.train_step()
     for half_life, chosen in ((None, 3), (3, 3), (20, 20)):
-        unet, average = run.averaged_unet(half_life), run.stepper.averages.of[chosen]
+        unet, average = run.averaged_unet(half_life), run.stepper.ema.weights[chosen]
         assert not unet.training and not any(p.requires_grad for p in unet.parameters())
         assert run.unet.training and all(p.requires_grad for p in run.stepper.params.values())
         before = {name: value.clone() for name, value in average.items()}
@@ -76,7 +76,7 @@ def test_training_leaves_global_generators_alone(tmp_path, training):
     run = training.trainer(tmp_path)
     run.train_step()
     run.save()
-    run.draw(0)
+    run.batch(0)
     run.save_samples(2, 2)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -96,16 +96,17 @@ def test_a_step_trains_on_what_was_drawn(tmp_path, training):
     pixels = torch.arange(256, dtype=torch.uint8).reshape(4, 1, 8, 8)
     data = ImageData(pixels, torch.arange(4), 4)
     run = training.trainer(tmp_path, data, horizontal_flip=True, label_dropout=0.5, batch_size=16)
-    inputs, draw = run.draw(3), run.draws(3)
-    assert draw.flip.any() and not draw.flip.all() and draw.extra["drop"].any()
-    images = pixels[draw.index].float() / 127.5 - 1
-    images = torch.where(draw.flip[:, None, None, None], images.flip(-1), images)
-    assert torch.equal(inputs["x0"], images)
-    assert inputs["x0"].is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(inputs["labels"], torch.where(draw.extra["drop"], 4, draw.index))
-    for name in ("t", "seeds", "keys"):
-        assert torch.equal(inputs[name], draw.extra[name])
-    assert "labels" not in training.trainer(tmp_path, training.PLAIN).draw(0)
+    batch, keys = run.batch(3), run.draws.keys(3)
+    index, flip, drop = (f(keys) for f in (run.draws.index, run.draws.flips, run.draws.label_drops))
+    assert flip.any() and not flip.all() and drop.any()
+    images = pixels[index].float() / 127.5 - 1
+    images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+    assert torch.equal(batch.x0, images)
+    assert batch.x0.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch.labels, torch.where(drop, 4, index))
+    assert torch.equal(batch.t, run.draws.timesteps(keys)) and torch.equal(batch.keys, keys)
+    assert torch.equal(batch.seeds, run.draws.seeds(keys))
+    assert training.trainer(tmp_path, training.PLAIN).batch(0).labels is None
 
 
 def test_the_network_is_in_training_mode_and_channels_last(tmp_path, training):
@@ -222,13 +223,13 @@ def test_an_error_in_a_step_leaves_a_run_to_resume(tmp_path, training, monkeypat
 def test_an_error_between_weights_and_averages_saves_neither(tmp_path, training, whole):
     """No memory for the average's update, say: the weights of a step without its averages."""
     run = training.trainer(tmp_path, save_every=2)
-    update, n = run.stepper.averages.update, []
+    update, n = run.stepper.ema.update, []
 
     def failing():
         n.append(0)
         return update() if len(n) < 4 else 1 / 0
 
-    run.stepper.averages.update = failing
+    run.stepper.ema.update = failing
     with pytest.raises(ZeroDivisionError):
         training.run(run)
     rest = training.resumed(tmp_path)
@@ -367,7 +368,7 @@ def test_the_folders_are_models_for_us_and_for_diffusers(tmp_path, training, lab
     for folder, half_life in ((tmp_path, 3), (tmp_path / "ema-20", 20)):
         ours = load_unet(folder, torch.device("cpu"), torch.float32)
         for name, p in ours.named_parameters():
-            assert torch.equal(p, run.stepper.averages.of[half_life][name])
+            assert torch.equal(p, run.stepper.ema.weights[half_life][name])
         assert load_conditioning(folder, ours.config) == Conditioning(classes, classes)
         assert ours.config.num_class_embeds == (3 if labels else None)
         theirs = diffusers.UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
@@ -408,7 +409,7 @@ def test_a_run_from_a_model(tmp_path, training, whole):
     given = load_unet(whole[0], torch.device("cpu"), torch.float32)
     for name, p in given.named_parameters():
         assert torch.equal(run.stepper.params[name], p) and run.stepper.params[name].requires_grad
-        assert torch.equal(run.stepper.averages.of[20][name], p)
+        assert torch.equal(run.stepper.ema.weights[20][name], p)
     training.run(run)
     again = Trainer(config, data, tmp_path, "cpu")
     again.resume()

@@ -61,14 +61,16 @@ def inside(function: Callable[..., Any], *args: Any) -> Any:
 def draw(stage: Any) -> Result:
     """What a step sees: so many labels that some lie by the threshold of those dropped."""
     config = dataclasses.replace(stage.training.TINY, batch_size=40_000, label_dropout=0.3)
-    drawn = inside(lambda: Draws(config, 1000)(5))
-    return {"index": drawn.index, "flip": drawn.flip, **drawn.extra}
+    draws = inside(Draws, config, 1000)
+    keys = inside(draws.keys, 5)
+    of_keys = (draws.index, draws.flips, draws.timesteps, draws.seeds, draws.label_drops)
+    return {"keys": keys} | {draw.__name__: inside(draw, keys) for draw in of_keys}
 
 
 def train(stage: Any) -> Result:
     """Two steps in float32, their weights averaged and saved."""
     trainer = stage.training.run(stage.training.trainer(stage.out, steps=2, ema_half_lives=(3,)))
-    return stage.stored() | trainer.state().tensors | trainer.draw(7)
+    return stage.stored() | trainer.state().tensors | trainer.batch(7)._asdict()
 
 
 def train_in_bfloat16(stage: Any) -> Result:

@@ -148,7 +148,7 @@ def test_clipping_of_the_peer_is_ours(trainer, monkeypatch):
 
 def test_labels_of_the_peer_are_dropped_as_often_as_ours(tmp_path):
     trainer = trainer_of(tmp_path, batch_size=1000, label_dropout=0.3)
-    labels = training_peers.Diffusers(trainer)._inputs()["labels"]
+    _, _, labels = training_peers.Diffusers(trainer)._batch()
     share = (labels == training.CLASSES).float().mean().item()
     assert abs(share - 0.3) < 6 * math.sqrt(0.3 * 0.7 / 1000)
     assert set(labels.tolist()) == set(range(training.CLASSES + 1))

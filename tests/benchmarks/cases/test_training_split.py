@@ -25,7 +25,7 @@ def trainer_of(folder, **settings):
 
 
 def weights(trainer):
-    averages = trainer.stepper.averages.of[2]
+    averages = trainer.stepper.ema.weights[2]
     return [v.detach().clone() for v in (*trainer.unet.parameters(), *averages.values())]
 
 
@@ -36,7 +36,7 @@ def test_the_parts_together_are_a_step(tmp_path, precision):
     whole.train_step()
     stepper = apart.stepper
     stepper._rate.fill_(apart.config.learning_rate_at(0))
-    stepper.averages.set_rates(0)
+    stepper.ema.set_rates(0)
     parts = training_split.parts(apart)
     assert list(parts) == PARTS
     stepper.optimizer.zero_grad(set_to_none=True)
@@ -150,8 +150,8 @@ def test_saved_memory_by_hand(tmp_path, precision, prediction_type):
 def test_both_ways_that_are_counted_are_one_loss(tmp_path, prediction_type):
     trainer = trainer_of(tmp_path, prediction_type=prediction_type)
     torch.nn.init.normal_(trainer.unet.conv_out.weight, std=0.1)
-    inputs = trainer.draw(0)
-    sides = training_split.both_losses(trainer, inputs)
+    batch = trainer.batch(0)
+    sides = training_split.both_losses(trainer, batch)
     ours, usual = (loss() for loss, _ in sides.values())
     torch.testing.assert_close(ours, usual, rtol=1e-5, atol=0)
     assert trainer.stepper.ops is not training_split.kernels or trainer.device.type == "cuda"
