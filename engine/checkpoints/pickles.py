@@ -129,40 +129,63 @@ def _check_zip(file: BinaryIO, nested: bool) -> None:
 
 def _check_program(program: bytes, nested: bool) -> None:
     """Run a pickle with each value's depth of tuples in the place of the value."""
-    globals_ = GLOBALS | NESTED_GLOBALS if nested else GLOBALS
-    stack: list[int] = []
-    marks: list[int] = []
-    memo: dict[Any, int] = {}
+    depths = _Depths()
     for opcode, argument, _ in pickletools.genops(program):
-        name = opcode.name
-        if name == "GLOBAL" and argument not in globals_:
-            raise ValueError(f"it asks for {argument!r}, which a state dict has no need of")
-        if name in NESTED and not nested:
-            raise ValueError(f"its pickle has the opcode {name}, which no state dict needs")
+        _check_opcode(opcode.name, argument, nested)
+        depths.run(opcode.name, argument)
+
+
+def _check_opcode(name: str, argument: Any, nested: bool) -> None:
+    """Refuse an opcode, or a global, that no state dict needs."""
+    globals_ = GLOBALS | NESTED_GLOBALS if nested else GLOBALS
+    if name == "GLOBAL" and argument not in globals_:
+        raise ValueError(f"it asks for {argument!r}, which a state dict has no need of")
+    if name in NESTED and not nested:
+        raise ValueError(f"its pickle has the opcode {name}, which no state dict needs")
+
+
+class _Depths:
+    """The pickle machine, with each value's depth of tuples in the place of the value."""
+
+    def __init__(self) -> None:
+        self._stack: list[int] = []
+        self._marks: list[int] = []
+        self._memo: dict[Any, int] = {}
+
+    def run(self, name: str, argument: Any) -> None:
+        """Run one opcode.
+
+        Raises:
+            ValueError: it is none that torch.save writes, or nests tuples too deep.
+        """
         if name in CONSTANTS or name == "GLOBAL":
-            stack.append(0)
+            self._stack.append(0)
         elif name == "MARK":
-            marks.append(len(stack))
+            self._marks.append(len(self._stack))
         elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
+            self._memo[argument] = self._stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
-            if memo[argument]:
+            if self._memo[argument]:
                 raise ValueError("it holds one tuple in two places")
-            stack.append(0)
+            self._stack.append(0)
         elif name in POPS or name in ("TUPLE", "SETITEMS", "APPENDS"):
-            start = len(stack) - POPS[name] if name in POPS else marks.pop()
-            if start < (marks[-1] if marks else 0):
-                raise ValueError("its pickle is broken")
-            taken = stack[start:]
-            del stack[start:]
-            if name.startswith("TUPLE"):
-                stack.append(1 + max(taken, default=0))
-                if stack[-1] > MAX_TUPLES:
-                    raise ValueError(f"it nests tuples more than {MAX_TUPLES} deep")
-            elif name in ("REDUCE", "BINPERSID"):
-                stack.append(0)
+            self._reduce(name)
         elif name not in ("PROTO", "STOP"):
             raise ValueError(f"its pickle has the opcode {name}, which torch.save does not write")
+
+    def _reduce(self, name: str) -> None:
+        """Take values off the stack, and put there what they make."""
+        start = len(self._stack) - POPS[name] if name in POPS else self._marks.pop()
+        if start < (self._marks[-1] if self._marks else 0):
+            raise ValueError("its pickle is broken")
+        taken = self._stack[start:]
+        del self._stack[start:]
+        if name.startswith("TUPLE"):
+            self._stack.append(1 + max(taken, default=0))
+            if self._stack[-1] > MAX_TUPLES:
+                raise ValueError(f"it nests tuples more than {MAX_TUPLES} deep")
+        elif name in ("REDUCE", "BINPERSID"):
+            self._stack.append(0)
 
 
 def _check_state(state: Any) -> dict[str, Tensor]:

@@ -79,18 +79,7 @@ def merge(
         changes = _changes(old["settings"], settings)
         if changes:
             raise ValueError(f"{where}: holds images of other settings: {changes}")
-    missing = []
-    for name, image in images.items():
-        there = (folder / name).exists()
-        if there and name not in known:
-            raise ValueError(f"{where}: holds {name} already, which no {NAME} names")
-        if name in known:
-            mine = {key: image[key] for key in ("seed", "label")}
-            changes = _changes({key: known[name].get(key) for key in mine}, mine)
-            if changes:
-                raise ValueError(f"{where}: {name} is of another {changes}")
-        if not there:
-            missing.append(name)
+    missing = [name for name, image in images.items() if _is_missing(folder, name, image, known)]
     if old is not None and not missing:
         return old
     if old is not None:
@@ -105,6 +94,22 @@ def merge(
         "run": dict(run),
         "images": {**known, **{name: dict(images[name]) for name in missing}},
     }
+
+
+def _is_missing(
+    folder: Path, name: str, image: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]
+) -> bool:
+    """Return whether an image is yet to be drawn; refuse one that is another than it was."""
+    where = f"out={str(folder)!r}"
+    there = (folder / name).exists()
+    if there and name not in known:
+        raise ValueError(f"{where}: holds {name} already, which no {NAME} names")
+    if name in known:
+        mine = {key: image[key] for key in ("seed", "label")}
+        changes = _changes({key: known[name].get(key) for key in mine}, mine)
+        if changes:
+            raise ValueError(f"{where}: {name} is of another {changes}")
+    return not there
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

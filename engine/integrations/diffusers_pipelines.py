@@ -34,17 +34,15 @@ from torch import Tensor, nn
 
 from flashddpm import arguments
 from flashddpm.checkpoints.pretrained import read_live_scheduler
-from flashddpm.diffusion.plan import Plan
 from flashddpm.diffusion.plan_options import PlanOptions
 from flashddpm.diffusion.scheduler_config import SamplingDefaults
 from flashddpm.host import isolated
 from flashddpm.io.images import CHANNELS, to_pil
 from flashddpm.networks.registry import Network
+from flashddpm.sampling.generator_noise import GeneratorNoise, Generators, noise_of
 from flashddpm.sampling.sampler import Sampler
 
 OUTPUT_TYPES = ("pil", "np", "pt")
-
-Generators = torch.Generator | Sequence[torch.Generator]
 
 
 @dataclass(frozen=True)
@@ -70,54 +68,6 @@ class SchedulerSettings:
     """
 
     config: dict[str, Any]
-
-
-class GeneratorNoise:
-    """Standard normal noise, drawn one call after another from generators as diffusers does.
-
-    Args:
-        generator: one for the batch, or one an image; a single one in a list is one for the batch;
-            None for torch's default one of the device.
-        shape: (B, C, H, W).
-        device: where noise is wanted; of a CPU generator it is drawn on the CPU, for any device.
-
-    Raises:
-        ValueError: not generators, another number of them, or ones of another device.
-    """
-
-    def __init__(
-        self, generator: Generators | None, shape: tuple[int, int, int, int], device: torch.device
-    ) -> None:
-        self.generators: Sequence[torch.Generator | None] = [None]
-        self.shape, self.device = shape, device
-        if generator is None:  # torch.randn then draws from the default one
-            return
-        several = [generator] if isinstance(generator, torch.Generator) else generator
-        if not isinstance(several, (list, tuple)) or not all(
-            isinstance(one, torch.Generator) for one in several
-        ):
-            raise ValueError(
-                f"generator={generator!r}: must be a torch.Generator, or a list of them"
-            )
-        if len(several) not in (1, shape[0]):
-            raise ValueError(
-                f"generator: {len(several)} for {shape[0]} images; give one or one each"
-            )
-        kinds = {one.device.type for one in several}
-        if len(kinds) > 1 or not kinds <= {"cpu", device.type}:
-            raise ValueError(
-                f"generator: of {', '.join(kinds)}; must all be of cpu or {device.type}"
-            )
-        self.generators = several
-
-    def __call__(self, dtype: torch.dtype) -> Tensor:
-        """Return noise [B, C, H, W] of this dtype on the device."""
-        size = (self.shape[0] // len(self.generators), *self.shape[1:])
-        drawn = [
-            torch.randn(size, generator=one, device=one.device if one else self.device, dtype=dtype)
-            for one in self.generators
-        ]
-        return torch.cat(drawn).to(self.device)
 
 
 class _Pipeline:
@@ -257,7 +207,7 @@ class _Pipeline:
         noise: dict[str, Any] = {}
         if seeds is None:
             draws = GeneratorNoise(generator, (len(seed), *sampler.shape), sampler.device)
-            noise = _noise(draws, solver, plan, options.get("eta") or 0.0, sampler.dtype)
+            noise = noise_of(draws, solver, plan, options.get("eta") or 0.0, sampler.dtype)
         x = sampler.sample(seed, labels, guidance, plan, progress=self._progress, **noise)
         images: Any = to_pil(x) if output_type == "pil" else (x / 2 + 0.5).clamp(0, 1)
         if output_type == "np":
@@ -381,33 +331,6 @@ class DDIMPipeline(_Pipeline):
         except ValueError:  # a sampler made by hand, with what no scheduler of diffusers can say
             return replace(self.sampler.defaults, solver="ddim", sigmas=None)
         return SamplingDefaults.from_config(config, "DDIMScheduler")
-
-
-def _noise(
-    draws: GeneratorNoise, solver: str, plan: Plan, eta: float, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Return what `Sampler.sample` is to take for the noise that diffusers draws."""
-    kinds = [_drawn(solver, eta, timestep, dtype) for timestep in plan.timesteps]
-
-    def step_noise(i: int) -> Tensor | None:
-        kind = kinds[i]
-        return None if kind is None else draws(kind)
-
-    noise: dict[str, Any] = {"initial_noise": draws(dtype)}
-    if any(kinds):  # given to every step, it would keep them from being captured
-        noise |= {"step_noise": step_noise, "batch_size": draws.shape[0]}  # which is for one batch
-    return noise
-
-
-def _drawn(solver: str, eta: float, timestep: float, dtype: torch.dtype) -> torch.dtype | None:
-    """Return the dtype of the noise that diffusers' scheduler draws at a step, None for none.
-
-    It draws on last steps too, where none is added: a generator goes on from the same state.
-    """
-    if solver == "dpmpp_2m_sde":
-        return torch.float32
-    draws = {"ddpm": timestep > 0, "ddim": eta > 0, "euler_ancestral": True}
-    return dtype if draws.get(solver, False) else None
 
 
 def _seeds(batch_size: int | None, seeds: int | Iterable[int] | Tensor | None) -> list[int]:

@@ -106,6 +106,10 @@ class UNetConfig:
             arguments.one_of("up_block_types", kind, UP_BLOCKS)
         for name in ("downsample_type", "upsample_type"):
             arguments.one_of(name, getattr(self, name), ("conv", "resnet"))
+        self._check_channels()
+        self._check_heads(levels)
+
+    def _check_channels(self) -> None:
         arguments.integer("layers_per_block", self.layers_per_block, 1, 16)
         arguments.integer("downsample_padding", self.downsample_padding, 0, 1)
         arguments.integer("norm_num_groups", self.norm_num_groups, 1, 65536)
@@ -115,6 +119,8 @@ class UNetConfig:
         if self.attn_norm_num_groups is not None:
             arguments.integer("attn_norm_num_groups", self.attn_norm_num_groups, 1, 65536)
             self._check_groups("block_out_channels[-1]", channels, "attn_norm_num_groups")
+
+    def _check_heads(self, levels: int) -> None:
         dims = self.attention_head_dim
         if isinstance(dims, (list, tuple)):
             if len(dims) != levels:

@@ -16,7 +16,8 @@ from diffusers import (
 )
 
 import flashddpm as fd
-from flashddpm.integrations.diffusers_pipelines import DDIMPipeline, DDPMPipeline, GeneratorNoise
+from flashddpm.integrations.diffusers_pipelines import DDIMPipeline, DDPMPipeline
+from flashddpm.sampling.generator_noise import GeneratorNoise
 
 TINY = {
     "sample_size": 8,
