@@ -2,7 +2,12 @@
 
 import functools
 import os
+import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -162,3 +167,25 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[list[str]]:
+    """How a command of Python begins that need not import torch anew: see fork_server.py."""
+    file = Path(__file__).with_name("fork_server.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
+    ):
+        listener.bind(f"{folder}/socket")
+        listener.listen()
+        server = subprocess.Popen(
+            [sys.executable, "-P", file, "--serve", str(listener.fileno())],
+            env={**environment, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            pass_fds=[listener.fileno()],
+        )
+        listener.close()
+        yield [sys.executable, "-IS", str(file), f"{folder}/socket"]
+        server.communicate()

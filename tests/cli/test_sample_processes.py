@@ -21,7 +21,7 @@ THREADS = max(1, distributed.cores() // 2)
 """What each of two processes takes; the one that they are compared with must take as many."""
 
 COMMAND = os.path.join(os.path.dirname(sys.executable), "flashddpm")
-LAUNCH = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.fixture
@@ -51,17 +51,15 @@ def alone(monkeypatch, capfd):
     torch.set_num_threads(threads)
 
 
-def torchrun(*arguments, **options) -> subprocess.Popen:
-    """Start two processes of ``flashddpm sample``."""
-    command = [*LAUNCH, "--nproc-per-node", "2", "--no-python", COMMAND, "sample"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+def torchrun(*arguments, forked=()) -> subprocess.Popen:
+    """Start two processes of ``flashddpm sample``, which may begin in forks, and torchrun too."""
+    launcher = [*(forked or (sys.executable, "-P")), *TORCHRUN, "--no-python"]
     return subprocess.Popen(
-        [*command, *map(str, arguments)],
-        env=environment,
+        [*launcher, *forked, COMMAND, "sample", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
@@ -69,9 +67,10 @@ def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".png"}
 
 
-def children(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "--ppid", str(pid), "-o", "pid="], capture_output=True, text=True)
-    return [int(line) for line in found.stdout.split()]
+def processes(folder) -> list[int]:
+    """Return those whose command names the folder: torchrun and its two."""
+    found = subprocess.run(["ps", "-ewwo", "pid=,args="], capture_output=True, text=True)
+    return [int(line.split()[0]) for line in found.stdout.splitlines() if str(folder) in line]
 
 
 def test_two_processes_write_the_files_of_one(model, alone, tmp_path):
@@ -99,19 +98,21 @@ def test_two_processes_write_the_files_of_one(model, alone, tmp_path):
     }
 
 
-def test_a_killed_run_is_finished_by_the_same_command(model, alone, tmp_path):
+def test_a_killed_run_is_finished_by_the_same_command(forked, model, alone, tmp_path):
     out = tmp_path / "out"
     options = (model, "--device", "cpu", "--num-images", 31, "--batch-size", 2, "--num-steps", 10)
-    run = torchrun(*options, "--out", out)
+    run = torchrun(*options, "--out", out, forked=forked)
     try:
         end = time.monotonic() + 100
         while not (out.exists() and len(contents(out)) >= 3):
             assert run.poll() is None and time.monotonic() < end
             time.sleep(0.002)
     finally:
-        for pid in [*children(run.pid), run.pid]:
+        killed = processes(out)
+        for pid in killed:
             os.kill(pid, signal.SIGKILL)
         run.communicate()
+    assert len(killed) == 3
     time.sleep(0.2)  # for the killed processes to be gone
     early = contents(out)
     assert 3 <= len(early) < 31
@@ -119,7 +120,7 @@ def test_a_killed_run_is_finished_by_the_same_command(model, alone, tmp_path):
     (out / ".3.png.123.tmp").write_bytes(b"torn")
     times = {name: (out / name).stat().st_mtime_ns for name in early}
 
-    run = torchrun(*options, "--out", out)
+    run = torchrun(*options, "--out", out, forked=forked)
     text, err = run.communicate(timeout=120)
     assert run.returncode == 0, err
     assert f"{31 - len(early)} images, " in text and f", {len(early)} were there -> " in text
@@ -163,11 +164,12 @@ with World.from_environment().joined("cpu"):
 """
 
 
-def scenes(model, tmp_path, first_failure: str) -> tuple[int, str, str]:
+def scenes(forked, model, tmp_path, first_failure: str) -> tuple[int, str, str]:
     script = tmp_path / "scenes.py"
     script.write_text(SCENES)
+    command = [*forked, *TORCHRUN, "--no-python", *forked, str(script)]
     end = subprocess.run(
-        [*LAUNCH, "--nproc-per-node", "2", str(script), str(model), str(tmp_path), first_failure],
+        [*command, str(model), str(tmp_path), first_failure],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -183,8 +185,8 @@ def errors_of(err: str) -> list[str]:
     return re.findall("flashddpm: error: .*", ours)
 
 
-def test_one_image_a_picture_and_an_error_in_the_first_batch(model, alone, tmp_path):
-    code, out, err = scenes(model, tmp_path, "0")
+def test_one_image_a_picture_and_an_error_in_the_first_batch(forked, model, alone, tmp_path):
+    code, out, err = scenes(forked, model, tmp_path, "0")
     lines = [line.split(",")[0] for line in out.splitlines() if "->" in line]
     assert lines == ["1 images", "5 images"]
     assert err.count("1 of 2 processes have nothing to draw: 1 images are 1 of batch_size=64") == 1
@@ -198,8 +200,8 @@ def test_one_image_a_picture_and_an_error_in_the_first_batch(model, alone, tmp_p
     assert (tmp_path / "grid.png").read_bytes() == (tmp_path / "one.png").read_bytes()
 
 
-def test_a_later_error_of_one_process_ends_all_and_keeps_what_is_finished(model, tmp_path):
-    code, out, err = scenes(model, tmp_path, "3")
+def test_a_later_error_of_one_process_ends_all_and_keeps_what_is_finished(forked, model, tmp_path):
+    code, out, err = scenes(forked, model, tmp_path, "3")
     assert code == 1 and "->" not in out
     assert errors_of(err) == ["flashddpm: error: planted in process 1"]
     files = contents(tmp_path / "failed")

@@ -22,8 +22,7 @@ TOLERANCE = 1e-5
 """Of the loss, relative, over 10 steps in float32: sums over a batch are made in another order."""
 
 COMMAND = os.path.join(os.path.dirname(sys.executable), "flashddpm")
-LAUNCH = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone",
-          "--nproc-per-node", "2"]  # fmt: skip
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
 
 
@@ -73,7 +72,7 @@ def losses(out) -> list[float]:
     return [line["loss"] for line in read_metrics(out)]
 
 
-def test_two_processes_have_the_losses_of_one(training, data, tmp_path):
+def test_two_processes_have_the_losses_of_one(forked, training, data, tmp_path):
     config = dataclasses.replace(
         training.TINY, steps=10, batch_size=8, timestep_sampling="low_discrepancy",
         horizontal_flip=True,
@@ -86,7 +85,7 @@ def test_two_processes_have_the_losses_of_one(training, data, tmp_path):
     script = tmp_path / "scenes.py"
     script.write_text(SCENES)
     end = subprocess.run(
-        [*LAUNCH, script, tmp_path, repr(config.to_dict())],
+        [*forked, *TORCHRUN, *forked, script, tmp_path, repr(config.to_dict())],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -128,7 +127,7 @@ def children(pid: int) -> list[int]:
 def test_sigterm_ends_both_processes_with_a_state(data, tmp_path):
     out = tmp_path / "run"
     run = subprocess.Popen(
-        [*LAUNCH, "--no-python", COMMAND,
+        [sys.executable, "-P", *TORCHRUN, COMMAND,
          *options(data, out, "--steps", 10**6, "--save-every", 2)],
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -170,11 +169,11 @@ cli.main()
 """
 
 
-def test_an_error_in_one_process_ends_both_with_one_line(data, tmp_path):
+def test_an_error_in_one_process_ends_both_with_one_line(forked, data, tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(FAILING)
     end = subprocess.run(
-        [*LAUNCH, str(script), *options(data, tmp_path / "run", "--steps", 100)],
+        [*forked, *TORCHRUN, *forked, script, *options(data, tmp_path / "run", "--steps", 100)],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -193,9 +192,9 @@ def test_an_error_in_one_process_ends_both_with_one_line(data, tmp_path):
         (("--loss", "l2"), "loss='l2': must be one of mse, l1, huber"),
     ],
 )
-def test_bad_input_is_refused_once_and_before_work(data, tmp_path, flags, message):
+def test_bad_input_is_refused_once_and_before_work(forked, data, tmp_path, flags, message):
     end = subprocess.run(
-        [*LAUNCH, "--no-python", COMMAND,
+        [*forked, *TORCHRUN, *forked, COMMAND,
          *options(data, tmp_path / "run", "--steps", 9, *flags)],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
