@@ -153,19 +153,25 @@ def test_info_says_what_auto_chooses_and_why(run):
         assert part in out
 
 
-def compile_kernels(*arguments, prepare="") -> tuple[int, str, str]:
+@pytest.fixture
+def compile_kernels(forked):
     """Run ``flashddpm kernels`` in a process that may compile: (exit code, stdout, stderr)."""
+
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    code = f"import sys; from flashddpm.cli import main as cli; {prepare or 'pass'}; cli.main()"
-    command = [sys.executable, "-P", "-c", code, "kernels", *arguments]
-    end = subprocess.run(command, env=environment, capture_output=True, text=True)
-    return end.returncode, end.stdout, end.stderr
+
+    def call(*arguments, prepare="pass") -> tuple[int, str, str]:
+        code = f"from flashddpm.cli import main as cli; {prepare}; cli.main()"
+        command = [*forked, "-c", code, "kernels", *arguments]
+        end = subprocess.run(command, env=environment, capture_output=True, text=True)
+        return end.returncode, end.stdout, end.stderr
+
+    return call
 
 
 ONE = ("--kernel", "advance", "--arch", "90")
 
 
-def test_kernels_prints_a_scorecard():
+def test_kernels_prints_a_scorecard(compile_kernels):
     code, out, err = compile_kernels("--kernel", "philox,advance", "--arch", "100,90")
     assert code == 0 and err == ""
     assert "Compiled for sm_90 sm_100" in out and "every gate passes" in out
@@ -179,7 +185,7 @@ def test_kernels_prints_a_scorecard():
     assert (entry["kernel"], entry["arch"], entry["stack"]) == ("advance", 90, 0)
 
 
-def test_kernels_exits_with_1_where_a_gate_fails():
+def test_kernels_exits_with_1_where_a_gate_fails(compile_kernels):
     planted = (
         "from flashddpm.kernels.checks import budgets; "
         "budgets.BUDGETS['advance', 4] = budgets.Budget(1, 0, 99.0, 'planted'); "

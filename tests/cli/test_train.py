@@ -289,11 +289,11 @@ def test_ctrl_c_in_training_saves(run, idx_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_command_with_a_state(idx_folder, tmp_path, number, code):
+def test_a_signal_ends_the_command_with_a_state(forked, idx_folder, tmp_path, number, code):
     out = tmp_path / "run"
     options = (idx_folder, "--out", out, "--steps", 10**6, "--save-every", 2, *TRAIN)
     with subprocess.Popen(
-        [COMMAND, "train", *map(str, options)],
+        [*forked, COMMAND, "train", *map(str, options)],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

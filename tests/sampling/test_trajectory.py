@@ -1,7 +1,6 @@
 """A batch that is stepped by hand, saved on its way, and resumed: the same bits."""
 
 import subprocess
-import sys
 
 import pytest
 import safetensors.torch
@@ -52,7 +51,7 @@ def test_saved_and_resumed_it_ends_in_the_same_bits(tiny_sampler, tmp_path, run,
     assert torch.equal(resumed.run(), whole.run())
 
 
-def test_resumed_in_another_process(tiny_sampler, tmp_path):
+def test_resumed_in_another_process(forked, tmp_path):
     whole = fd.Sampler.from_pretrained(fd.bundled(), compile=False).trajectory(
         [7, 8], [1, 2], solver="ddpm", num_steps=4
     )
@@ -64,7 +63,7 @@ def test_resumed_in_another_process(tiny_sampler, tmp_path):
         "torch.save(s.resume(sys.argv[1]).run(), sys.argv[2])"
     )
     arguments = [tmp_path / "state.safetensors", tmp_path / "x.pt", str(torch.get_num_threads())]
-    subprocess.run([sys.executable, "-P", "-c", code, *arguments], check=True)
+    subprocess.run([*forked, "-c", code, *arguments], check=True)
     assert torch.equal(torch.load(tmp_path / "x.pt"), whole.run())
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import hypothesis
@@ -126,13 +125,13 @@ for _ in range(6):
 """
 
 
-def test_kills_at_random_moments(tmp_path, training):
+def test_kills_at_random_moments(forked, tmp_path, training):
     """A run that saves after every step, killed six times, goes on as one that never was."""
     images, labels = training.LABELLED.images.numpy(), training.LABELLED.labels.numpy()
     np.savez(tmp_path / "data.npz", images=images[:, 0], labels=labels)
     config = dataclasses.replace(training.TINY, steps=10**6, save_every=1).to_dict()
     out = tmp_path / "run"
-    command = [sys.executable, "-P", "-c", KILLED, out, tmp_path / "data.npz", repr(config)]
+    command = [*forked, "-c", KILLED, out, tmp_path / "data.npz", repr(config)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     starts = [int(line) for line in done.stdout.split()]

@@ -34,14 +34,9 @@ def test_the_first_image_is_timed_twice_with_one_cache(monkeypatch):
     assert not any(Path(cache).exists() for cache in caches)
 
 
-def test_the_first_image_can_be_drawn(tmp_path):
+def test_the_first_image_can_be_drawn(forked, tmp_path):
     """Uncompiled, for real; what the other command says is seen by a stand-in."""
-    line = (
-        sys.executable,
-        "-P",
-        "-c",
-        startup.FIRST_IMAGE + "assert image.shape == (1, 1, 28, 28)",
-    )
+    line = (*forked, "-c", startup.FIRST_IMAGE + "assert image.shape == (1, 1, 28, 28)")
     seconds, _ = startup._run(*line, "cpu", "uncompiled", cache=str(tmp_path))
     assert seconds > 0
 

@@ -1,5 +1,6 @@
 """What the figures of a step are computed from, with times made up."""
 
+import sys
 import types
 
 import pytest
@@ -184,8 +185,8 @@ def test_the_methods_that_are_timed_are_there():
     assert callable(CompiledNetwork.prepare) and callable(Graphs.get) and callable(Graphs.best)
 
 
-def test_the_first_call_of_a_process(monkeypatch):
-    """The process itself, with nothing compiled."""
+def test_the_first_call_of_a_process(forked, monkeypatch):
+    """The process itself, with nothing compiled; of two, the second begins in a fork."""
     script = first_call.SCRIPT.replace(
         "first_call.main(",
         "import torch\n"
@@ -194,6 +195,12 @@ def test_the_first_call_of_a_process(monkeypatch):
         "first_call.main(",
     )
     monkeypatch.setattr(first_call, "SCRIPT", script)
+    beginnings, run_child = iter([[sys.executable], forked]), first_call.run_child
+
+    def run(line, cache):
+        return run_child([*next(beginnings), *line[1:]], cache)
+
+    monkeypatch.setattr(first_call, "run_child", run)
     cold, warm = first_call.first_call("bundled", "float32", 1).measure("cpu")
     assert cold.case == "first-call-bundled-float32-batch-1-cold"
     parts = [cold.values[f"{part}_seconds"] for part in first_call.PARTS]
