@@ -54,12 +54,12 @@ class TrainBatch(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
         """Return the batch of what a function makes of each tensor."""
-        return self._make(None if value is None else function(value) for value in self)
+        return TrainBatch._make(None if value is None else function(value) for value in self)
 
     def chunk(self, parts: int) -> list[TrainBatch]:
         """Return so many equal parts, views of this batch; ``parts`` must divide B."""
         columns = [repeat(None) if value is None else value.chunk(parts) for value in self]
-        return [self._make(rows) for rows in zip(*columns, strict=False)]
+        return [TrainBatch._make(rows) for rows in zip(*columns, strict=False)]
 
 
 class Loader:
