@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= samples.png
 ARGS   ?=
+WORKERS ?= 2
 # Nothing may put the checkout on sys.path (see CONTRIBUTING.md, "Names").
 export PYTHONSAFEPATH := 1
 
@@ -12,7 +13,7 @@ NEEDS_GPU = $(BIN)/python -c "import sys, torch; \
 	sys.exit(None if torch.cuda.is_available() else '$@ needs an NVIDIA GPU: torch sees none')"
 
 .DEFAULT_GOAL := help
-.PHONY: help sample test test-slow test-gpu lint bench bench-gpu clean
+.PHONY: help sample test test-slow test-long test-gpu lint bench bench-gpu clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -30,11 +31,17 @@ $(VENV)/installed-%: setup.py pyproject.toml $(PACKAGE_DIRS) | $(BIN)/python
 sample: $(VENV)/installed-base ## draw samples.png with the bundled model
 	$(BIN)/flashddpm sample --out $(OUT) $(ARGS)
 
-test: $(VENV)/installed-test ## install and run the whole suite (no GPU needed)
-	$(BIN)/pytest -m "not gpu and not slow" $(ARGS)
+# Small tensors gain nothing from a second thread; a second process of tests does.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-test-slow: $(VENV)/installed-test ## what is too long for every run (no GPU needed)
-	$(BIN)/pytest -m "slow and not gpu" $(ARGS)
+test: $(VENV)/installed-test ## install and run the suite (no GPU needed)
+	$(PYTEST) -m "not gpu and not slow and not long" $(ARGS)
+
+test-slow: $(VENV)/installed-test ## what takes minutes (no GPU needed)
+	$(PYTEST) -m "slow and not gpu" $(ARGS)
+
+test-long: $(VENV)/installed-test ## what takes an hour (no GPU needed)
+	$(PYTEST) -m "long and not gpu" $(ARGS)
 
 test-gpu: $(VENV)/installed-test ## the suite on an NVIDIA GPU, gpu-marked tests included
 	@$(NEEDS_GPU)

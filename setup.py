@@ -33,6 +33,7 @@ TEST = [
     "hypothesis>=6.100",
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     # tests/packaging builds and installs the package.
     "pip>=23",
     "setuptools>=77",

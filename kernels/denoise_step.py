@@ -68,7 +68,7 @@ def _flag(nonfinite, values, i):
 
 
 @triton.jit
-def _denoise_step_kernel(
+def _denoise_step_kernel(  # noqa: C901, PLR0915  one kernel, whose branches are those of a row
     x,  # float32 [S, n], rows of stride x_stride, read and written
     hist,  # float32 [S, n], rows of stride hist_stride, read and written where used
     net_in,  # [L, n], written at the slot's lanes

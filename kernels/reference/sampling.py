@@ -148,7 +148,7 @@ def _rescale(cond: Tensor, out: Tensor, phi: float) -> Tensor:
     return phi * ratio.sqrt() + (1 - phi)
 
 
-def denoise_step(
+def denoise_step(  # noqa: C901  the terms of a row, in the order of the kernel
     x: Tensor,
     hist: Tensor,
     net_in: Tensor,
