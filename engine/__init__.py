@@ -12,6 +12,8 @@ from importlib.metadata import version
 from flashddpm import kernels
 from flashddpm.checkpoints.bundled import bundled
 from flashddpm.checkpoints.model_folder import load_unet
+from flashddpm.diffusion.loss_tables import hybrid_rows, target_rows, vlb_rows
+from flashddpm.diffusion.parameterization import noising_rows
 from flashddpm.diffusion.schedule import NoiseSchedule
 from flashddpm.diffusion.scheduler_config import SamplingDefaults
 from flashddpm.diffusion.solvers import Plan, make_plan
@@ -58,11 +60,15 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "bundled",
+    "hybrid_rows",
     "kernels",
     "load_unet",
     "make_grid",
     "make_plan",
+    "noising_rows",
     "save_grid",
+    "target_rows",
     "to_pil",
     "to_uint8",
+    "vlb_rows",
 ]

@@ -1,11 +1,21 @@
 """docs/math.md names tests and code; every name must be there."""
 
 import ast
+import importlib
 import json
 import re
 from pathlib import Path
 
+import pytest
+
+import flashddpm as fd
+
 ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("docs/examples/*.py")]
+)
+PUBLIC = {"kernels", "testing", "data", "evaluation"}
+"""Modules that README and docs import from, besides the top."""
 TEXT = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
 
 
@@ -24,6 +34,45 @@ def test_every_test_named_exists():
 def test_every_equation_has_a_row():
     for i in range(1, 11):
         assert f"| S{i} |" in TEXT
+
+
+def test_every_name_of_code_exists():
+    """Of a public class, of the kernels, or of the one module with that name."""
+    rows = [line.split("|")[3] for line in TEXT.splitlines() if re.match(r"\| S\d+ \|", line)]
+    names = re.findall(r"`([\w.]+)`", " ".join(rows))
+    assert len(names) > 15
+    for name in names:
+        *path, last = name.split(".")
+        home = getattr(fd, path[0], None)
+        if home is None:
+            (file,) = (ROOT / "engine").rglob("/".join(path) + ".py")
+            module = ".".join(file.relative_to(ROOT / "engine").with_suffix("").parts)
+            home = importlib.import_module(f"flashddpm.{module}")
+        else:
+            for part in path[1:]:
+                home = getattr(home, part)
+        assert hasattr(home, last), name
+
+
+def imports(path: Path):
+    """Yield (module, name) of every import from flashddpm in a page's Python or a program."""
+    text = path.read_text(encoding="utf-8")
+    blocks = [text] if path.suffix == ".py" else re.findall(r"```python\n(.*?)```", text, re.S)
+    for node in (node for block in blocks for node in ast.walk(ast.parse(block))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flashddpm"):
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("flashddpm")]
+            yield from ((name, "") for name in names)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_pages_import_public_names_only(path):
+    for module, name in imports(path):
+        if module == "flashddpm":
+            assert name in {"", *fd.__all__, *PUBLIC}
+        else:
+            assert module.split(".")[1] in PUBLIC
 
 
 def test_the_model_card_quotes_the_measured_quality():

@@ -14,9 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from flashddpm import NoiseSchedule, kernels
-from flashddpm.diffusion.parameterization import noising_rows, target_rows
-from flashddpm.diffusion.solvers import make_plan
+from flashddpm import NoiseSchedule, kernels, make_plan, noising_rows, target_rows
 
 SCHEDULE, PREDICTION = NoiseSchedule.create("squaredcos_cap_v2"), "v_prediction"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from flashddpm import arguments
 from flashddpm.diffusion.diffusers_quirks import FAULTS, restore
-from flashddpm.diffusion.parameterization import LEARNED_VARIANCES, eps_rows, x0_rows
+from flashddpm.diffusion.parameterization import VARIANCE_TYPES, eps_rows, x0_rows
 from flashddpm.diffusion.plan import Plan, adjust
 from flashddpm.diffusion.schedule import NoiseSchedule
 from flashddpm.diffusion.timesteps import (
@@ -44,7 +44,6 @@ from flashddpm.kernels.tables import Column
 
 __all__ = [
     "DROP_LAST",
-    "FIXED_VARIANCES",
     "SIGMA_SPACINGS",
     "SOLVERS",
     "SPACINGS",
@@ -64,9 +63,6 @@ __all__ = [
 ]
 
 Table = NDArray[np.float64]
-
-FIXED_VARIANCES = ("fixed_small", "fixed_large")
-VARIANCE_TYPES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
 
 
 def _begin(

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from flashddpm import arguments
 from flashddpm.data import to_float
-from flashddpm.diffusion.parameterization import LEARNED_VARIANCES, noising_rows, vlb_rows
+from flashddpm.diffusion.loss_tables import vlb_rows
+from flashddpm.diffusion.parameterization import LEARNED_VARIANCES, noising_rows
 from flashddpm.execution.upload import send
 from flashddpm.host import ints, isolated
 from flashddpm.sampling import inputs
@@ -46,7 +47,7 @@ class Bound:
             hand, an estimate unless all are.
         images: how many.
         num_timesteps: T.
-        variance_type, clip: of the model's normals (parameterization.vlb_rows).
+        variance_type, clip: of the model's normals (loss_tables.vlb_rows).
         seed: of the noise.
     """
 

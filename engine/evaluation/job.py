@@ -15,7 +15,7 @@ from flashddpm import arguments
 from flashddpm.checkpoints.hub import locate
 from flashddpm.checkpoints.model_folder import fingerprint
 from flashddpm.data import ImageData, ImageSource, load_data
-from flashddpm.diffusion.parameterization import vlb_rows
+from flashddpm.diffusion.loss_tables import vlb_rows
 from flashddpm.diffusion.plan_options import with_defaults
 from flashddpm.evaluation import distances
 from flashddpm.evaluation.classifier import FEATURES, Classifier, classifier_for

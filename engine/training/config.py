@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from flashddpm import arguments
+from flashddpm.diffusion.loss_tables import LOSS_WEIGHTINGS
 from flashddpm.diffusion.parameterization import (
     LEARNED_VARIANCES,
-    LOSS_WEIGHTINGS,
     PREDICTION_TYPES,
     VARIANCE_TYPES,
 )

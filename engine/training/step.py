@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from flashddpm import kernels
-from flashddpm.diffusion.parameterization import hybrid_rows, noising_rows, target_rows
+from flashddpm.diffusion.loss_tables import hybrid_rows, target_rows
+from flashddpm.diffusion.parameterization import noising_rows
 from flashddpm.diffusion.schedule import NoiseSchedule
 from flashddpm.execution.compile_cache import keep_compiled_code
 from flashddpm.execution.cuda_graphs import CAPTURING, CapturedSteps

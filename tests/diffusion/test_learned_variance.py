@@ -11,12 +11,8 @@ from diffusers import DDPMScheduler
 from scipy import stats
 
 import flashddpm as fd
-from flashddpm.diffusion.parameterization import (
-    LEARNED_VARIANCES,
-    PREDICTION_TYPES,
-    hybrid_rows,
-    target_rows,
-)
+from flashddpm.diffusion.loss_tables import hybrid_rows, target_rows
+from flashddpm.diffusion.parameterization import LEARNED_VARIANCES, PREDICTION_TYPES
 from flashddpm.diffusion.schedule import NoiseSchedule
 from flashddpm.diffusion.solvers import ddpm, make_plan, timesteps
 from flashddpm.kernels import reference

@@ -7,13 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashddpm.diffusion.loss_tables import loss_weights, target_rows
 from flashddpm.diffusion.parameterization import (
     PREDICTION_TYPES,
     eps_rows,
-    forward_step_rows,
-    loss_weights,
     noising_rows,
-    target_rows,
     x0_rows,
 )
 from flashddpm.diffusion.schedule import BETA_SCHEDULES, NoiseSchedule
@@ -80,10 +78,12 @@ def test_target_rows():
         np.testing.assert_array_equal(target_rows(schedule, prediction_type), expected)
 
 
-def test_noising_and_forward_rows():
+def test_noising_rows():
+    """The square roots of alpha and beta of each step (S2), and of abar and 1 - abar (S4)."""
     schedule = NoiseSchedule([0.19, 0.75])
     np.testing.assert_allclose(
-        forward_step_rows(schedule), [[0.9, np.sqrt(0.19)], [0.5, 0.75**0.5]]
+        np.sqrt(np.stack([schedule.alphas, schedule.betas], -1)),
+        [[0.9, np.sqrt(0.19)], [0.5, 0.75**0.5]],
     )
     np.testing.assert_allclose(
         noising_rows(schedule), [[0.9, np.sqrt(0.19)], [0.45, np.sqrt(1 - 0.2025)]]

@@ -11,7 +11,8 @@ from scipy import stats
 
 import flashddpm as fd
 from flashddpm.data import to_float
-from flashddpm.diffusion.parameterization import PREDICTION_TYPES, VARIANCE_TYPES, vlb_rows
+from flashddpm.diffusion.loss_tables import vlb_rows
+from flashddpm.diffusion.parameterization import PREDICTION_TYPES, VARIANCE_TYPES
 from flashddpm.diffusion.schedule import NoiseSchedule
 from flashddpm.evaluation.bound import KEYS, variational_bound
 from flashddpm.kernels import reference

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashddpm import kernels
-from flashddpm.diffusion.parameterization import LEARNED_VARIANCES, PREDICTION_TYPES, hybrid_rows
+from flashddpm.diffusion.loss_tables import hybrid_rows
+from flashddpm.diffusion.parameterization import LEARNED_VARIANCES, PREDICTION_TYPES
 from flashddpm.kernels import reference
 from flashddpm.kernels.tables import LOSSES
 from flashddpm.networks.unet import UNet
