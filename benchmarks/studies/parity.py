@@ -44,12 +44,12 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any], float]] = {
 }
 """diffusers' class, what tells it apart, and eta."""
 
-MENDED = {
+QUIRKS = {
     "DDPM": "noise in the last step",
     "DDIM, eta 0": "next timestep by arithmetic",
     "DDIM, eta 1": "next timestep by arithmetic",
 }
-"""What a row's difference on purpose is of."""
+"""The quirk that a row's difference on purpose is of."""
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
 BOUNDS: dict[str, dict[str, Any]] = {
@@ -200,7 +200,7 @@ def theirs(case: Case) -> Tensor:
     return x
 
 
-def ours(case: Case, tables: str, faults: str = "mended") -> Tensor:
+def ours(case: Case, tables: str, match_diffusers: bool = False) -> Tensor:
     """Return our images, float32 [B, C, H, W]."""
     sampler = Sampler(
         network(case),
@@ -212,7 +212,7 @@ def ours(case: Case, tables: str, faults: str = "mended") -> Tensor:
         dtype="float32",
     )
     options: dict[str, Any] = {"eta": case.eta} if "DDIM" in case.scheduler else {}
-    options["faults"] = faults
+    options["match_diffusers"] = match_diffusers
     plan = sampler.plan(sampler.defaults.solver, case.num_steps, **options)
     return sampler.sample(range(SHAPE[0]), solver=plan, initial_noise=noise(-1), step_noise=noise)
 
@@ -225,37 +225,37 @@ class Row:
         case: of what.
         float64: with our own tables.
         tables: with tables="diffusers".
-        restored: with faults="diffusers", too; None where that changes nothing.
+        matched: with match_diffusers=True, too; None where that changes nothing.
     """
 
     case: Case
     float64: float
     tables: float
-    restored: float | None
+    matched: float | None
 
     def line(self) -> str:
         """Return the row of the page."""
         numbers = [f"{self.float64:.0e}", f"{self.tables:.0e}", "", ""]
-        if self.restored is not None:
-            numbers[2:] = f"{self.restored:.0e}", MENDED[self.case.scheduler]
+        if self.matched is not None:
+            numbers[2:] = f"{self.matched:.0e}", QUIRKS[self.case.scheduler]
         return "| " + " | ".join([*self.case.cells(), *numbers]) + " |"
 
 
 def measure(case: Case) -> Row:
     """Run both sides."""
     want = theirs(case)
-    rounded, restored = ours(case, "diffusers"), ours(case, "diffusers", "diffusers")
-    # fixed_small's fault, of 1e-10, is below float32's last digit: no row shows it.
-    changed = (restored - rounded).abs().max() > 1e-6
+    rounded, matched = ours(case, "diffusers"), ours(case, "diffusers", match_diffusers=True)
+    # fixed_small's quirk, of 1e-10, is below float32's last digit: no row shows it.
+    changed = (matched - rounded).abs().max() > 1e-6
 
     def off(images: Tensor) -> float:
         return (images - want).abs().max().item()
 
-    return Row(case, off(ours(case, "float64")), off(rounded), off(restored) if changed else None)
+    return Row(case, off(ours(case, "float64")), off(rounded), off(matched) if changed else None)
 
 
 HEAD = """| scheduler | prediction | spacing | variance | x0 | betas | steps | float64 tables \
-| diffusers' tables | and faults | mended |
+| diffusers' tables | and quirks | quirk |
 |---|---|---|---|---|---|---|---|---|---|---|
 """
 
@@ -271,8 +271,8 @@ between their images, which have about unit size: pixels are in [-1, 1], 8-bit o
 - **diffusers' tables**: with `tables="diffusers"` abar is diffusers' own, bit for bit. What is left is
   the rounding of coefficients: ours are float64, rounded once; `DDPMScheduler` takes
   1 - abar_t / abar_s in float32, of which a thousand short steps leave few digits.
-- **and faults**: where we mend a fault of diffusers (last column), images differ on purpose. With
-  `faults="diffusers"` besides they are diffusers' again.
+- **and quirks**: where diffusers does what we hold for wrong (last column), images differ on purpose.
+  With `match_diffusers=True` besides they are diffusers' again.
 
 The {few} rows of {steps} steps are picked of the {all} that diffusers can run, so that any two
 settings that can meet do meet. Learned variance is missing: diffusers takes the network's v for the
@@ -282,9 +282,9 @@ variance, we for its logarithm, as Nichol & Dhariwal do.
 Six long ones:
 
 {long}
-## What we mend
+## Quirks of diffusers
 
-{faults}"""  # noqa: E501
+{quirks}"""  # noqa: E501
 
 
 def page(command: str) -> str:
@@ -294,7 +294,7 @@ def page(command: str) -> str:
     cases = list(possible())
     few = pairwise(cases)
     table = [HEAD + "".join(measure(case).line() + "\n" for case in some) for some in (few, LONG)]
-    faults = diffusers_quirks.__doc__ or ""
+    quirks = diffusers_quirks.__doc__ or ""
     return PAGE.format(
         command=command,
         diffusers=diffusers.__version__,
@@ -305,7 +305,7 @@ def page(command: str) -> str:
         steps=STEPS,
         rows=table[0],
         long=table[1],
-        faults=faults.partition("\n\n")[2],
+        quirks=quirks.partition("\n\n")[2],
     )
 
 

@@ -1,18 +1,18 @@
-r"""Where we do otherwise than diffusers because we hold it for a fault; how to have it back.
+r"""Quirks of diffusers: where we do otherwise because we hold it for wrong, and how to have it back.
 
-``make_plan(.., faults="mended")``, the default, is right in each of these cases (measured against
-diffusers 0.42); ``faults="diffusers"`` gives what diffusers gives, or refuses:
+``make_plan(..)`` is right in each of these cases (measured against diffusers 0.42);
+``make_plan(.., match_diffusers=True)`` gives what diffusers gives, or refuses:
 
-| solver | where | diffusers | mended |
+| solver | where | diffusers | ours |
 |---|---|---|---|
 | ddpm | the last timestep is not 0: trailing spacing, an offset, a list | the last step adds noise: of variance beta for fixed_large, of one up to beta for learned_range, of 1e-20 for fixed_small | adds none |
 | ddim | linspace spacing; trailing where num_steps does not divide T | a step from t ends at abar of t - T // num_steps, whatever the next timestep is; a last one above 0 leaves noise | ends at abar of the next timestep, or at 1 |
-| dpmpp_2m, dpmpp_2m_sde | exponential or beta sigmas; karras of the cosine schedule, which "diffusers" does not bring back | timesteps are cut to whole ones, up to one too few | rounded to the nearest |
+| dpmpp_2m, dpmpp_2m_sde | exponential or beta sigmas; karras of the cosine schedule, which is not matched | timesteps are cut to whole ones, up to one too few | rounded to the nearest |
 | dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral | begin at abar = 0 (zero-terminal SNR) | 2^-24 stands for it, for epsilon prediction too | abar = 0, with v_prediction or sample |
-| ddim | eta = 1 | the root of 1 - abar_s - sigma^2, which rounding may make negative: NaN | of a sum without cancellation; "diffusers" does not bring NaN back |
+| ddim | eta = 1 | the root of 1 - abar_s - sigma^2, which rounding may make negative: NaN | of a sum without cancellation; NaN is not matched |
 | dpmpp_2m, dpmpp_2m_sde | sigmas whose first timesteps repeat | IndexError, unless set_begin_index was called | nothing is looked up by timestep |
-| all | trailing spacing where rounding adds a point (61 of 1000) | one step more, at timestep -1 | none; "diffusers" is refused |
-| ddpm | learned variance | v is the variance itself | v is its logarithm; "diffusers" is refused |
+| all | trailing spacing where rounding adds a point (61 of 1000) | one step more, at timestep -1 | none; a match is refused |
+| ddpm | learned variance | v is the variance itself | v is its logarithm; a match is refused |
 | ddpm | fixed_large_log | NaN | refused always |
 
 A batch whose images depend on its size, as with a single generator there, is no matter of plans:
@@ -31,7 +31,6 @@ from flashddpm.diffusion.timesteps import Steps, sigma_grid
 
 Table = NDArray[np.float64]
 
-FAULTS = ("mended", "diffusers")
 SMALLEST_ABAR = 2.0**-24
 """What diffusers' solvers by sigma put for abar = 0, whose sigma is infinite."""
 
@@ -48,7 +47,7 @@ def restore(
 
     Args:
         solver, options, schedule: whose plan it is.
-        steps: as mended.
+        steps: as they are right.
         spacing: of the timesteps; None for a list of one's own.
         sigmas: their spacing, if any.
 
@@ -68,7 +67,7 @@ def restore(
 
 
 def _refuse(solver: str, options: dict[str, Any], T: int, n: int, spacing: str | None) -> None:
-    name = "faults='diffusers': must be 'mended'"
+    name = "match_diffusers=True: must be false"
     if options.get("variance_type") == "learned":
         raise ValueError(f"{name} for learned variance: diffusers takes v for the variance itself")
     if spacing is None and solver == "ddim":

@@ -29,8 +29,8 @@ class PlanOptions(TypedDict, total=False):
             conditional half, in [0, 1].
         guidance_interval: (low, high): guide where low < sigma <= high only.
         use_clipped_model_output: of ddim: derive eps again from the clipped x0.
-        faults: "mended", or "diffusers" to do as it does where we differ
-            (engine/diffusion/diffusers_quirks.py).
+        match_diffusers: do as diffusers does where we hold that for wrong: docs/parity.md and
+            flashddpm.diffusion.diffusers_quirks have the table of its quirks.
     """
 
     spacing: str | None
@@ -44,7 +44,7 @@ class PlanOptions(TypedDict, total=False):
     guidance_rescale: float | None
     guidance_interval: tuple[float, float] | None
     use_clipped_model_output: bool | None
-    faults: str | None
+    match_diffusers: bool | None
 
 
 class RunOptions(TypedDict, total=False):

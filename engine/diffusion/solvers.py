@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flashddpm import arguments
-from flashddpm.diffusion.diffusers_quirks import FAULTS, restore
+from flashddpm.diffusion.diffusers_quirks import restore
 from flashddpm.diffusion.parameterization import VARIANCE_TYPES, eps_rows, x0_rows
 from flashddpm.diffusion.plan import Plan, adjust
 from flashddpm.diffusion.schedule import NoiseSchedule
@@ -317,7 +317,7 @@ def make_plan(
     threshold: float = 0.0,
     guidance_rescale: float = 0.0,
     guidance_interval: tuple[float, float] | None = None,
-    faults: str = "mended",
+    match_diffusers: bool = False,
 ) -> Plan:
     """Return the plan of a named solver over ``num_steps`` timesteps of the given spacing.
 
@@ -339,15 +339,15 @@ def make_plan(
         guidance_interval: (low, high): guide where low < sigma <= high, sigma being
             sqrt((1 - abar) / abar), and take the conditional output elsewhere (Kynkaanniemi et al.
             2024); high may be infinite. None guides every step.
-        faults: "diffusers" does as diffusers does where we hold that for a fault: the table is in
-            flashddpm/faults.py. "mended" does not.
+        match_diffusers: do as diffusers does where we hold that for wrong: docs/parity.md and
+            flashddpm.diffusion.diffusers_quirks have the table of its quirks.
 
     Raises:
         ValueError: an argument out of its range, or one that the solver has no use for.
     """
     solve: Any = SOLVERS[arguments.one_of("solver", solver, SOLVERS)]
     arguments.one_of("spacing", spacing, SPACINGS)
-    arguments.one_of("faults", faults, FAULTS)
+    arguments.boolean("match_diffusers", match_diffusers)
     options: dict[str, Any] = {
         "clip": clip,
         "eta": arguments.number("eta", eta, 0, 1),
@@ -376,7 +376,7 @@ def make_plan(
         steps = Steps.at(schedule, timesteps)
     else:
         raise ValueError(f"sigmas={sigmas!r}: must be None beside timesteps")
-    if faults == "diffusers":
+    if match_diffusers:
         of = spacing if timesteps is None else None
         steps, options = restore(solver, options, schedule, steps, of, sigmas)
     plan = solve(schedule, steps, prediction_type=prediction_type, **options)

@@ -7,8 +7,8 @@ image = pipe(generator=torch.manual_seed(0)).images[0]
 
 Noise is drawn as diffusers draws it, from ``generator=`` or else from torch's default generator of
 the pipeline's device: x_T in the network's dtype, then once a step, wherever its scheduler would
-draw. In float32 the pictures are diffusers' to rounding, up to the faults that
-`flashddpm.diffusion.diffusers_quirks` lists, which ``faults="diffusers"`` brings back. In 16 bits
+draw. In float32 the pictures are diffusers' to rounding, up to the quirks that
+`flashddpm.diffusion.diffusers_quirks` lists, which ``match_diffusers=True`` brings back. In 16 bits
 diffusers rounds x_t after every step; here it stays float32, and pictures differ by that.
 
 With ``seeds=`` noise is ours (noise.py), and nothing is drawn from torch: an image depends on its
@@ -237,7 +237,7 @@ class DDPMPipeline(_Pipeline):
         seeds: int | Iterable[int] | Tensor | None = None,
         class_labels: int | Iterable[int] | Tensor | None = None,
         guidance_scale: float | Sequence[float] = 1.0,
-        faults: str = "mended",
+        match_diffusers: bool = False,
     ) -> PipelineOutput | tuple[Any]:
         """Draw images.
 
@@ -253,7 +253,7 @@ class DDPMPipeline(_Pipeline):
                 depend on neither the batch nor what was drawn before.
             class_labels: one, or one for each image; None asks for the null class.
             guidance_scale: w of out = uncond + w (cond - uncond), one or one for each image.
-            faults: "diffusers" for its pictures where we hold them for wrong, too
+            match_diffusers: draw diffusers' pictures where we hold them for wrong, too
                 (flashddpm.diffusion.diffusers_quirks).
 
         Raises:
@@ -262,7 +262,7 @@ class DDPMPipeline(_Pipeline):
         """
         return self._run(
             num_inference_steps,
-            {"faults": faults},
+            {"match_diffusers": match_diffusers},
             batch_size,
             generator,
             seeds,
@@ -299,7 +299,7 @@ class DDIMPipeline(_Pipeline):
         seeds: int | Iterable[int] | Tensor | None = None,
         class_labels: int | Iterable[int] | Tensor | None = None,
         guidance_scale: float | Sequence[float] = 1.0,
-        faults: str = "mended",
+        match_diffusers: bool = False,
     ) -> PipelineOutput | tuple[Any]:
         """Draw images; arguments and errors are those of `DDPMPipeline`, and these.
 
@@ -310,7 +310,7 @@ class DDIMPipeline(_Pipeline):
         Raises:
             ValueError: the model's config has settings of DDIMScheduler that we have no rows for.
         """
-        options: PlanOptions = {"faults": faults, "eta": eta}
+        options: PlanOptions = {"match_diffusers": match_diffusers, "eta": eta}
         if use_clipped_model_output is not None:
             options["use_clipped_model_output"] = use_clipped_model_output
         return self._run(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flashddpm.diffusion.solvers import Plan
+from flashddpm.diffusion.plan import Plan
 from flashddpm.errors import Portable
 
 
@@ -49,8 +49,8 @@ class Request:
         index: a number that a network's ``call`` is told if it asks for it (`Sampler`).
         deadline: seconds from ``submit`` after which the image is not wanted any more.
         spacing, steps_offset, sigmas, timesteps, eta, variance_type, clip, threshold,
-            guidance_rescale, guidance_interval, use_clipped_model_output, faults: of the plan, as
-            `options.PlanOptions` says; None is the model's own, or none.
+            guidance_rescale, guidance_interval, use_clipped_model_output, match_diffusers: of the
+            plan, as `plan_options.PlanOptions` says; None is the model's own, or none.
     """
 
     seed: int
@@ -73,7 +73,7 @@ class Request:
     guidance_rescale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     use_clipped_model_output: bool | None = None
-    faults: str | None = None
+    match_diffusers: bool | None = None
 
 
 @dataclass(frozen=True)

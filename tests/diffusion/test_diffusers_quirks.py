@@ -1,4 +1,4 @@
-"""faults="diffusers" is diffusers, where "mended" is not; float32 tables on both sides."""
+"""match_diffusers=True is diffusers, where False is not; float32 tables on both sides."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def theirs(scheduler, n, **options):
     return x
 
 
-def ours(scheduler, n, faults, tables="diffusers", **options):
+def ours(scheduler, n, match_diffusers, tables="diffusers", **options):
     """Return our images of the same config, and the plan."""
     config = {**scheduler.config, "_class_name": type(scheduler).__name__}
     sampler = fd.Sampler(
@@ -58,20 +58,20 @@ def ours(scheduler, n, faults, tables="diffusers", **options):
         dtype="float32",
         backend="reference",
     )
-    plan = sampler.plan(sampler.defaults.solver, n, faults=faults, **options)
+    plan = sampler.plan(sampler.defaults.solver, n, match_diffusers=match_diffusers, **options)
     images = sampler.sample(range(len(noise(0))), solver=plan, initial_noise=noise(-1),
                             step_noise=noise)  # fmt: skip
     return images, plan
 
 
-def assert_restored(scheduler, n, mended=True, **options):
+def assert_matched(scheduler, n, differs=True, **options):
     """Ours are diffusers' images when asked for, and else differ; return the plan for them."""
     want = theirs(scheduler, n, **options)
-    got, plan = ours(scheduler, n, "diffusers", **options)
+    got, plan = ours(scheduler, n, True, **options)
     size = max(1.0, want.abs().max().item())
     assert (got - want).abs().max() <= FINE * size
-    other, _ = ours(scheduler, n, "mended", **options)
-    assert ((other - want).abs().max() > WRONG * size) == mended
+    other, _ = ours(scheduler, n, False, **options)
+    assert ((other - want).abs().max() > WRONG * size) == differs
     return plan
 
 
@@ -84,15 +84,15 @@ def ddpm(**config):
 @pytest.mark.parametrize("where", [{"timestep_spacing": "trailing"}, {"steps_offset": 1}])
 def test_ddpm_ends_noisy(n, kind, where):
     config = {"prediction_type": kind, **where}
-    plan = assert_restored(ddpm(variance_type="fixed_large", **config), n)
+    plan = assert_matched(ddpm(variance_type="fixed_large", **config), n)
     assert plan.rows[-1, Column.SIGMA] ** 2 == pytest.approx(1 - plan.abar[-1])
-    plan = assert_restored(ddpm(**config), n, mended=False)
+    plan = assert_matched(ddpm(**config), n, differs=False)
     assert plan.rows[-1, Column.SIGMA] == 1e-10
 
 
 def test_ddpm_ends_noisy_by_learned_range():
     schedule, v = fd.NoiseSchedule.create(), np.linspace(-1, 1, 9)
-    options = {"variance_type": "learned_range", "spacing": "trailing", "faults": "diffusers"}
+    options = {"variance_type": "learned_range", "spacing": "trailing", "match_diffusers": True}
     row = make_plan(schedule, "ddpm", 10, prediction_type="epsilon", **options).rows[-1]
     scheduler = ddpm(variance_type="learned_range", timestep_spacing="trailing")
     scheduler.set_timesteps(10)
@@ -106,7 +106,7 @@ def test_ddpm_ends_noisy_by_learned_range():
 @pytest.mark.parametrize("spacing", ["leading", "linspace"])
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
 def test_ddpm_is_the_same_where_timestep_0_is_last(spacing, variance_type):
-    """Bit for bit: no fault, no difference."""
+    """Bit for bit: no quirk, no difference."""
     plans = [
         make_plan(
             fd.NoiseSchedule.create(),
@@ -115,9 +115,9 @@ def test_ddpm_is_the_same_where_timestep_0_is_last(spacing, variance_type):
             prediction_type="epsilon",
             spacing=spacing,
             variance_type=variance_type,
-            faults=faults,
+            match_diffusers=match_diffusers,
         )
-        for faults in ("mended", "diffusers")
+        for match_diffusers in (False, True)
     ]
     np.testing.assert_array_equal(plans[0].rows, plans[1].rows)
 
@@ -129,20 +129,20 @@ def test_ddpm_is_the_same_where_timestep_0_is_last(spacing, variance_type):
 )
 def test_ddim_steps_by_arithmetic(spacing, n, kind, options):
     scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing, prediction_type=kind)
-    assert_restored(scheduler, n, **options)
+    assert_matched(scheduler, n, **options)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_ddim_is_the_same_where_the_stride_is_whole(spacing):
     scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
-    assert_restored(scheduler, 10, mended=False, eta=0.5, use_clipped_model_output=True)
+    assert_matched(scheduler, 10, differs=False, eta=0.5, use_clipped_model_output=True)
 
 
 def test_clipped_model_output_changes_something_where_x0_is_clipped():
     for clip, differs in ((True, True), (False, False)):
         scheduler = diffusers.DDIMScheduler(clip_sample=clip)
-        raw, _ = ours(scheduler, 10, "mended")
-        derived, _ = ours(scheduler, 10, "mended", use_clipped_model_output=True)
+        raw, _ = ours(scheduler, 10, False)
+        derived, _ = ours(scheduler, 10, False, use_clipped_model_output=True)
         assert ((raw - derived).abs().max() > 1e-2) == differs
 
 
@@ -155,9 +155,9 @@ def test_dpm_solver_cuts_timesteps(algorithm, sigmas, beta_schedule, n):
     scheduler = diffusers.DPMSolverMultistepScheduler(
         prediction_type="v_prediction", **config, **{f"use_{sigmas}_sigmas": True}
     )
-    _, rounded = ours(scheduler, n, "mended")
+    _, rounded = ours(scheduler, n, False)
     want = theirs(scheduler, n)
-    got, plan = ours(scheduler, n, "diffusers")
+    got, plan = ours(scheduler, n, True)
     assert (got - want).abs().max() <= FINE * want.abs().max()
     np.testing.assert_array_equal(plan.timesteps, scheduler.timesteps.numpy())
     np.testing.assert_array_equal(plan.abar, rounded.abar)
@@ -184,14 +184,14 @@ def test_2_to_the_minus_24_for_abar_0(cls, config, kind):
         rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type=kind, **config
     )
     want = theirs(scheduler, 10)
-    got, plan = ours(scheduler, 10, "diffusers")
+    got, plan = ours(scheduler, 10, True)
     assert plan.abar[0] == 2**-24
     assert (got - want).abs().max() <= FINE * max(1.0, want.abs().max().item())
     if kind == "epsilon":
         with pytest.raises(ValueError, match="alphas_cumprod = 0"):
-            ours(scheduler, 10, "mended")
+            ours(scheduler, 10, False)
     else:
-        assert (ours(scheduler, 10, "mended")[0] - want).abs().max() > WRONG
+        assert (ours(scheduler, 10, False)[0] - want).abs().max() > WRONG
 
 
 @pytest.mark.parametrize(
@@ -207,16 +207,16 @@ def test_what_cannot_be_had_is_refused(solver, options, message):
     given = {"num_steps": 10, "prediction_type": "epsilon", **options}
     schedule = fd.NoiseSchedule.create()
     assert len(make_plan(schedule, solver, **given))
-    with pytest.raises(ValueError, match=f"faults='diffusers': must be 'mended' {message}"):
-        make_plan(schedule, solver, faults="diffusers", **given)
+    with pytest.raises(ValueError, match=f"match_diffusers=True: must be false {message}"):
+        make_plan(schedule, solver, match_diffusers=True, **given)
 
 
 def test_bad_arguments():
     schedule = fd.NoiseSchedule.create()
     ask = {"prediction_type": "epsilon"}
-    for bad in ("theirs", None, True):
-        with pytest.raises(ValueError, match=f"faults={bad!r}: must be one of mended, diffusers"):
-            make_plan(schedule, "ddim", 10, faults=bad, **ask)
+    for bad in ("theirs", None, 1):
+        with pytest.raises(ValueError, match=f"match_diffusers={bad!r}: must be true or false"):
+            make_plan(schedule, "ddim", 10, match_diffusers=bad, **ask)
     with pytest.raises(ValueError, match="use_clipped_model_output=True.*ddpm has no such option"):
         make_plan(schedule, "ddpm", 10, use_clipped_model_output=True, **ask)
     with pytest.raises(ValueError, match="use_clipped_model_output=1: must be true or false"):
@@ -228,7 +228,7 @@ def test_a_list_that_does_not_end_at_0():
     set_timesteps = scheduler.set_timesteps
     scheduler.set_timesteps = lambda n: set_timesteps(timesteps=steps)
     want = theirs(scheduler, len(steps))
-    got, plan = ours(scheduler, len(steps), "diffusers", timesteps=steps)
+    got, plan = ours(scheduler, len(steps), True, timesteps=steps)
     np.testing.assert_array_equal(plan.timesteps, steps)
     assert (got - want).abs().max() <= FINE
-    assert (ours(scheduler, len(steps), "mended", timesteps=steps)[0] - want).abs().max() > 1e-2
+    assert (ours(scheduler, len(steps), False, timesteps=steps)[0] - want).abs().max() > 1e-2

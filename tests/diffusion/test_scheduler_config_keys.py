@@ -174,7 +174,7 @@ def ask():
 
 def drawn(pipe):
     pipe.set_progress_bar_config(disable=True)
-    return pipe(**ask(), faults="diffusers").images
+    return pipe(**ask(), match_diffusers=True).images
 
 
 def expected(unet, scheduler):

@@ -259,15 +259,15 @@ def test_ddpm_pipeline_takes_the_models_solver(folder, scheduler):
         (DDIMScheduler(timestep_spacing="trailing"), 7),
     ],
 )
-def test_faults_are_mended_unless_asked_for(folder, scheduler, n):
+def test_quirks_are_matched_only_where_asked_for(folder, scheduler, n):
     ddim = isinstance(scheduler, DDIMScheduler)
     theirs, path = folder(scheduler, diffusers.DDIMPipeline if ddim else diffusers.DDPMPipeline)
     pipe = load(DDIMPipeline if ddim else DDPMPipeline, path)
     ask = {"batch_size": 2, "num_inference_steps": n}
-    want = assert_same(pipe, theirs, one, CLOSE_BY_EPS, {"faults": "diffusers"}, **ask)
+    want = assert_same(pipe, theirs, one, CLOSE_BY_EPS, {"match_diffusers": True}, **ask)
     mine, other = one(), one()
-    mended = pipe(generator=mine, output_type="np", **ask).images
-    assert np.abs(mended - want).max() > 1e-2
+    unasked = pipe(generator=mine, output_type="np", **ask).images
+    assert np.abs(unasked - want).max() > 1e-2
     theirs(generator=other, **ask)
     assert torch.equal(mine.get_state(), other.get_state())  # its draws are those of diffusers
 
@@ -454,7 +454,7 @@ def test_components_make_another_pipeline(tiny_sampler):
         ({"generator": 3}, "generator=3: must be a torch.Generator"),
         ({"generator": [torch.Generator()] * 2, "batch_size": 3}, "generator: 2 for 3 images"),
         ({"num_inference_steps": 101}, "num_steps=101"),
-        ({"faults": "all"}, "faults='all'.*mended, diffusers"),
+        ({"match_diffusers": "all"}, "match_diffusers='all'.*true or false"),
     ],
 )
 @pytest.mark.parametrize("kind", [DDPMPipeline, DDIMPipeline])
