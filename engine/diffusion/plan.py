@@ -94,11 +94,6 @@ class Plan:
         return self.rows.tobytes() + self.noise_keys.tobytes()
 
     @property
-    def initial_scale(self) -> float:
-        """What z is multiplied by at the start."""
-        return self.initial[1]
-
-    @property
     def needs_image(self) -> bool:
         """Whether it begins at a noised image, which must be given."""
         return self.initial[0] != 0
@@ -113,7 +108,7 @@ class Plan:
         """Whether the network must have 2C channels, the second C of them for the variance."""
         return bool(self.rows[:, Column.LOG_SIGMA].any())
 
-    def start(self, strength: float) -> Plan:
+    def from_image(self, strength: float) -> Plan:
         """Return the plan that begins at an image (SDEdit, Meng et al. 2022).
 
         The last int(strength S) rows of this plan, as in diffusers' img2img, from the image noised

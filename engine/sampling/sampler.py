@@ -314,7 +314,7 @@ class Sampler(Loadable):
         """Return the plan, and the images that it begins at."""
         plan = self.plan(solver, num_steps, **options)
         if strength is not None:
-            plan = plan.start(strength)
+            plan = plan.from_image(strength)
         return plan, inputs.begin_of(image, (count, *self.shape), plan, self.device)
 
     @isolated(grad=False)

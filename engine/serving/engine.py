@@ -288,7 +288,7 @@ class Engine:
             after = arguments.number("deadline", after, 0)
         plan = self._plan_of(request)
         if request.strength is not None:
-            plan = plan.start(request.strength)
+            plan = plan.from_image(request.strength)
         image = inputs.begin_of(request.image, (1, *sampler.shape), plan, sampler.device)
         if len(plan) > len(sampler.schedule):
             raise ValueError(f"solver: a plan of {len(plan)} rows; at most {len(sampler.schedule)}")

@@ -244,7 +244,7 @@ class TestSent:
                         send(refused)
 
     def test_plans_stay_as_they_are(self, tiny_sampler):
-        plan = tiny_sampler().plan("dpmpp_2m", 6).start(0.5)
+        plan = tiny_sampler().plan("dpmpp_2m", 6).from_image(0.5)
         assert plan.content and not plan.fractional  # kept once they were asked for
         for there in (sent(plan), copy.copy(plan), copy.deepcopy(plan)):
             assert there.content == plan.content and there.initial == plan.initial

@@ -35,7 +35,7 @@ def test_only_eulers_methods_scale_the_start(solver, spacing):
     plan = plan_of(solver, spacing=spacing)
     scaled = solver.startswith("euler") and spacing != "leading"
     want = np.sqrt(1 - plan.abar[0]) if scaled else 1
-    assert plan.initial == (0, want) and plan.initial_scale == want
+    assert plan.initial == (0, want)
     assert not plan.needs_image
     assert (want == 1) != scaled
 
@@ -70,7 +70,7 @@ def test_a_tail_is_the_plan_of_the_rest_of_the_list(solver, row):
     ("strength", "count"), [(0.1, 1), (0.19, 1), (0.2, 2), (0.75, 7), (1, 10), (1.0, 10)]
 )
 def test_strength_is_a_share_of_the_steps(strength, count):
-    assert len(plan_of().start(strength)) == count
+    assert len(plan_of().from_image(strength)) == count
 
 
 def test_keys_of_a_tail_are_those_of_the_whole():
@@ -83,14 +83,14 @@ def test_keys_of_a_tail_are_those_of_the_whole():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p.start(0), "strength=0.0: must be at least 0.1"),
-        (lambda p: p.start(0.09), "strength=0.09: must be at least 0.1"),
-        (lambda p: p.start(1.1), r"strength=1.1.*\[0, 1\]"),
-        (lambda p: p.start(float("nan")), "strength=nan"),
-        (lambda p: p.start(True), "strength=True"),
+        (lambda p: p.from_image(0), "strength=0.0: must be at least 0.1"),
+        (lambda p: p.from_image(0.09), "strength=0.09: must be at least 0.1"),
+        (lambda p: p.from_image(1.1), r"strength=1.1.*\[0, 1\]"),
+        (lambda p: p.from_image(float("nan")), "strength=nan"),
+        (lambda p: p.from_image(True), "strength=True"),
         (lambda p: p.begin_at(10), r"row=10: must be in 0..9"),
         (lambda p: p.begin_at(-1), r"row=-1"),
-        (lambda p: fd.Plan(p.rows, p.noise_keys).start(0.5), "abar=None"),
+        (lambda p: fd.Plan(p.rows, p.noise_keys).from_image(0.5), "abar=None"),
         (lambda p: fd.Plan(p.rows, p.noise_keys, (0, -1)), "initial=-1"),
         (lambda p: fd.Plan(p.rows, p.noise_keys, (0, np.inf)), "initial=inf"),
         (lambda p: fd.Plan(p.rows, p.noise_keys, (0, 1, 2)), r"initial=\(0, 1, 2\)"),

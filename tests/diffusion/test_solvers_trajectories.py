@@ -189,7 +189,7 @@ def test_start_from_an_image_is_diffusers(monkeypatch, spacing, strength, cls, o
     n = 20
     plan, scheduler = pair(cls, n, timestep_spacing=spacing, **options)
     image = torch.tanh(noise(50))
-    part = plan.start(strength)
+    part = plan.from_image(strength)
     count = int(n * strength)
     assert len(part) == count and part.needs_image
     np.testing.assert_array_equal(part.noise_keys, plan.noise_keys[n - count :])

@@ -169,7 +169,7 @@ def test_a_list_of_ones_own_is_eulers_of_diffusers():
     np.testing.assert_array_equal(plan.timesteps, theirs.timesteps)
     np.testing.assert_allclose(sigmas_of(plan), theirs.sigmas[:-1], rtol=1e-4)
     sigma = float(theirs.init_noise_sigma)
-    assert plan.initial_scale == pytest.approx(sigma / (sigma**2 + 1) ** 0.5, rel=1e-6)
+    assert plan.initial[1] == pytest.approx(sigma / (sigma**2 + 1) ** 0.5, rel=1e-6)
 
 
 def plan_with(schedule=LINEAR, **options):

@@ -35,7 +35,7 @@ def test_the_seeds_own_noise_gives_their_images(tiny_sampler, backend, options):
         **{k: v for k, v in options.items() if k not in ("solver", "strength")},
     )
     if "strength" in options:
-        plan = plan.start(options["strength"])
+        plan = plan.from_image(options["strength"])
     asked = []
 
     def step_noise(i):

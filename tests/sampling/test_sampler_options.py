@@ -88,7 +88,7 @@ def test_image_to_image(epsilon_sampler):
     assert seen == [0, 1, 2, 3, 4]
     far = sampler.sample(SEEDS, num_steps=50, image=image, strength=1.0)
     assert (near - image).abs().mean() < (far - image).abs().mean()
-    plan = sampler.plan("ddim", 50).start(0.1)
+    plan = sampler.plan("ddim", 50).from_image(0.1)
     a, b = plan.initial
     x = a * image + b * sampler.initial_noise(SEEDS)
     began = sampler.trajectory(SEEDS, num_steps=50, image=image, strength=0.1)
