@@ -47,16 +47,6 @@ class PlanOptions(TypedDict, total=False):
     match_diffusers: bool | None
 
 
-class RunOptions(TypedDict, total=False):
-    """How a sampler runs, as `Sampler` says."""
-
-    backend: str
-    compile: bool | str
-    capture: bool | str
-    tune: bool
-    graph_memory: int | None
-
-
 def with_defaults(options: Mapping[str, Any], solver: str, num_timesteps: int) -> dict[str, Any]:
     """Return options of `Sampler.plan` with a solver and a number of steps.
 

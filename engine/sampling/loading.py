@@ -17,13 +17,13 @@ from flashddpm.checkpoints.pretrained import (
     save_pretrained,
     scheduler_config,
 )
-from flashddpm.diffusion.plan_options import RunOptions
 from flashddpm.diffusion.schedule import NoiseSchedule
 from flashddpm.diffusion.scheduler_config import SamplingDefaults
 from flashddpm.execution.backends import BACKENDS
 from flashddpm.host import isolated
 from flashddpm.networks.conditioning import Conditioning
 from flashddpm.sampling.remade import Remade
+from flashddpm.sampling.run_options import RunOptions
 
 
 class Loadable(Remade):
