@@ -13,10 +13,11 @@ from flashddpm import kernels
 from flashddpm.checkpoints.bundled import bundled
 from flashddpm.checkpoints.model_folder import load_unet
 from flashddpm.diffusion.loss_tables import hybrid_rows, target_rows, vlb_rows
+from flashddpm.diffusion.make_plan import make_plan
 from flashddpm.diffusion.parameterization import noising_rows
+from flashddpm.diffusion.plan import Plan
 from flashddpm.diffusion.schedule import NoiseSchedule
 from flashddpm.diffusion.scheduler_config import SamplingDefaults
-from flashddpm.diffusion.solvers import Plan, make_plan
 from flashddpm.errors import CheckpointError, CompilationError, DataError, NonFiniteError
 from flashddpm.integrations.diffusers_pipelines import DDIMPipeline, DDPMPipeline
 from flashddpm.io.images import make_grid, save_grid, to_pil, to_uint8

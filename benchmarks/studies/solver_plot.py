@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashddpm.diffusion.solvers import SIGMA_SPACINGS, SOLVERS, SPACINGS
+from flashddpm.diffusion.solvers import SOLVERS
+from flashddpm.diffusion.timesteps import SIGMA_SPACINGS, SPACINGS
 from flashddpm.io.files import read_json
 from flashddpm.io.html_pages import png_of
 

@@ -29,11 +29,12 @@ from flashddpm.diffusion.parameterization import PREDICTION_TYPES
 from flashddpm.diffusion.schedule import TABLES, NoiseSchedule
 from flashddpm.diffusion.scheduler_config import (
     DEFAULTED,
-    MULTISTEP,
+    KEYS,
     SCHEDULERS,
     SamplingDefaults,
     settings_of,
 )
+from flashddpm.diffusion.solvers import SOLVERS
 from flashddpm.errors import CheckpointError
 from flashddpm.host import plain_factories
 from flashddpm.networks.conditioning import Conditioning
@@ -219,10 +220,10 @@ def scheduler_config(
     Raises:
         ValueError: defaults that diffusers' class for this solver has no setting for.
     """
-    solver = defaults.solver
-    multistep = {algorithm: key for key, algorithm in MULTISTEP.items()}
-    kind = "dpmpp_2m" if solver in multistep else solver
-    name = {value: key for key, value in SCHEDULERS.items()}[kind]
+    solver = SOLVERS[defaults.solver]
+    name = solver.scheduler_class
+    if name is None:
+        raise ValueError(f"defaults={defaults}: diffusers has no class for {solver.name}")
     config: dict[str, Any] = {
         "_class_name": name,
         "num_train_timesteps": len(schedule),
@@ -231,8 +232,8 @@ def scheduler_config(
         "timestep_spacing": defaults.spacing,
         "steps_offset": defaults.steps_offset,
     }
-    if solver in multistep:
-        config["algorithm_type"] = multistep[solver]
+    if solver.algorithm_type is not None:
+        config["algorithm_type"] = solver.algorithm_type
     if defaults.sigmas:
         config[f"use_{defaults.sigmas}_sigmas"] = True
     if defaults.threshold:
@@ -241,9 +242,9 @@ def scheduler_config(
             "dynamic_thresholding_ratio": defaults.threshold,
             "sample_max_value": defaults.clip,
         }
-    elif name in ("DDPMScheduler", "DDIMScheduler"):
+    elif "clip_sample" in KEYS[name]:
         config |= {"clip_sample": defaults.clip > 0, "clip_sample_range": defaults.clip or 1.0}
-    if name == "DDPMScheduler":
+    if "variance_type" in solver.options:
         config["variance_type"] = defaults.variance_type
     if SamplingDefaults.from_config(config) != defaults:
         raise ValueError(f"defaults={defaults}: {name} has no settings for all of them")

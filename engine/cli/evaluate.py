@@ -14,6 +14,7 @@ from flashddpm.cli.options import (
     Clip,
     Device,
     Dtype,
+    Eta,
     Guidance,
     NumSteps,
     Seeds,
@@ -46,7 +47,7 @@ def evaluate(
     num_steps: NumSteps = None,
     spacing: Spacing = None,
     sigmas: Sigmas = None,
-    eta: Annotated[float | None, Option(help="Of ddim: 0 deterministic, 1 as ddpm.")] = None,
+    eta: Eta = None,
     variance_type: VarianceType = None,
     clip: Clip = None,
     reference: Annotated[

@@ -9,7 +9,7 @@ import numpy
 import torch
 
 from flashddpm.checkpoints.bundled import bundled
-from flashddpm.diffusion.plan_options import MULTISTEP_STEPS
+from flashddpm.diffusion.plan_options import with_defaults
 from flashddpm.sampling.sampler import Sampler
 
 
@@ -41,5 +41,6 @@ def info() -> None:
     print(f"dtype auto: {str(sampler.dtype).removeprefix('torch.')}")
     kind = "Triton kernels, captured step" if cuda else "PyTorch operations, noise drawn ahead"
     print(f"backend auto: {sampler.backend} ({kind})")
-    chosen, reason = sampler.executor.choice.auto(64 * MULTISTEP_STEPS)
+    asked = with_defaults({}, sampler.defaults.solver, len(sampler.schedule))
+    chosen, reason = sampler.executor.choice.auto(64 * asked["num_steps"])
     print(f"compile auto: {'yes' if chosen else 'no'} for a sheet of 64 ({reason})")

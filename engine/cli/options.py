@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 from typer import Option
+
+from flashddpm.diffusion.parameterization import VARIANCE_TYPES
+from flashddpm.diffusion.plan_options import ANCESTRAL, IN_ITS_PLACE
+from flashddpm.diffusion.solvers import SOLVERS
+
+
+def _joined(names: Iterable[str], last: str = "and") -> str:
+    """Return names in a row, as in "a, b and c"."""
+    *first, end = names
+    return f"{', '.join(first)} {last} {end}" if first else end
+
+
+def _takers(option: str) -> str:
+    """Return the names of the solvers that take an option, in words."""
+    return _joined(name for name, solver in SOLVERS.items() if option in solver.options)
+
+
+def _default_steps() -> str:
+    """Return how many steps each solver takes by default, in words, most solvers last."""
+    solvers: dict[int, list[str]] = {}
+    for name, solver in SOLVERS.items():
+        solvers.setdefault(solver.default_steps, []).append(name)
+    *some, (steps, _) = sorted(solvers.items(), key=lambda item: len(item[1]))
+    return ", ".join([*(f"{n} of {_joined(names)}" for n, names in some), f"{steps} of others"])
+
 
 AllowPickle = Annotated[
     bool, Option("--allow-pickle", help="Read .bin weights where there are no safetensors.")
@@ -13,10 +39,13 @@ BatchSize = Annotated[int, Option(help="Images at a time.")]
 Clip = Annotated[float | None, Option(help="Bound of x0, 0 for none.  [default: the model's]")]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, Option(help="float32, bfloat16 or float16.  [default: by device]")]
+Eta = Annotated[
+    float | None, Option(help=f"Of {_takers('eta')}: 0 deterministic, 1 as noisy as ddpm.")
+]
 Guidance = Annotated[float, Option(help="Guidance weight w; 1 is off.")]
 NumSteps = Annotated[
     int | None,
-    Option(help="Network evaluations an image.  [default: 20 of dpmpp_*, 50 of others]"),
+    Option(help=f"Network evaluations an image.  [default: {_default_steps()}]"),
 ]
 Seeds = Annotated[str | None, Option(help="7 (the first seed), 1,2,5 or 0:64.  [default: from 0]")]
 Sigmas = Annotated[
@@ -25,8 +54,8 @@ Sigmas = Annotated[
 Solver = Annotated[
     str | None,
     Option(
-        help="ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler or euler_ancestral.  "
-        "[default: the model's, but dpmpp_2m_sde with linspace spacing for ddpm]"
+        help=f"{_joined(SOLVERS, 'or')}.  "
+        f"[default: the model's, but {IN_ITS_PLACE} with linspace spacing for {ANCESTRAL}]"
     ),
 ]
 Spacing = Annotated[
@@ -35,6 +64,7 @@ Spacing = Annotated[
 VarianceType = Annotated[
     str | None,
     Option(
-        help="Of ddpm: fixed_small, fixed_large, learned or learned_range.  [default: the model's]"
+        help=f"Of {_takers('variance_type')}: {_joined(VARIANCE_TYPES, 'or')}.  "
+        "[default: the model's]"
     ),
 ]

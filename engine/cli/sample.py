@@ -19,6 +19,7 @@ from flashddpm.cli.options import (
     Clip,
     Device,
     Dtype,
+    Eta,
     Guidance,
     NumSteps,
     Seeds,
@@ -60,7 +61,7 @@ def sample(
         Option(help="Timesteps as OpenAI's scripts take them: 250, ddim50 or 10,20,30."),
     ] = None,
     sigmas: Sigmas = None,
-    eta: Annotated[float, Option(help="Of ddim: 0 deterministic, 1 as noisy as ddpm.")] = 0.0,
+    eta: Eta = 0.0,
     variance_type: VarianceType = None,
     clip: Clip = None,
     threshold: Annotated[

@@ -21,6 +21,7 @@ with seeds an image depends on its own only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,68 +32,82 @@ from flashddpm.diffusion.timesteps import Steps, sigma_grid
 
 Table = NDArray[np.float64]
 
+Quirk = Callable[[NoiseSchedule, Steps, str | None, str | None], tuple[Steps, dict[str, Any]]]
+"""A solver's quirk: from the schedule, the right steps, the spacing of timesteps (None for a list
+of one's own) and that of sigmas (None for none) to diffusers' steps, and keyword arguments with
+which the solver's function does what diffusers does."""
+
+REFUSED = "match_diffusers=True: must be false"
 SMALLEST_ABAR = 2.0**-24
 """What diffusers' solvers by sigma put for abar = 0, whose sigma is infinite."""
 
 
-def restore(
-    solver: str,
-    options: dict[str, Any],
-    schedule: NoiseSchedule,
-    steps: Steps,
-    spacing: str | None,
-    sigmas: str | None,
+def noise_at_end(
+    schedule: NoiseSchedule, steps: Steps, spacing: str | None, sigmas: str | None
 ) -> tuple[Steps, dict[str, Any]]:
-    """Return steps and options of the solver's function for what diffusers does.
+    """The quirk of ddpm: noise in the last step."""
+    return steps, {"noise_at_end": True}
 
-    Args:
-        solver, options, schedule: whose plan it is.
-        steps: as they are right.
-        spacing: of the timesteps; None for a list of one's own.
-        sigmas: their spacing, if any.
+
+def ends_by_arithmetic(
+    schedule: NoiseSchedule, steps: Steps, spacing: str | None, sigmas: str | None
+) -> tuple[Steps, dict[str, Any]]:
+    """The quirk of ddim: a step from t ends at abar of t - T // num_steps, at 1 below 0.
 
     Raises:
-        ValueError: what diffusers does there cannot be had.
+        ValueError: a list of timesteps, which diffusers' DDIMScheduler does not take.
     """
-    _refuse(solver, options, len(schedule), len(steps.abar), spacing)
-    if solver == "ddpm":
-        return steps, options | {"noise_at_end": True}
-    if solver == "ddim":
-        return steps, options | {"ends": _ends(schedule, steps)}
-    if solver in ("dpmpp_2m", "dpmpp_2m_sde") and sigmas in ("exponential", "beta"):
-        steps = _cut(schedule, steps, sigmas)
+    if spacing is None:
+        raise ValueError(f"{REFUSED} beside timesteps: diffusers' DDIMScheduler takes none")
+    ends = steps.timesteps.astype(np.int64) - len(schedule) // len(steps.abar)
+    abar = np.where(ends < 0, 1.0, schedule.alphas_cumprod[np.maximum(ends, 0)])
+    return steps, {"ends": abar}
+
+
+def abar_above_0(
+    schedule: NoiseSchedule, steps: Steps, spacing: str | None, sigmas: str | None
+) -> tuple[Steps, dict[str, Any]]:
+    """The quirk of solvers by sigma: 2^-24 stands for abar = 0."""
     if steps.abar[0] == 0:
         steps = Steps(steps.timesteps, np.append(SMALLEST_ABAR, steps.abar[1:]))
-    return steps, options
+    return steps, {}
 
 
-def _refuse(solver: str, options: dict[str, Any], T: int, n: int, spacing: str | None) -> None:
-    name = "match_diffusers=True: must be false"
-    if options.get("variance_type") == "learned":
-        raise ValueError(f"{name} for learned variance: diffusers takes v for the variance itself")
-    if spacing is None and solver == "ddim":
-        raise ValueError(f"{name} beside timesteps: diffusers' DDIMScheduler takes none")
-    if spacing == "trailing" and len(np.arange(T, 0, -T / n)) > n:
-        raise ValueError(
-            f"{name} for num_steps={n} of {T} with trailing spacing: diffusers takes a step more "
-            "there, at timestep -1"
-        )
-
-
-def _ends(schedule: NoiseSchedule, steps: Steps) -> Table:
-    """Return abar at t - T // num_steps for each timestep t, 1 below 0; float64 [S]."""
-    ends = steps.timesteps.astype(np.int64) - len(schedule) // len(steps.abar)
-    return np.where(ends < 0, 1.0, schedule.alphas_cumprod[np.maximum(ends, 0)])
-
-
-def _cut(schedule: NoiseSchedule, steps: Steps, sigmas: str) -> Steps:
-    """Return the steps, told the whole timesteps below those of their sigmas.
+def cut_timesteps(
+    schedule: NoiseSchedule, steps: Steps, spacing: str | None, sigmas: str | None
+) -> tuple[Steps, dict[str, Any]]:
+    """The quirk of DPM-Solvers: told the whole timesteps below sigmas; and `abar_above_0`.
 
     Whether the sigma of a whole timestep, such as the first, lies below it is decided by rounding:
     diffusers' table of logarithms is float32.
     """
-    abar = schedule.alphas_cumprod.astype(np.float32)
-    table = ((1 - abar) / abar) ** np.float32(0.5)
-    grid = sigma_grid(sigmas, float(table[-1]), float(table[0]), len(steps.abar))
-    t = np.interp(np.log(grid), np.log(table).astype(np.float64), np.arange(len(table)))
-    return Steps(np.floor(t), steps.abar)
+    if sigmas in ("exponential", "beta"):
+        abar = schedule.alphas_cumprod.astype(np.float32)
+        table = ((1 - abar) / abar) ** np.float32(0.5)
+        grid = sigma_grid(sigmas, float(table[-1]), float(table[0]), len(steps.abar))
+        t = np.interp(np.log(grid), np.log(table).astype(np.float64), np.arange(len(table)))
+        steps = Steps(np.floor(t), steps.abar)
+    return abar_above_0(schedule, steps, spacing, sigmas)
+
+
+def refuse_unmatched(T: int, n: int, spacing: str | None, variance_type: str | None) -> None:
+    """Raise where no solver's plan is that of diffusers.
+
+    Args:
+        T: number of timesteps of the schedule.
+        n: number of steps.
+        spacing: of the timesteps; None for a list of one's own.
+        variance_type: of a solver that takes one.
+
+    Raises:
+        ValueError: learned variance, or trailing spacing where rounding adds a point.
+    """
+    if variance_type == "learned":
+        raise ValueError(
+            f"{REFUSED} for learned variance: diffusers takes v for the variance itself"
+        )
+    if spacing == "trailing" and len(np.arange(T, 0, -T / n)) > n:
+        raise ValueError(
+            f"{REFUSED} for num_steps={n} of {T} with trailing spacing: diffusers takes a step "
+            "more there, at timestep -1"
+        )

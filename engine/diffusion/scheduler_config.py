@@ -7,22 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashddpm import arguments
+from flashddpm.diffusion.make_plan import make_plan
+from flashddpm.diffusion.parameterization import VARIANCE_TYPES
+from flashddpm.diffusion.plan import Plan
 from flashddpm.diffusion.plan_options import PlanOptions
 from flashddpm.diffusion.schedule import NoiseSchedule
-from flashddpm.diffusion.solvers import SIGMA_SPACINGS, SPACINGS, VARIANCE_TYPES, Plan, make_plan
-from flashddpm.diffusion.timesteps import respaced
-
-SCHEDULERS = {
-    "DDPMScheduler": "ddpm",
-    "DDIMScheduler": "ddim",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-}
-"""diffusers' classes, and the solver that each stands for."""
-
-MULTISTEP = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}
-"""The algorithm_type of DPMSolverMultistepScheduler."""
+from flashddpm.diffusion.solvers import SOLVERS
+from flashddpm.diffusion.timesteps import SIGMA_SPACINGS, SPACINGS, respaced
 
 DEFAULTED = "_use_default_values"
 """In a live config of diffusers, the keys that nobody has set: another class takes its own."""
@@ -93,6 +84,9 @@ KEYS: dict[str, dict[str, Any]] = {
 }
 """The settings that each class has, and its defaults; it ignores all others in a config."""
 
+SCHEDULERS = tuple(KEYS)
+"""diffusers' classes that can be read; records of solvers.SOLVERS say which solver each means."""
+
 ONLY = ("set_alpha_to_one", *(_MULTISTEP_ONLY | _EULER_ONLY))
 """Settings of which we have rows for the default only."""
 
@@ -147,10 +141,7 @@ class SamplingDefaults:
             allowed = KEYS[name].get(key)
             if settings.get(key) != allowed:
                 raise ValueError(f"{key}={settings[key]!r}: only {allowed!r} is supported")
-        solver = SCHEDULERS[name]
-        if "algorithm_type" in settings:
-            algorithm = settings["algorithm_type"]
-            solver = MULTISTEP[arguments.one_of("algorithm_type", algorithm, MULTISTEP)]
+        solver = _solver(settings)
         clip, threshold = _bounds(settings)
         return cls(
             arguments.one_of("timestep_spacing", settings["timestep_spacing"], SPACINGS),
@@ -191,7 +182,8 @@ class SamplingDefaults:
             "clip": self.clip,
             "threshold": self.threshold,
         }
-        if solver == "ddpm":
+        record = SOLVERS[arguments.one_of("solver", solver, SOLVERS)]
+        if "variance_type" in record.options:
             own["variance_type"] = self.variance_type
         if solver == self.solver and "timesteps" not in given:
             own["sigmas"] = self.sigmas
@@ -200,9 +192,22 @@ class SamplingDefaults:
         )
 
 
+def _solver(settings: Mapping[str, Any]) -> str:
+    """Return the name of the solver that a class of diffusers stands for with these settings."""
+    found = {
+        solver.algorithm_type: name
+        for name, solver in SOLVERS.items()
+        if solver.scheduler_class == settings["_class_name"]
+    }
+    algorithm = settings.get("algorithm_type")
+    if "algorithm_type" in settings:
+        arguments.one_of("algorithm_type", algorithm, [key for key in found if key is not None])
+    return found[algorithm]
+
+
 def _variance_type(value: Any, solver: str) -> str:
     """Return diffusers' variance_type under our name; None is fixed_small."""
-    if value == "fixed_large_log" and solver == "ddpm":
+    if value == "fixed_large_log" and "variance_type" in SOLVERS[solver].options:
         raise ValueError(
             "variance_type='fixed_large_log': has no samples, for diffusers takes the root of a "
             "logarithm that is negative and returns NaN; must be fixed_large, say"

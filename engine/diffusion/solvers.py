@@ -13,54 +13,26 @@ any noise levels), the prediction type (epsilon, sample or v_prediction) and the
 x0 (0 for none), and raises ValueError for an argument out of its range, or for epsilon prediction
 where abar = 0.
 
-To add one: write the function, name it in SOLVERS, and test its rows in
-tests/diffusion/test_solvers_diffusers.py.
+To add one: write the function and its record, by which make_plan, the command line, scheduler
+configs and pipelines know it, and test its rows in tests/diffusion/test_solvers_diffusers.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flashddpm import arguments
-from flashddpm.diffusion.diffusers_quirks import restore
+from flashddpm.diffusion import diffusers_quirks
+from flashddpm.diffusion.diffusers_quirks import Quirk
 from flashddpm.diffusion.parameterization import VARIANCE_TYPES, eps_rows, x0_rows
-from flashddpm.diffusion.plan import Plan, adjust
+from flashddpm.diffusion.plan import Plan
 from flashddpm.diffusion.schedule import NoiseSchedule
-from flashddpm.diffusion.timesteps import (
-    SIGMA_SPACINGS,
-    SPACINGS,
-    Steps,
-    noise_keys,
-    spaced,
-    timesteps,
-)
-from flashddpm.host import isolated
+from flashddpm.diffusion.timesteps import Steps, noise_keys
 from flashddpm.kernels.tables import Column
-
-__all__ = [
-    "DROP_LAST",
-    "SIGMA_SPACINGS",
-    "SOLVERS",
-    "SPACINGS",
-    "VARIANCE_TYPES",
-    "Plan",
-    "Steps",
-    "ddim",
-    "ddpm",
-    "dpmpp_2m",
-    "dpmpp_2m_sde",
-    "euler",
-    "euler_ancestral",
-    "make_plan",
-    "noise_keys",
-    "spaced",
-    "timesteps",
-]
 
 Table = NDArray[np.float64]
 
@@ -285,99 +257,93 @@ def _start_alone(plan: Plan) -> Plan:
     return replace(plan, initial=(0.0, float(np.sqrt(1 - plan.abar[0]))))
 
 
-SOLVERS: dict[str, Callable[..., Plan]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_2m_sde": dpmpp_2m_sde,
-    "euler": euler,
-    "euler_ancestral": euler_ancestral,
-}
-DROP_LAST = ("dpmpp_2m", "dpmpp_2m_sde")
-"""Solvers whose timesteps are num_steps + 1 points less the last."""
-FRACTIONAL = ("euler", "euler_ancestral")
-"""Solvers whose networks are told timesteps as they fall, not the nearest whole ones."""
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """All that others know of a solver.
 
-
-@isolated(grad=False)
-def make_plan(
-    schedule: NoiseSchedule,
-    solver: str = "ddim",
-    num_steps: int = 50,
-    *,
-    prediction_type: str,
-    spacing: str = "leading",
-    steps_offset: int = 0,
-    sigmas: str | None = None,
-    timesteps: ArrayLike | None = None,
-    clip: float = 1.0,
-    eta: float = 0.0,
-    use_clipped_model_output: bool = False,
-    variance_type: str = "fixed_small",
-    threshold: float = 0.0,
-    guidance_rescale: float = 0.0,
-    guidance_interval: tuple[float, float] | None = None,
-    match_diffusers: bool = False,
-) -> Plan:
-    """Return the plan of a named solver over ``num_steps`` timesteps of the given spacing.
-
-    The arguments are those of `timesteps` and of the solver's own function; these hold for every
-    solver:
-
-    Args:
-        sigmas: karras, exponential or beta: noise levels between the ends of the spacing (of the
-            schedule, for the DPM-Solvers); None for those of the spacing itself.
-        timesteps: a list of one's own, whole or fractional, strictly decreasing within 0..T-1;
-            num_steps and steps_offset are then of no effect, nor is spacing, except that euler's
-            leading spacing starts from z.
-        clip: bound of x0, 0 for none; with a threshold, the largest that it may be, at least 1.
-        threshold: the quantile of |x0| that each image is clipped to and divided by, where it is
-            above 1 (dynamic thresholding, Saharia et al. 2022, section 2.3: .995); 0 for none.
-            diffusers names it dynamic_thresholding_ratio, and ``clip`` sample_max_value.
-        guidance_rescale: how far a guided output is brought back to the deviation of its
-            conditional half (Lin et al. 2023, section 3.4: .7); 0 for not at all.
-        guidance_interval: (low, high): guide where low < sigma <= high, sigma being
-            sqrt((1 - abar) / abar), and take the conditional output elsewhere (Kynkaanniemi et al.
-            2024); high may be infinite. None guides every step.
-        match_diffusers: do as diffusers does where we hold that for wrong: docs/parity.md and
-            flashddpm.diffusion.diffusers_quirks have the table of its quirks.
-
-    Raises:
-        ValueError: an argument out of its range, or one that the solver has no use for.
+    Attributes:
+        name: what ``solver=`` calls it.
+        rows: its function, from schedule and steps to a Plan.
+        options: which of make_plan.OPTIONS the function takes; the others are refused.
+        default_steps: the number of steps where nothing is said.
+        drop_last: its timesteps are num_steps + 1 points less the last.
+        fractional: its network is told timesteps as they fall, not the nearest whole ones.
+        noise_alone: its function takes ``noise_alone``, false for leading spacing (see `euler`).
+        scheduler_class: diffusers' class for it, one of scheduler_config.KEYS; None for none.
+        algorithm_type: the class's setting of that name, where it has several solvers.
+        quirk: what diffusers does that make_plan does only if asked to match it.
+        draws: whether diffusers draws noise at (timestep, eta), which it may do and add none.
+        draws_float32: whether it draws in float32, not in the network's dtype.
     """
-    solve: Any = SOLVERS[arguments.one_of("solver", solver, SOLVERS)]
-    arguments.one_of("spacing", spacing, SPACINGS)
-    arguments.boolean("match_diffusers", match_diffusers)
-    options: dict[str, Any] = {
-        "clip": clip,
-        "eta": arguments.number("eta", eta, 0, 1),
-        "use_clipped_model_output": use_clipped_model_output,
-        "variance_type": arguments.one_of("variance_type", variance_type, VARIANCE_TYPES),
-    }
-    unused = {"eta": 0.0, "variance_type": "fixed_small", "use_clipped_model_output": False}
-    for name, off in unused.items():
-        if name not in solve.__kwdefaults__:
-            value = options.pop(name)
-            if value != off:
-                raise ValueError(f"{name}={value!r}: must be {off!r}; {solver} has no such option")
-    if "noise_alone" in solve.__kwdefaults__:
-        options["noise_alone"] = spacing != "leading"
-    if timesteps is None:
-        steps = spaced(
-            schedule,
-            num_steps,
-            spacing,
-            steps_offset,
-            sigmas=sigmas,
-            drop_last=solver in DROP_LAST,
-            fractional=solver in FRACTIONAL,
-        )
-    elif sigmas is None:
-        steps = Steps.at(schedule, timesteps)
-    else:
-        raise ValueError(f"sigmas={sigmas!r}: must be None beside timesteps")
-    if match_diffusers:
-        of = spacing if timesteps is None else None
-        steps, options = restore(solver, options, schedule, steps, of, sigmas)
-    plan = solve(schedule, steps, prediction_type=prediction_type, **options)
-    return adjust(plan, clip, threshold, guidance_rescale, guidance_interval)
+
+    name: str
+    rows: Callable[..., Plan]
+    options: tuple[str, ...] = ()
+    default_steps: int = 50
+    drop_last: bool = False
+    fractional: bool = False
+    noise_alone: bool = False
+    scheduler_class: str | None = None
+    algorithm_type: str | None = None
+    quirk: Quirk | None = None
+    draws: Callable[[float, float], bool] = lambda timestep, eta: False
+    draws_float32: bool = False
+
+
+_RECORDS = (
+    Solver(
+        name="ddpm",
+        rows=ddpm,
+        options=("variance_type",),
+        scheduler_class="DDPMScheduler",
+        quirk=diffusers_quirks.noise_at_end,
+        draws=lambda timestep, eta: timestep > 0,
+    ),
+    Solver(
+        name="ddim",
+        rows=ddim,
+        options=("eta", "use_clipped_model_output"),
+        scheduler_class="DDIMScheduler",
+        quirk=diffusers_quirks.ends_by_arithmetic,
+        draws=lambda timestep, eta: eta > 0,
+    ),
+    Solver(
+        name="dpmpp_2m",
+        rows=dpmpp_2m,
+        default_steps=20,
+        drop_last=True,
+        scheduler_class="DPMSolverMultistepScheduler",
+        algorithm_type="dpmsolver++",
+        quirk=diffusers_quirks.cut_timesteps,
+    ),
+    Solver(
+        name="dpmpp_2m_sde",
+        rows=dpmpp_2m_sde,
+        default_steps=20,
+        drop_last=True,
+        scheduler_class="DPMSolverMultistepScheduler",
+        algorithm_type="sde-dpmsolver++",
+        quirk=diffusers_quirks.cut_timesteps,
+        draws=lambda timestep, eta: True,
+        draws_float32=True,
+    ),
+    Solver(
+        name="euler",
+        rows=euler,
+        fractional=True,
+        noise_alone=True,
+        scheduler_class="EulerDiscreteScheduler",
+        quirk=diffusers_quirks.abar_above_0,
+    ),
+    Solver(
+        name="euler_ancestral",
+        rows=euler_ancestral,
+        fractional=True,
+        noise_alone=True,
+        scheduler_class="EulerAncestralDiscreteScheduler",
+        quirk=diffusers_quirks.abar_above_0,
+        draws=lambda timestep, eta: True,
+    ),
+)
+SOLVERS = {solver.name: solver for solver in _RECORDS}
+"""Every solver by its name."""

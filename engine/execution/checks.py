@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flashddpm.diffusion.solvers import Plan
+from flashddpm.diffusion.plan import Plan
 from flashddpm.networks import registry
 from flashddpm.networks.conditioning import Conditioning
 from flashddpm.networks.registry import Network

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flashddpm import arguments, host
-from flashddpm.diffusion.solvers import Plan
+from flashddpm.diffusion.plan import Plan
 from flashddpm.errors import CompilationError
 from flashddpm.execution import cpu_noise
 from flashddpm.execution.backends import choose_backend

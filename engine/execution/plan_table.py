@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashddpm.diffusion.solvers import Plan
+from flashddpm.diffusion.plan import Plan
 from flashddpm.execution.slots import Slots
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flashddpm import host
-from flashddpm.diffusion.solvers import Plan
+from flashddpm.diffusion.plan import Plan
 from flashddpm.execution.upload import fill
 from flashddpm.kernels.tables import REST, Column
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from flashddpm import arguments
-from flashddpm.diffusion.solvers import Plan
+from flashddpm.diffusion.plan import Plan
 from flashddpm.errors import NonFiniteError
 from flashddpm.execution.executor import Executor
 from flashddpm.execution.slot_table import SlotTable

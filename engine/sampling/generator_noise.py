@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashddpm.diffusion.plan import Plan
+from flashddpm.diffusion.solvers import SOLVERS
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -84,7 +85,7 @@ def _dtype_drawn(
 
     It draws on last steps too, where none is added: a generator goes on from the same state.
     """
-    if solver == "dpmpp_2m_sde":
-        return torch.float32
-    draws = {"ddpm": timestep > 0, "ddim": eta > 0, "euler_ancestral": True}
-    return dtype if draws.get(solver, False) else None
+    record = SOLVERS[solver]
+    if not record.draws(timestep, eta):
+        return None
+    return torch.float32 if record.draws_float32 else dtype

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from flashddpm import arguments
 from flashddpm.diffusion.parameterization import PREDICTION_TYPES
+from flashddpm.diffusion.plan import Plan
 from flashddpm.diffusion.plan_options import PlanOptions
 from flashddpm.diffusion.schedule import NoiseSchedule
 from flashddpm.diffusion.scheduler_config import SamplingDefaults
-from flashddpm.diffusion.solvers import Plan
 from flashddpm.execution.checks import check_state
 from flashddpm.execution.executor import Executor
 from flashddpm.execution.step import Call

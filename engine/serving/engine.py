@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from flashddpm import arguments
+from flashddpm.diffusion.plan import Plan
 from flashddpm.diffusion.plan_options import PlanOptions
-from flashddpm.diffusion.solvers import Plan
 from flashddpm.execution.processes import renewed_in_child
 from flashddpm.host import isolated
 from flashddpm.sampling import inputs

@@ -10,9 +10,10 @@ from diffusers.guiders.guider_utils import rescale_noise_cfg
 
 import flashddpm as fd
 from flashddpm import kernels
+from flashddpm.diffusion.make_plan import make_plan
 from flashddpm.diffusion.parameterization import PREDICTION_TYPES
 from flashddpm.diffusion.schedule import NoiseSchedule
-from flashddpm.diffusion.solvers import SOLVERS, make_plan
+from flashddpm.diffusion.solvers import SOLVERS
 from flashddpm.kernels import reference
 from flashddpm.kernels.launch import INTERPRETED
 from flashddpm.kernels.tables import Column

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flashddpm as fd
-from flashddpm.diffusion.solvers import make_plan
+from flashddpm.diffusion.make_plan import make_plan
 from flashddpm.kernels.tables import Column
 
 SHAPE = (2, 2, 4, 4)

@@ -12,9 +12,11 @@ from scipy import stats
 
 import flashddpm as fd
 from flashddpm.diffusion.loss_tables import hybrid_rows, target_rows
+from flashddpm.diffusion.make_plan import make_plan
 from flashddpm.diffusion.parameterization import LEARNED_VARIANCES, PREDICTION_TYPES
 from flashddpm.diffusion.schedule import NoiseSchedule
-from flashddpm.diffusion.solvers import ddpm, make_plan, timesteps
+from flashddpm.diffusion.solvers import ddpm
+from flashddpm.diffusion.timesteps import timesteps
 from flashddpm.kernels import reference
 from flashddpm.kernels.tables import REST, Column, LossColumn, Purpose
 

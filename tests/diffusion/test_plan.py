@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import flashddpm as fd
+from flashddpm.diffusion.make_plan import make_plan
 from flashddpm.diffusion.plan import Plan
-from flashddpm.diffusion.solvers import SOLVERS, make_plan
+from flashddpm.diffusion.solvers import SOLVERS
 from flashddpm.kernels.tables import Column
 
 LINEAR = fd.NoiseSchedule.create()

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 
+from flashddpm.checkpoints.pretrained import scheduler_config
+from flashddpm.diffusion.make_plan import OPTIONS, make_plan
 from flashddpm.diffusion.parameterization import PREDICTION_TYPES
+from flashddpm.diffusion.plan_options import with_defaults
 from flashddpm.diffusion.schedule import NoiseSchedule
+from flashddpm.diffusion.scheduler_config import KEYS, SamplingDefaults
 from flashddpm.diffusion.solvers import (
-    DROP_LAST,
     SOLVERS,
-    SPACINGS,
+    Solver,
     ddim,
     ddpm,
     dpmpp_2m,
     dpmpp_2m_sde,
     euler,
     euler_ancestral,
-    make_plan,
-    timesteps,
 )
+from flashddpm.diffusion.timesteps import SPACINGS, timesteps
 from flashddpm.kernels import reference
 from flashddpm.kernels.tables import REST, Column, Purpose
 
 LINEAR = NoiseSchedule.create()
 ZERO_SNR = NoiseSchedule.create(rescale_betas_zero_snr=True)
 SHAPE = (1, 2, 3, 3)
+DROP_LAST = ("dpmpp_2m", "dpmpp_2m_sde")
 NOISY = ("ddpm", "dpmpp_2m_sde", "euler_ancestral")
 BY_EPS = ("ddim", "euler", "euler_ancestral")
 
@@ -232,9 +237,9 @@ def test_reference_kernel_applies_a_plan(solver, options, apply):
 @every_solver
 def test_bad_steps(solver, steps, message):
     with pytest.raises(ValueError, match=message):
-        SOLVERS[solver](LINEAR, steps)
-    unsigned = SOLVERS[solver](LINEAR, np.array([5, 3], np.uint8))
-    np.testing.assert_array_equal(unsigned.rows, SOLVERS[solver](LINEAR, [5, 3]).rows)
+        SOLVERS[solver].rows(LINEAR, steps)
+    unsigned = SOLVERS[solver].rows(LINEAR, np.array([5, 3], np.uint8))
+    np.testing.assert_array_equal(unsigned.rows, SOLVERS[solver].rows(LINEAR, [5, 3]).rows)
 
 
 @pytest.mark.parametrize(
@@ -283,3 +288,41 @@ def test_make_plan_passes_every_argument():
         np.testing.assert_array_equal(plan.rows, solve(LINEAR, at, **options, **extra).rows)
     default = make_plan(LINEAR, prediction_type="epsilon")
     np.testing.assert_array_equal(default.rows, ddim(LINEAR, timesteps(50, 1000)).rows)
+
+
+# Records --------------------------------------------------------------------------------------
+
+
+@every_solver
+def test_a_record_says_what_its_function_takes(solver):
+    record = SOLVERS[solver]
+    taken = set(inspect.signature(record.rows).parameters)
+    assert record.name == solver == record.rows.__name__
+    assert set(record.options) == taken & set(OPTIONS)
+    assert record.noise_alone == ("noise_alone" in taken)
+    assert record.scheduler_class in KEYS
+    assert (record.algorithm_type is None) == ("algorithm_type" not in KEYS[record.scheduler_class])
+
+
+def test_options_that_say_nothing_are_those_of_make_plan():
+    parameters = inspect.signature(make_plan).parameters
+    assert {name: parameters[name].default for name in OPTIONS} == OPTIONS
+
+
+def test_a_solver_is_its_record(monkeypatch):
+    """A new one needs nothing else: plans, defaults, refusals; here ddim's rows by another name."""
+    record = Solver(name="new", rows=ddim, options=("eta",), default_steps=7, fractional=True)
+    monkeypatch.setitem(SOLVERS, "new", record)
+    ask = {"prediction_type": "v_prediction", "spacing": "linspace", "eta": 0.5}
+    plan = make_plan(LINEAR, "new", 12, **ask)
+    fractional = make_plan(LINEAR, "ddim", timesteps=np.linspace(999, 0, 12), **ask)
+    assert plan.fractional and plan.content == fractional.content
+    assert plan.content == make_plan(LINEAR, "new", 12, match_diffusers=True, **ask).content
+    with pytest.raises(ValueError, match="use_clipped_model_output=True.*new has no such option"):
+        make_plan(LINEAR, "new", 12, use_clipped_model_output=True, **ask)
+    assert with_defaults({}, "new", 1000) == {"solver": "new", "num_steps": 7}
+    assert with_defaults({"solver": "new"}, "ddpm", 5)["num_steps"] == 5
+    own = SamplingDefaults(solver="new", spacing="linspace", variance_type="fixed_large")
+    assert own.plan(LINEAR, "v_prediction", "new", 12, {"eta": 0.5}).content == plan.content
+    with pytest.raises(ValueError, match="diffusers has no class for new"):
+        scheduler_config(LINEAR, "epsilon", own)

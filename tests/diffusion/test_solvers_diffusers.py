@@ -7,22 +7,19 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
+from flashddpm.diffusion.make_plan import make_plan
 from flashddpm.diffusion.parameterization import PREDICTION_TYPES
+from flashddpm.diffusion.plan import Plan
 from flashddpm.diffusion.schedule import NoiseSchedule
-from flashddpm.diffusion.solvers import (
-    DROP_LAST,
-    SPACINGS,
-    Plan,
-    dpmpp_2m,
-    make_plan,
-    timesteps,
-)
+from flashddpm.diffusion.solvers import dpmpp_2m
+from flashddpm.diffusion.timesteps import SPACINGS, timesteps
 from flashddpm.kernels.tables import Column
 
 LINEAR = NoiseSchedule.create()
 ZERO_SNR = NoiseSchedule.create(rescale_betas_zero_snr=True)
 SHORT = {"num_train_timesteps": 20, "beta_start": 0.001, "beta_end": 0.3}
 SHAPE = (1, 2, 3, 3)
+DROP_LAST = ("dpmpp_2m", "dpmpp_2m_sde")
 
 every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 every_spacing = pytest.mark.parametrize("spacing", SPACINGS)

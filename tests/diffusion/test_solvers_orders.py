@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from flashddpm.diffusion.make_plan import make_plan
 from flashddpm.diffusion.parameterization import PREDICTION_TYPES
+from flashddpm.diffusion.plan import Plan
 from flashddpm.diffusion.schedule import NoiseSchedule
-from flashddpm.diffusion.solvers import (
-    SOLVERS,
-    SPACINGS,
-    Plan,
-    make_plan,
-)
+from flashddpm.diffusion.solvers import SOLVERS
+from flashddpm.diffusion.timesteps import SPACINGS
 from flashddpm.kernels.tables import Column
 
 LINEAR = NoiseSchedule.create()
@@ -79,7 +77,7 @@ def order_errors(solver, ends_at=2000, counts=(80, 160, 320, 640)):
     for n in counts:
         steps = np.linspace(FINE, ends_at, n + 1).round().astype(int)
         assert len(set(np.diff(steps))) == 1
-        plan = SOLVERS[solver](schedule, steps, prediction_type="v_prediction", clip=0.0)
+        plan = SOLVERS[solver].rows(schedule, steps, prediction_type="v_prediction", clip=0.0)
         row = []
         for s in SPREADS:
             # From a start that is not the marginal, whose mean any step would keep.

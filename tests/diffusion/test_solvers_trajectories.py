@@ -13,7 +13,8 @@ from diffusers import (
 )
 
 import flashddpm as fd
-from flashddpm.diffusion.solvers import SIGMA_SPACINGS, SPACINGS, make_plan
+from flashddpm.diffusion.make_plan import make_plan
+from flashddpm.diffusion.timesteps import SIGMA_SPACINGS, SPACINGS
 from flashddpm.kernels.tables import Column
 
 SHAPE = (2, 3, 5, 5)

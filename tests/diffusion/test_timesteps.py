@@ -12,10 +12,12 @@ from diffusers import (
     EulerDiscreteScheduler,
 )
 
+from flashddpm.diffusion.make_plan import make_plan
 from flashddpm.diffusion.schedule import NoiseSchedule
-from flashddpm.diffusion.solvers import SOLVERS, SPACINGS, make_plan
+from flashddpm.diffusion.solvers import SOLVERS
 from flashddpm.diffusion.timesteps import (
     SIGMA_SPACINGS,
+    SPACINGS,
     Steps,
     noise_keys,
     sigma_grid,
