@@ -37,7 +37,7 @@ def test_each_slot_begins_at_the_noise_of_its_seed(sampler, slots, which):
 
 
 def test_an_image_is_noised_by_the_seeds(sampler, slots):
-    plan = sampler.plan("ddim", 50).start(0.3)
+    plan = sampler.plan("ddim", 50).from_image(0.3)
     a, b = plan.initial
     image = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).expand(2, -1, -1, -1)
     sampler.executor.start(slots, torch.tensor([2, 1]), plan, image)
@@ -46,7 +46,7 @@ def test_an_image_is_noised_by_the_seeds(sampler, slots):
 
 
 def test_noise_of_the_callers_own_is_taken_instead(sampler, slots):
-    plan = sampler.plan("ddim", 50).start(0.3)
+    plan = sampler.plan("ddim", 50).from_image(0.3)
     a, b = plan.initial
     z, image = torch.full((2, 1, 8, 8), 3.0), torch.full((2, 1, 8, 8), 0.5)
     sampler.executor.start(slots, slice(2), plan, image, z)
