@@ -14,9 +14,6 @@ from flashddpm.kernels import reference
 from flashddpm.kernels.launch import (
     block_size,
     channels_last,
-    check_image,
-    check_images_rows,
-    check_purpose,
     empty_channels_last,
     grid,
     launch,
@@ -26,6 +23,7 @@ from flashddpm.kernels.launch import (
 )
 from flashddpm.kernels.philox import draw
 from flashddpm.kernels.tables import Purpose
+from flashddpm.kernels.validation import check_image, check_images_rows, check_purpose
 
 
 @triton.jit

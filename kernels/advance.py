@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.launch import check_vector, launch, runs_triton
+from flashddpm.kernels.launch import launch, runs_triton
+from flashddpm.kernels.validation import check_vector
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-r"""One reverse step of every slot, each by a row of its own (the formula: contract.py; S5, S6).
+r"""One reverse step of every slot, each by a row of its own (the formula: tables.py; S5, S6).
 
     out    = out[lane_cond],  or  out[lane_uncond] + w (out[lane_cond] - out[lane_uncond])
     x0     = x0_xt x_t + x0_out out, clipped
@@ -19,16 +19,10 @@ from torch import Tensor
 from flashddpm.kernels import reference
 from flashddpm.kernels.exact_math import exp
 from flashddpm.kernels.launch import (
-    FLOATS,
     OPTIONS,
     WARPS_2C,
     block_size,
     channels_last,
-    check_image,
-    check_in_place,
-    check_output,
-    check_table,
-    check_vector,
     grid,
     launch,
     minus_zeros,
@@ -54,6 +48,14 @@ from flashddpm.kernels.step_rows import (
     unclipped_x0,
 )
 from flashddpm.kernels.tables import Column, Purpose
+from flashddpm.kernels.validation import (
+    check_float32,
+    check_image,
+    check_in_place,
+    check_output,
+    check_table,
+    check_vector,
+)
 
 REVERSE_STEP = tl.constexpr(int(Purpose.REVERSE_STEP))
 
@@ -233,7 +235,7 @@ def denoise_step(
     """Apply row idx[s] to every slot s, in place.
 
     Slots whose row points at itself are left untouched. What a row, a lane or a column is:
-    contract.py. Indices are not checked, for that would wait.
+    tables.py. Indices are not checked, for that would wait.
 
     Args:
         x: float32 [S, C, H, W], the state x_t; becomes x_next. It, hist and net_in must not
@@ -258,8 +260,7 @@ def denoise_step(
     S = len(x)
     for name, buffer in (("x", x), ("hist", hist)):
         check_in_place(name, buffer, like=x)
-        if buffer.dtype is not torch.float32:
-            raise ValueError(f"{name} of {buffer.dtype}: must be float32")
+        check_float32(name, buffer)
     check_in_place("net_in", net_in)
     check_output(out, net_in, lanes=len(net_in))
     if net_in.shape[1:] != x.shape[1:] or not net_in.is_contiguous(
@@ -282,8 +283,7 @@ def denoise_step(
     check_vector("next", next, len(rows), torch.int64, x)
     if noise is not None:
         check_image("noise", noise, like=x)
-        if noise.dtype is not FLOATS[0]:
-            raise ValueError(f"noise of {noise.dtype}: must be float32")
+        check_float32("noise", noise)
     _denoise_step(
         x, hist, net_in, nonfinite, out, idx, seeds, guidance,
         lane_cond, lane_uncond, bounds, factors, rows, keys, next, noise,

@@ -17,9 +17,6 @@ from flashddpm.kernels import reference
 from flashddpm.kernels.launch import (
     block_size,
     channels_last,
-    check_image,
-    check_images_rows,
-    check_loss,
     empty_channels_last,
     grid,
     launch,
@@ -29,6 +26,7 @@ from flashddpm.kernels.launch import (
 )
 from flashddpm.kernels.philox import draw
 from flashddpm.kernels.tables import LOSSES, Purpose
+from flashddpm.kernels.validation import check_image, check_images_rows, check_loss
 
 TRAINING = tl.constexpr(int(Purpose.TRAINING))
 MSE = tl.constexpr(LOSSES.index("mse"))
@@ -260,7 +258,7 @@ def diffusion_loss(
         t: int64 [B], the row of each image, in [0, T): not checked, for that would wait.
         seeds, keys: int64 [B], those given to ``add_noise``.
         rows: float32 [T, 3], (k0, k1, weight).
-        loss: "mse", "l1" or "huber" (contract.LOSSES).
+        loss: "mse", "l1" or "huber" (tables.LOSSES).
         delta: where huber turns from a parabola to a line; above 0.
 
     Raises:

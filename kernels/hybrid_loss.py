@@ -10,7 +10,7 @@ variational bound is, in nats,
     -ln P(bin of x_0)                                      where half_bin is not 0 (t = 0)
 
 with P under a normal of deviation e^(d/2) / precision about x_0 + gain error. The bound has a
-gradient for v only. The formulas in PyTorch: ``reference/training.py``; columns: contract.py.
+gradient for v only. The formulas in PyTorch: ``reference/training.py``; columns: tables.py.
 Bytes an element: forward both halves of out and x_0 where used; backward the same and two written.
 """
 
@@ -28,10 +28,6 @@ from flashddpm.kernels.launch import (
     WARPS_2C,
     block_size,
     channels_last,
-    check_image,
-    check_images_rows,
-    check_loss,
-    check_output,
     empty_channels_last,
     grid,
     launch,
@@ -40,6 +36,7 @@ from flashddpm.kernels.launch import (
 )
 from flashddpm.kernels.step_rows import lane_elements
 from flashddpm.kernels.tables import LOSSES, LossColumn
+from flashddpm.kernels.validation import check_image, check_images_rows, check_loss, check_output
 
 LOSS_COLUMNS = tl.constexpr(len(LossColumn))
 WEIGHT = tl.constexpr(int(LossColumn.WEIGHT))
@@ -280,7 +277,7 @@ def hybrid_loss(
         t: int64 [B], the row of each image, in [0, T): not checked, for that would wait.
         seeds, keys: int64 [B], those given to ``add_noise``.
         rows: float32 [T, len(LossColumn)] (parameterization.hybrid_rows).
-        loss: "mse", "l1" or "huber" (contract.LOSSES).
+        loss: "mse", "l1" or "huber" (tables.LOSSES).
         delta: where huber turns from a parabola to a line; above 0.
 
     Raises:

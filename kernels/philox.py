@@ -22,16 +22,9 @@ from torch import Tensor
 
 from flashddpm.kernels import reference
 from flashddpm.kernels.exact_math import ln
-from flashddpm.kernels.launch import (
-    block_size,
-    check_purpose,
-    check_vector,
-    grid,
-    launch,
-    place,
-    runs_triton,
-)
+from flashddpm.kernels.launch import block_size, grid, launch, place, runs_triton
 from flashddpm.kernels.tables import Purpose
+from flashddpm.kernels.validation import check_purpose, check_vector
 
 
 @triton.jit

@@ -19,10 +19,9 @@ from flashddpm.kernels.advance import advance
 from flashddpm.kernels.denoise_step import denoise_step
 from flashddpm.kernels.diffusion_loss import diffusion_loss
 from flashddpm.kernels.hybrid_loss import hybrid_loss
-from flashddpm.kernels.launch import FLOATS
 from flashddpm.kernels.philox import philox
 from flashddpm.kernels.sample_stats import sample_stats
-from flashddpm.kernels.tables import Column, LossColumn, VlbColumn
+from flashddpm.kernels.tables import FLOATS, Column, LossColumn, VlbColumn
 from flashddpm.kernels.vlb_terms import vlb_terms
 
 Arguments = dict[str, Any]

@@ -23,15 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.launch import (
-    channels_last,
-    check_in_place,
-    check_output,
-    check_table,
-    check_vector,
-    launch,
-    runs_triton,
-)
+from flashddpm.kernels.launch import channels_last, launch, runs_triton
 from flashddpm.kernels.step_rows import (
     CLIP,
     COLUMNS,
@@ -44,6 +36,13 @@ from flashddpm.kernels.step_rows import (
     unclipped_x0,
 )
 from flashddpm.kernels.tables import Column
+from flashddpm.kernels.validation import (
+    check_float32,
+    check_in_place,
+    check_output,
+    check_table,
+    check_vector,
+)
 
 BLOCK = 2048
 NUM_WARPS = 8
@@ -267,8 +266,7 @@ def sample_stats(
         ValueError: a shape, dtype, layout or device that does not fit.
     """
     check_in_place("x", x)
-    if x.dtype is not torch.float32:
-        raise ValueError(f"x of {x.dtype}: must be float32")
+    check_float32("x", x)
     check_output(out, x)
     if x[:1].numel() >= 2**31:
         raise ValueError(f"x of shape {tuple(x.shape)}: an image must be below 2^31 for its ranks")

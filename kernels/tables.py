@@ -29,6 +29,11 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes of images and of a network's output."""
+
 
 class Column(IntEnum):
     """Columns of the float table ``rows`` [R, len(Column)]."""

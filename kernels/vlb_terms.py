@@ -10,7 +10,7 @@ nats,
     -ln P(bin of x_0)                 where half_bin is not 0: L_0, with P as `_decoder` says
 
 (Ho et al. 2020, eq. 5 and 13.) The formulas in PyTorch: ``reference/evaluation.py``; columns:
-contract.py. Means over an image run in two stages of fixed order, without atomics. Bytes an
+tables.py. Means over an image run in two stages of fixed order, without atomics. Bytes an
 element: one read of out, one of v where the variance is learned, one of x_0 where it is used.
 """
 
@@ -28,9 +28,6 @@ from flashddpm.kernels.launch import (
     WARPS_2C,
     block_size,
     channels_last,
-    check_image,
-    check_images_rows,
-    check_output,
     grid,
     launch,
     minus_zeros,
@@ -40,6 +37,7 @@ from flashddpm.kernels.launch import (
 from flashddpm.kernels.philox import draw
 from flashddpm.kernels.step_rows import lane_elements
 from flashddpm.kernels.tables import Purpose, VlbColumn
+from flashddpm.kernels.validation import check_image, check_images_rows, check_output
 
 TRAINING = tl.constexpr(int(Purpose.TRAINING))
 VLB_COLUMNS = tl.constexpr(len(VlbColumn))

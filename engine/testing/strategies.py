@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from flashddpm.kernels.tables import Column
+from flashddpm.kernels.tables import FLOATS, Column
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PRIMES = (5, 7, 11, 13, 17, 31, 127)
 BAD = (math.nan, math.inf, -math.inf)
 

@@ -112,7 +112,7 @@ def sample_stats(
     rows: Tensor,
     next: Tensor,
 ) -> None:
-    """Compute what a slot's row asks of its whole image, in place (contract.py).
+    """Compute what a slot's row asks of its whole image, in place (tables.py).
 
     Args:
         bounds: float32 [S]; written where the row has a threshold.
@@ -166,7 +166,7 @@ def denoise_step(  # noqa: C901  the terms of a row, in the order of the kernel
     next: Tensor,
     noise: Tensor | None = None,
 ) -> None:
-    """Apply row idx[s] to every slot s, in place (the formula stands in contract.py; S5).
+    """Apply row idx[s] to every slot s, in place (the formula stands in tables.py; S5).
 
     Args:
         x: float32 [S, C, H, W], the state x_t; becomes x_next.

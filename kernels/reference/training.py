@@ -58,7 +58,7 @@ def diffusion_loss(
         t: int64 [B], the row of each image.
         seeds, keys: int64 [B].
         rows: float32 [T, 3].
-        loss: "mse", "l1" or "huber" (contract.LOSSES).
+        loss: "mse", "l1" or "huber" (tables.LOSSES).
         delta: where huber turns from a parabola to a line.
     """
     error, weight = _error(out, x0, t, seeds, keys, rows)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flashddpm import kernels
 from flashddpm.kernels import Purpose, reference
-from flashddpm.kernels.launch import FLOATS
+from flashddpm.kernels.tables import FLOATS
 
 module = importlib.import_module("flashddpm.kernels.add_noise")
 

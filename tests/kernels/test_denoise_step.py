@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from flashddpm import kernels
 from flashddpm.kernels import Column, Purpose, reference
-from flashddpm.kernels.launch import FLOATS, channels_last
+from flashddpm.kernels.launch import channels_last
+from flashddpm.kernels.tables import FLOATS
 
 module = importlib.import_module("flashddpm.kernels.denoise_step")
 # The interpreter computes with NumPy, which warns where Inf - Inf is tried.

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from flashddpm import kernels
 from flashddpm.kernels import LOSSES, Purpose, reference
-from flashddpm.kernels.launch import FLOATS, OPTIONS
+from flashddpm.kernels.launch import OPTIONS
+from flashddpm.kernels.tables import FLOATS
 
 module = importlib.import_module("flashddpm.kernels.diffusion_loss")
 

@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 
 from flashddpm import kernels
 from flashddpm.kernels import OPS, Column, launch, reference
-from flashddpm.kernels.launch import FLOATS
-from flashddpm.kernels.tables import Purpose
+from flashddpm.kernels.tables import FLOATS, Purpose
 from flashddpm.testing import rules, strategies
 
 pytestmark = pytest.mark.gpu

@@ -13,7 +13,8 @@ from torch.distributions import Normal, kl_divergence
 
 from flashddpm import kernels
 from flashddpm.kernels import LOSSES, LossColumn, Purpose, reference
-from flashddpm.kernels.launch import FLOATS, channels_last
+from flashddpm.kernels.launch import channels_last
+from flashddpm.kernels.tables import FLOATS
 
 module = importlib.import_module("flashddpm.kernels.hybrid_loss")
 # The interpreter computes with NumPy, which warns where 0 / 0 is tried.

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from flashddpm import kernels
 from flashddpm.kernels import Column, reference
-from flashddpm.kernels.launch import FLOATS, channels_last
+from flashddpm.kernels.launch import channels_last
+from flashddpm.kernels.tables import FLOATS
 
 # The interpreter computes with NumPy, which warns where Inf - Inf is tried.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")

@@ -17,7 +17,8 @@ from torch.distributions import Normal, kl_divergence
 
 from flashddpm import kernels
 from flashddpm.kernels import Purpose, VlbColumn, reference
-from flashddpm.kernels.launch import FLOATS, channels_last
+from flashddpm.kernels.launch import channels_last
+from flashddpm.kernels.tables import FLOATS
 
 module = importlib.import_module("flashddpm.kernels.vlb_terms")
 # The interpreter computes with NumPy, which warns where a branch that is not taken overflows.
