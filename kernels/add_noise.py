@@ -12,11 +12,9 @@ from torch import Tensor
 
 from flashddpm.kernels import reference
 from flashddpm.kernels.launch import (
-    block_size,
     channels_last,
     empty_channels_last,
-    grid,
-    launch,
+    launch_blocks,
     minus_zeros,
     place,
     runs_triton,
@@ -61,13 +59,9 @@ def _add_noise(
     if not runs_triton(x0):
         return x_t.copy_(reference.add_noise(x0, t, seeds, keys, rows, purpose))
     if x0.numel():
-        n = x0[0].numel()
-        block = block_size(n)
         x0 = channels_last(x0)
-        launch(
-            _add_noise_kernel, grid(len(x0), n, block), x0,
-            x_t, x0, t, seeds, keys, rows, n, purpose, block,
-        )  # fmt: skip
+        arguments = (x_t, x0, t, seeds, keys, rows, x0[0].numel(), purpose)
+        launch_blocks(_add_noise_kernel, x0, *arguments)
     return x_t
 
 

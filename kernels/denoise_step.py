@@ -21,10 +21,9 @@ from flashddpm.kernels.exact_math import exp
 from flashddpm.kernels.launch import (
     OPTIONS,
     WARPS_2C,
-    block_size,
     channels_last,
-    grid,
-    launch,
+    doubled_channels,
+    launch_blocks,
     minus_zeros,
     place,
     runs_triton,
@@ -194,14 +193,13 @@ def _denoise_step(
             lane_cond, lane_uncond, bounds, factors, rows, keys, next, noise,
         )  # fmt: skip
     elif x.numel():
-        n, C = x[0].numel(), x.shape[1] if out.shape[1] != x.shape[1] else 0
-        block = block_size(n)
+        n, C = x[0].numel(), doubled_channels(out, x)
         given = x if noise is None else channels_last(noise)
-        launch(
-            _denoise_step_kernel, grid(len(x), n, block), x,
+        launch_blocks(
+            _denoise_step_kernel, x,
             x, hist, net_in, nonfinite, channels_last(out), idx, seeds, guidance,
             lane_cond, lane_uncond, bounds, factors, rows, keys, next, given,
-            n, x.stride(0), hist.stride(0), noise is not None, C, block,
+            n, x.stride(0), hist.stride(0), noise is not None, C,
             num_warps=WARPS_2C if C else OPTIONS["num_warps"],
         )  # fmt: skip
 

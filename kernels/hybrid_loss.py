@@ -16,26 +16,19 @@ Bytes an element: forward both halves of out and x_0 where used; backward the sa
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.diffusion_loss import error_of, mean_loss, penalty, slope, store_partial
 from flashddpm.kernels.exact_math import exp, ln
+from flashddpm.kernels.image_means import store_partial
 from flashddpm.kernels.launch import (
-    WARPS_2C,
-    block_size,
-    channels_last,
-    empty_channels_last,
-    grid,
-    launch,
     place,
-    runs_triton,
 )
+from flashddpm.kernels.losses import error_of, loss_operator, penalty, slope
 from flashddpm.kernels.step_rows import lane_elements
-from flashddpm.kernels.tables import LOSSES, LossColumn
+from flashddpm.kernels.tables import LossColumn
 from flashddpm.kernels.validation import check_image, check_images_rows, check_loss, check_output
 
 LOSS_COLUMNS = tl.constexpr(len(LossColumn))
@@ -174,86 +167,9 @@ def _hybrid_loss_bwd_kernel(
     tl.store(pixel_out + C, d_v.to(d_out.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("flashddpm::hybrid_loss", mutates_args=())
-def _hybrid_loss(
-    out: Tensor,
-    x0: Tensor,
-    t: Tensor,
-    seeds: Tensor,
-    keys: Tensor,
-    rows: Tensor,
-    loss: str,
-    delta: float,
-) -> Tensor:
-    if not runs_triton(out):
-        return reference.hybrid_loss(out, x0, t, seeds, keys, rows, loss, delta)
-    n, kind = x0[:1].numel(), LOSSES.index(loss)
-    out, x0 = channels_last(out), channels_last(x0)
-    return mean_loss(
-        _hybrid_loss_fwd_kernel,
-        out,
-        x0,
-        t,
-        seeds,
-        keys,
-        rows,
-        delta,
-        n,
-        kind,
-        x0.shape[1],
-        num_warps=WARPS_2C,
-    )
-
-
-@_hybrid_loss.register_fake
-def _hybrid_loss_fake(out, x0, t, seeds, keys, rows, loss, delta) -> Tensor:
-    return torch.empty(len(out), dtype=torch.float32, device=out.device)
-
-
-@torch.library.custom_op("flashddpm::hybrid_loss_backward", mutates_args=())
-def _hybrid_loss_backward(
-    d_loss: Tensor,
-    out: Tensor,
-    x0: Tensor,
-    t: Tensor,
-    seeds: Tensor,
-    keys: Tensor,
-    rows: Tensor,
-    loss: str,
-    delta: float,
-) -> Tensor:
-    d_out = empty_channels_last(out)
-    if not runs_triton(out):
-        arguments = (d_loss, out, x0, t, seeds, keys, rows, loss, delta)
-        return d_out.copy_(reference.hybrid_loss_backward(*arguments))
-    if out.numel():
-        n, kind = x0[0].numel(), LOSSES.index(loss)
-        block = block_size(n)
-        out, x0 = channels_last(out), channels_last(x0)
-        launch(
-            _hybrid_loss_bwd_kernel, grid(len(out), n, block), out,
-            d_out, d_loss, out, x0, t, seeds, keys, rows, delta, n, kind, x0.shape[1], block,
-            num_warps=WARPS_2C,
-        )  # fmt: skip
-    return d_out
-
-
-@_hybrid_loss_backward.register_fake
-def _hybrid_loss_backward_fake(d_loss, out, x0, t, seeds, keys, rows, loss, delta) -> Tensor:
-    return empty_channels_last(out)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.loss, ctx.delta = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, d_loss: Tensor):
-    d_out = _hybrid_loss_backward(d_loss.contiguous(), *ctx.saved_tensors, ctx.loss, ctx.delta)
-    return d_out, *[None] * 7
-
-
-_hybrid_loss.register_autograd(_backward, setup_context=_setup_context)
+_hybrid_loss = loss_operator(
+    "hybrid_loss", _hybrid_loss_fwd_kernel, _hybrid_loss_bwd_kernel, learned=True
+)
 
 
 def hybrid_loss(

@@ -39,6 +39,26 @@ def launch(
         kernel[grid](*arguments, **OPTIONS | options)
 
 
+def launch_blocks(kernel: Any, images: Tensor, *arguments: Any, **options: int) -> None:
+    """Launch a program for each block of each image; the block's size is the last argument.
+
+    Args:
+        kernel: begins with ``place``.
+        images: [B, C, H, W], at least one element, on the GPU that runs the kernel.
+        arguments: of the kernel, but for the block's size.
+        options: of the launch, which replace those of ``OPTIONS``.
+    """
+    programs, block = blocks_of(images)
+    launch(kernel, programs, images, *arguments, block, **options)
+
+
+def blocks_of(images: Tensor) -> tuple[tuple[int, int, int], int]:
+    """Return the grid of ``place`` for images [B, C, H, W], and the elements of a block."""
+    n = images[0].numel()
+    block = block_size(n)
+    return grid(len(images), n, block), block
+
+
 def grid(images: int, n: int, block: int) -> tuple[int, int, int]:
     """Return the grid of ``place``: images, then blocks along two axes.
 
@@ -71,6 +91,12 @@ def minus_zeros(BLOCK: tl.constexpr):
 def block_size(n: int) -> int:
     """Return the elements a program handles for images of n elements."""
     return min(triton.next_power_of_2(max(n, 16)), 16384) if INTERPRETED else BLOCK
+
+
+def doubled_channels(out: Tensor, images: Tensor) -> int:
+    """Return C where a network's output has 2C channels for images of C, else 0."""
+    C = images.shape[1]
+    return C if out.shape[1] != C else 0
 
 
 def channels_last(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flashddpm.kernels import reference
 from flashddpm.kernels.exact_math import ln
-from flashddpm.kernels.launch import block_size, grid, launch, place, runs_triton
+from flashddpm.kernels.launch import launch_blocks, place, runs_triton
 from flashddpm.kernels.tables import Purpose
 from flashddpm.kernels.validation import check_purpose, check_vector
 
@@ -134,12 +134,10 @@ def _philox_kernel(
 @torch.library.custom_op("flashddpm::philox", mutates_args=())
 def _philox(seeds: Tensor, keys: Tensor, C: int, H: int, W: int, purpose: int) -> Tensor:
     out = _philox_fake(seeds, keys, C, H, W, purpose)
-    n = C * H * W
     if not runs_triton(seeds):
         return out.copy_(reference.philox(seeds, keys, (C, H, W), purpose))
     if out.numel():
-        block = block_size(n)
-        launch(_philox_kernel, grid(len(seeds), n, block), out, out, seeds, keys, n, purpose, block)
+        launch_blocks(_philox_kernel, out, out, seeds, keys, C * H * W, purpose)
     return out
 
 

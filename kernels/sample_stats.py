@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.launch import channels_last, launch, runs_triton
+from flashddpm.kernels.launch import channels_last, doubled_channels, launch, runs_triton
 from flashddpm.kernels.step_rows import (
     CLIP,
     COLUMNS,
@@ -219,7 +219,7 @@ def _sample_stats(
     if not runs_triton(x):
         reference.sample_stats(bounds, factors, x, out, *arguments)
     elif x.numel():
-        n, C = x[0].numel(), x.shape[1] if out.shape[1] != x.shape[1] else 0
+        n, C = x[0].numel(), doubled_channels(out, x)
         block = min(triton.next_power_of_2(max(n, 16)), BLOCK)
         launch(
             _sample_stats_kernel, (len(x),), x,

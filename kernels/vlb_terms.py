@@ -22,14 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.diffusion_loss import _mean_kernel, store_partial
 from flashddpm.kernels.exact_math import exp, ln
+from flashddpm.kernels.image_means import image_means, store_partial
 from flashddpm.kernels.launch import (
     WARPS_2C,
-    block_size,
     channels_last,
-    grid,
-    launch,
+    doubled_channels,
     minus_zeros,
     place,
     runs_triton,
@@ -197,22 +195,9 @@ def _vlb_terms(
 ) -> Tensor:
     if not runs_triton(out):
         return reference.vlb_terms(out, x0, t, seeds, keys, rows)
-    if not x0.numel():
-        return x0.new_full((len(x0), 3), torch.nan, dtype=torch.float32)  # a mean over nothing
-    n, C = x0[0].numel(), x0.shape[1] if out.shape[1] != x0.shape[1] else 0
-    block = block_size(n)
-    programs = grid(len(x0), n, block)
-    blocks = programs[1] * programs[2]
-    partial = torch.empty(len(x0), 3, blocks, dtype=torch.float32, device=x0.device)
-    launch(
-        _vlb_terms_kernel, programs, x0,
-        partial, channels_last(out), channels_last(x0), t, seeds, keys, rows, n, C, block,
-        num_warps=WARPS_2C,
-    )  # fmt: skip
-    terms = torch.empty(len(x0), 3, dtype=torch.float32, device=x0.device)
-    width = min(triton.next_power_of_2(blocks), 1024)
-    launch(_mean_kernel, (terms.numel(),), x0, terms, partial, n, blocks, width)
-    return terms
+    out, x0 = channels_last(out), channels_last(x0)
+    arguments = (out, x0, t, seeds, keys, rows, x0[:1].numel(), doubled_channels(out, x0))
+    return image_means(_vlb_terms_kernel, x0, *arguments, sums=(3,), num_warps=WARPS_2C)
 
 
 @_vlb_terms.register_fake

@@ -23,9 +23,9 @@ from flashddpm.kernels.denoise_step import _denoise_step_kernel
 from flashddpm.kernels.diffusion_loss import (
     _diffusion_loss_bwd_kernel,
     _diffusion_loss_fwd_kernel,
-    _mean_kernel,
 )
 from flashddpm.kernels.hybrid_loss import _hybrid_loss_bwd_kernel, _hybrid_loss_fwd_kernel
+from flashddpm.kernels.image_means import _mean_kernel
 from flashddpm.kernels.launch import BLOCK, INTERPRETED, OPTIONS, WARPS_2C
 from flashddpm.kernels.philox import _philox_kernel
 from flashddpm.kernels.sample_stats import BLOCK as STATS_BLOCK

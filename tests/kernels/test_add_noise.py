@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashddpm import kernels
-from flashddpm.kernels import Purpose, reference
+from flashddpm.kernels import Purpose, launch, reference
 from flashddpm.kernels.tables import FLOATS
 
 module = importlib.import_module("flashddpm.kernels.add_noise")
@@ -105,7 +105,7 @@ def test_independent_of_block_size(run, rules, monkeypatch):
     args = arguments((1, 10, 20))
     expected = reference.add_noise(**args)
     for block in (64, 128):
-        monkeypatch.setattr(module, "block_size", lambda n, block=block: block)
+        monkeypatch.setattr(launch, "block_size", lambda n, block=block: block)
         rules.same(run(args), expected)
 
 

@@ -1,18 +1,14 @@
 """The fused loss and its gradient, against float64, autograd and each other."""
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashddpm import kernels
-from flashddpm.kernels import LOSSES, Purpose, reference
+from flashddpm.kernels import LOSSES, Purpose, image_means, launch, losses, reference
 from flashddpm.kernels.launch import OPTIONS
 from flashddpm.kernels.tables import FLOATS
-
-module = importlib.import_module("flashddpm.kernels.diffusion_loss")
 
 ROWS = [[0.0, 1.0, 1.0], [-0.6, 0.8, 0.5], [1.0, 0.0, 2.0], [0.0, 0.0, 3.0]]
 SHAPES = [
@@ -159,7 +155,7 @@ def test_only_out_has_a_gradient(device, copy_of, which):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 17), (3, 17, 17)])
 def test_nothing_is_written_around_the_gradient(gradient, guarded_outputs, shape):
-    zones = guarded_outputs(module)
+    zones = guarded_outputs(losses)
     gradient(arguments(shape, torch.bfloat16), torch.ones(2))
     assert len(zones) == 1
     zones[0].check()
@@ -247,7 +243,7 @@ def test_several_blocks(run, gradient, rules, monkeypatch, block):
     error, _, weight = exact(args)
     r64 = weight.flatten() * error.square().flatten(1).mean(1)
     grad = gradient(args, torch.ones(2))
-    monkeypatch.setattr(module, "block_size", lambda n: block)
+    monkeypatch.setattr(launch, "block_size", lambda n: block)
     rules.reduced(run(args), r64, plain=reference.diffusion_loss(**args))
     rules.same(gradient(args, torch.ones(2)), grad)
 
@@ -257,7 +253,7 @@ def test_sum_of_blocks(device, rules, blocks, width):
     draws = torch.Generator().manual_seed(0)
     partial = torch.rand((2, blocks), generator=draws)
     loss = torch.full((2,), torch.nan, device=device)
-    module._mean_kernel[(2,)](loss, partial.to(device), 77, blocks, width, **OPTIONS)
+    image_means._mean_kernel[(2,)](loss, partial.to(device), 77, blocks, width, **OPTIONS)
     rules.reduced(loss, partial.double().sum(1) / 77, plain=partial.sum(1) / 77)
 
 

@@ -3,8 +3,6 @@
 What the columns of a row must be for a schedule: tests/diffusion/test_parameterization.py.
 """
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,11 +10,10 @@ from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
 from flashddpm import kernels
-from flashddpm.kernels import LOSSES, LossColumn, Purpose, reference
+from flashddpm.kernels import LOSSES, LossColumn, Purpose, launch, losses, reference
 from flashddpm.kernels.launch import channels_last
 from flashddpm.kernels.tables import FLOATS
 
-module = importlib.import_module("flashddpm.kernels.hybrid_loss")
 # The interpreter computes with NumPy, which warns where 0 / 0 is tried.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
@@ -254,15 +251,13 @@ def test_several_blocks(run, gradient, rules, monkeypatch, block):
     args = arguments((1, 10, 20), t=(0, 3))
     plain = run(args)
     grad = gradient(args, torch.ones(2))
-    sums = importlib.import_module("flashddpm.kernels.diffusion_loss")
-    monkeypatch.setattr(sums, "block_size", lambda n: block)
-    monkeypatch.setattr(module, "block_size", lambda n: block)
+    monkeypatch.setattr(launch, "block_size", lambda n: block)
     torch.testing.assert_close(run(args), plain, rtol=1e-6, atol=0)
     rules.same(gradient(args, torch.ones(2)), grad)
 
 
 def test_nothing_is_written_around_the_gradient(gradient, guarded_outputs):
-    zones = guarded_outputs(module)
+    zones = guarded_outputs(losses)
     gradient(arguments((3, 17, 17), torch.bfloat16, (0, 3)), torch.ones(2))
     assert len(zones) == 1
     zones[0].check()

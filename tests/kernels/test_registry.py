@@ -11,7 +11,7 @@ import triton
 from hypothesis import strategies as st
 
 from flashddpm import kernels
-from flashddpm.kernels import OPS, Column, reference
+from flashddpm.kernels import OPS, Column, launch, reference
 from flashddpm.kernels.launch import INTERPRETED
 from flashddpm.testing import CHECKS, Case, check_op, rules, strategies
 from flashddpm.testing.battery import Recorder
@@ -108,7 +108,6 @@ def blocks(monkeypatch):
     """
 
     def divide(op):
-        module = importlib.import_module(f"flashddpm.kernels.{op.name}")
         seen = []
 
         def block_size(n):
@@ -117,9 +116,10 @@ def blocks(monkeypatch):
             return block
 
         if op.name == "sample_stats":  # loops over its blocks
+            module = importlib.import_module("flashddpm.kernels.sample_stats")
             monkeypatch.setattr(module, "BLOCK", 128)
         elif op.name != "advance":  # has slots, and no images
-            monkeypatch.setattr(module, "block_size", block_size)
+            monkeypatch.setattr(launch, "block_size", block_size)
         return seen
 
     return divide if INTERPRETED else lambda op: []
@@ -224,8 +224,7 @@ def test_reference_keeps_to_its_arguments(op):
 @each_op
 def test_on_the_cpu_the_operators_run_the_reference(op, monkeypatch):
     """What CPU tensors get where the interpreter is off, gradients included."""
-    module = importlib.import_module(f"flashddpm.kernels.{op.name}")
-    monkeypatch.setattr(module, "runs_triton", lambda tensor: False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     purpose = {"purpose": 5} if "purpose" in inspect.signature(op.fast).parameters else {}
     gradients = [f"gradient of {name}" for name in op.differentiable]
     own = {name: rule for name, rule in RULES.get(op.name, {}).items() if name in gradients}

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
 from flashddpm import kernels
-from flashddpm.kernels import Purpose, VlbColumn, reference
+from flashddpm.kernels import Purpose, VlbColumn, launch, reference
 from flashddpm.kernels.launch import channels_last
 from flashddpm.kernels.tables import FLOATS
 
 module = importlib.import_module("flashddpm.kernels.vlb_terms")
+
 # The interpreter computes with NumPy, which warns where a branch that is not taken overflows.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
@@ -294,7 +295,7 @@ def test_images_are_independent(run, rules):
 def test_several_blocks(run, monkeypatch, block):
     args = arguments((1, 10, 20), t=(1,))
     whole = run(args)
-    monkeypatch.setattr(module, "block_size", lambda n: block)
+    monkeypatch.setattr(launch, "block_size", lambda n: block)
     torch.testing.assert_close(run(args), whole, rtol=1e-6, atol=0)
 
 

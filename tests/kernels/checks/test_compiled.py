@@ -5,7 +5,6 @@ kernel in every dtype for every architecture: test_scorecard.py.
 """
 
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -24,7 +23,7 @@ from flashddpm.kernels.launch import OPTIONS
 
 pytestmark = pytest.mark.timeout(900)
 
-MODULES = [importlib.import_module(f"flashddpm.kernels.{name}") for name in OPS]
+MODULES = [module for name, module in sys.modules.items() if name.startswith("flashddpm.kernels.")]
 ODD_SIZES = {  # what the launcher makes of images and slots of other sizes
     "one element": {"n": 1, "blocks": 1, "S": 1, "x_stride": 1, "hist_stride": 1},
     "not by 16": {"n": "i32", "x_stride": "i32", "hist_stride": "i32"},
@@ -160,7 +159,8 @@ def launches() -> dict[str, list]:
 
     JITFunction.run = run
     for module in MODULES:
-        module.runs_triton = lambda tensor: True
+        if hasattr(module, "runs_triton"):
+            module.runs_triton = lambda tensor: True
     for op in OPS.values():
         args = op.example("cpu", op.dtypes[-1], (3, 32, 48), 3, 0)
         for name in op.differentiable:

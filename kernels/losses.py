@@ -1,0 +1,146 @@
+"""What the two training losses share: the error, its penalty, the operator and its gradient.
+
+A loss is L_b = w mean(l(error)) and what the operation adds to it, with error = out - (k0 x_0 +
+k1 eps), (k0, k1, w) the first columns of rows[t], and l one of ``tables.LOSSES``. eps is the noise
+of ``add_noise``, drawn again; neither it nor the target is ever written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashddpm.kernels import reference
+from flashddpm.kernels.image_means import image_means
+from flashddpm.kernels.launch import (
+    WARPS_2C,
+    channels_last,
+    empty_channels_last,
+    launch_blocks,
+    minus_zeros,
+    runs_triton,
+)
+from flashddpm.kernels.philox import draw
+from flashddpm.kernels.tables import LOSSES, Purpose
+
+TRAINING = tl.constexpr(int(Purpose.TRAINING))
+MSE = tl.constexpr(LOSSES.index("mse"))
+L1 = tl.constexpr(LOSSES.index("l1"))
+
+
+@triton.jit
+def error_of(o, x0, row, seed, key, block, start, offsets, mask, like, BLOCK: tl.constexpr):
+    """Return o - (k0 x_0 + k1 eps) of one block, float32 [BLOCK]."""
+    k0 = tl.load(row)
+    k1 = tl.load(row + 1)
+    signal = k0 * tl.load(x0 + start + offsets, mask=tl.where(k0 != 0, mask, False), other=0).to(
+        tl.float32
+    )
+    noise = minus_zeros(BLOCK)
+    if k1 != 0:
+        noise = k1 * draw(seed, key, block, like, TRAINING, BLOCK)
+    return o - (signal + noise)
+
+
+@triton.jit
+def penalty(error, delta, LOSS: tl.constexpr):
+    """Return l(error)."""
+    if LOSS == MSE:
+        return error * error
+    size = tl.abs(error)
+    if LOSS == L1:
+        return size
+    return tl.where(size > delta, delta * (size - 0.5 * delta), 0.5 * error * error)
+
+
+@triton.jit
+def slope(error, delta, LOSS: tl.constexpr):
+    """Return l'(error); NaN where the error is."""
+    if LOSS == MSE:
+        return 2.0 * error
+    if LOSS == L1:
+        return tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, error))
+    return tl.clamp(error, -delta, delta, propagate_nan=tl.PropagateNan.ALL)
+
+
+def loss_operator(
+    name: str, forward: Any, backward: Any, learned: bool = False
+) -> Callable[..., Tensor]:
+    """Register the operator of a loss and that of its gradient for ``out``; return the first.
+
+    On tensors that do not run Triton, both are the functions of the same names in ``reference``.
+
+    Args:
+        name: of the operation.
+        forward: kernel of (partial, out, x0, t, seeds, keys, rows, delta, n, LOSS, [C], BLOCK).
+        backward: kernel of (d_out, d_loss, out, ...), the rest as for ``forward``.
+        learned: whether ``out`` has 2C channels, of which the kernels take C.
+    """
+    plain, plain_backward = getattr(reference, name), getattr(reference, f"{name}_backward")
+    options = {"num_warps": WARPS_2C} if learned else {}
+
+    def constants(x0: Tensor, loss: str) -> tuple[int, ...]:
+        return x0[:1].numel(), LOSSES.index(loss), *((x0.shape[1],) if learned else ())
+
+    @torch.library.custom_op(f"flashddpm::{name}", mutates_args=())
+    def operator(
+        out: Tensor,
+        x0: Tensor,
+        t: Tensor,
+        seeds: Tensor,
+        keys: Tensor,
+        rows: Tensor,
+        loss: str,
+        delta: float,
+    ) -> Tensor:
+        if not runs_triton(out):
+            return plain(out, x0, t, seeds, keys, rows, loss, delta)
+        out, x0 = channels_last(out), channels_last(x0)
+        arguments = (out, x0, t, seeds, keys, rows, delta, *constants(x0, loss))
+        return image_means(forward, x0, *arguments, **options)
+
+    @operator.register_fake
+    def _(out, x0, t, seeds, keys, rows, loss, delta) -> Tensor:
+        return torch.empty(len(out), dtype=torch.float32, device=out.device)
+
+    @torch.library.custom_op(f"flashddpm::{name}_backward", mutates_args=())
+    def gradient(
+        d_loss: Tensor,
+        out: Tensor,
+        x0: Tensor,
+        t: Tensor,
+        seeds: Tensor,
+        keys: Tensor,
+        rows: Tensor,
+        loss: str,
+        delta: float,
+    ) -> Tensor:
+        d_out = empty_channels_last(out)
+        if not runs_triton(out):
+            arguments = (d_loss, out, x0, t, seeds, keys, rows, loss, delta)
+            return d_out.copy_(plain_backward(*arguments))
+        if out.numel():
+            out, x0 = channels_last(out), channels_last(x0)
+            arguments = (out, x0, t, seeds, keys, rows, delta, *constants(x0, loss))
+            launch_blocks(backward, x0, d_out, d_loss, *arguments, **options)
+        return d_out
+
+    @gradient.register_fake
+    def _(d_loss, out, x0, t, seeds, keys, rows, loss, delta) -> Tensor:
+        return empty_channels_last(out)
+
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, ctx.loss, ctx.delta = inputs
+        ctx.save_for_backward(*tensors)
+
+    def backpropagate(ctx, d_loss: Tensor):
+        d_out = gradient(d_loss.contiguous(), *ctx.saved_tensors, ctx.loss, ctx.delta)
+        return d_out, *[None] * 7
+
+    operator.register_autograd(backpropagate, setup_context=setup_context)
+    return operator
