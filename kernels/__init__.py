@@ -28,10 +28,22 @@ else:
     from flashddpm.kernels.denoise_step import denoise_step
     from flashddpm.kernels.diffusion_loss import diffusion_loss
     from flashddpm.kernels.hybrid_loss import hybrid_loss
+    from flashddpm.kernels.operation import collected
     from flashddpm.kernels.philox import philox
-    from flashddpm.kernels.registry import OPS as OPS  # without Triton, there is none
     from flashddpm.kernels.sample_stats import sample_stats
     from flashddpm.kernels.vlb_terms import vlb_terms
+
+    OPS = collected(
+        philox,
+        add_noise,
+        diffusion_loss,
+        hybrid_loss,
+        vlb_terms,
+        sample_stats,
+        denoise_step,
+        advance,
+    )
+    """The record of each operation by its name; without Triton there is none."""
 
 __all__ = [
     "HAS_TRITON",

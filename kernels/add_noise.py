@@ -5,12 +5,15 @@ eps is drawn in registers. Reads one image and writes one: 2 x itemsize bytes an
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
+from flashddpm.kernels.examples import image_bytes, of_images, on_row
 from flashddpm.kernels.launch import (
     channels_last,
     empty_channels_last,
@@ -19,8 +22,9 @@ from flashddpm.kernels.launch import (
     place,
     runs_triton,
 )
-from flashddpm.kernels.philox import draw
-from flashddpm.kernels.tables import Purpose
+from flashddpm.kernels.operation import Arguments, Budget, ByteCase, Op, variant
+from flashddpm.kernels.philox import DRAWN, draw
+from flashddpm.kernels.tables import FLOATS, Purpose
 from flashddpm.kernels.validation import check_image, check_images_rows, check_purpose
 
 
@@ -112,3 +116,47 @@ def add_noise(
     check_image("x0", x0)
     check_images_rows(t, seeds, keys, rows, 2, x0)
     return _add_noise(x0, t, seeds, keys, rows, check_purpose(purpose))
+
+
+ROWS = [[1.0, 0.0], [0.8, 0.6], [0.28, 0.96], [0.0, 1.0]]
+
+
+def _example(*case: Any) -> Arguments:
+    return of_images(*case, rows=ROWS, first=1)
+
+
+def _bytes_moved(args: Arguments) -> int:
+    x0 = args["x0"]
+    read = (args["rows"][args["t"], 0] != 0).sum().item()
+    return (len(x0) + read) * image_bytes(x0)
+
+
+def _plain(x0: Tensor, t: Tensor, rows: Tensor, **_: Any) -> Tensor:
+    """Draw noise, scale the images and the noise, add: in the images' dtype."""
+    eps = torch.randn_like(x0)
+    a, b = rows[t].to(x0.dtype).reshape(-1, 2, 1, 1, 1).unbind(1)
+    return a * x0 + b * eps
+
+
+_REASON = f"{DRAWN}; two products, a sum from -0, conversions: below the 72 that noise may cost"
+OP = Op(
+    name="add_noise",
+    fast=add_noise,
+    reference=reference.add_noise,
+    example=_example,
+    bytes_moved=_bytes_moved,
+    kernels=(
+        variant(
+            "add_noise",
+            _add_noise_kernel,
+            {4: Budget(64, 0, 58.0, _REASON), 2: Budget(60, 0, 60.5, _REASON)},
+            ("x_t", "x0"),
+            PURPOSE=Purpose.TRAINING,
+        ),
+    ),
+    cases=(ByteCase("add_noise", on_row([0.8, 0.6]), ("add_noise",), _plain),),
+    differentiable=("x0",),
+    dtypes=FLOATS,
+    index="t",
+    all_work=(0, 1),  # a and b
+)

@@ -12,7 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
+from flashddpm.kernels.examples import Draws
 from flashddpm.kernels.launch import launch, runs_triton
+from flashddpm.kernels.operation import Arguments, Budget, Op, Shape, variant
 from flashddpm.kernels.validation import check_vector
 
 
@@ -55,3 +57,27 @@ def advance(idx: Tensor, next: Tensor) -> None:
     check_vector("idx", idx, idx.numel(), torch.int64, idx)
     check_vector("next", next, next.numel(), torch.int64, idx)
     _advance(idx, next)
+
+
+def _example(device, dtype: torch.dtype, shape: Shape, batch: int, seed: int) -> Arguments:
+    draws = Draws(device, seed)
+    return {"idx": draws.integers(batch, 0, 50), "next": draws.integers(50, 0, 50)}
+
+
+OP = Op(
+    name="advance",
+    fast=advance,
+    reference=reference.advance,
+    example=_example,
+    bytes_moved=lambda args: 24 * len(args["idx"]),
+    kernels=(
+        variant(
+            "advance",
+            _advance_kernel,
+            {4: Budget(14, 0, 17.5, "an index or two for a thread: two loads and a store")},
+            BLOCK=128,
+        ),
+    ),
+    mutates=("idx",),
+    dtypes=(torch.int64,),
+)

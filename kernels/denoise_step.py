@@ -11,6 +11,8 @@ the variance's channels of the conditional lane where the row takes them (itemsi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from flashddpm.kernels import reference
 from flashddpm.kernels.exact_math import exp
+from flashddpm.kernels.examples import of_slots, on_step
 from flashddpm.kernels.launch import (
     OPTIONS,
     WARPS_2C,
@@ -28,7 +31,8 @@ from flashddpm.kernels.launch import (
     place,
     runs_triton,
 )
-from flashddpm.kernels.philox import draw
+from flashddpm.kernels.operation import LEARNED, Arguments, Budget, ByteCase, Op, variant
+from flashddpm.kernels.philox import DRAWN, draw
 from flashddpm.kernels.step_rows import (
     C_HIST,
     C_OUT,
@@ -46,7 +50,7 @@ from flashddpm.kernels.step_rows import (
     lane_elements,
     unclipped_x0,
 )
-from flashddpm.kernels.tables import Column, Purpose
+from flashddpm.kernels.tables import FLOATS, REST, Column, Purpose
 from flashddpm.kernels.validation import (
     check_float32,
     check_image,
@@ -286,3 +290,130 @@ def denoise_step(
         x, hist, net_in, nonfinite, out, idx, seeds, guidance,
         lane_cond, lane_uncond, bounds, factors, rows, keys, next, noise,
     )  # fmt: skip
+
+
+def _bytes_moved(args: Arguments) -> int:
+    n = args["x"][:1].numel()
+    lane = args["out"].itemsize + args["net_in"].itemsize
+    rows, follow = args["rows"].tolist(), args["next"].tolist()
+    learns = doubled_channels(args["out"], args["x"])
+    total = 0
+    for i, uncond in zip(args["idx"].tolist(), args["lane_uncond"].tolist(), strict=True):
+        if follow[i] == i:
+            continue
+        total += 8 * n + lane * n * (2 if uncond >= 0 else 1)
+        total += 4 * n * (rows[i][Column.C_HIST] != 0)
+        total += 4 * n * (rows[follow[i]][Column.C_HIST] != 0)
+        if rows[i][Column.SIGMA] != 0:
+            total += 4 * n * (args.get("noise") is not None)
+            total += args["out"].itemsize * n * (learns and rows[i][Column.LOG_SIGMA] != 0)
+    return total
+
+
+def _given(args: Arguments) -> Arguments:
+    """Noise that is handed in."""
+    return on_step(**_ANCESTRAL)(args) | {"noise": args["hist"].clone()}
+
+
+def _learned(args: Arguments) -> Arguments:
+    """An output of 2C channels, the second half of which says how large the noise is."""
+    changed = on_step(**_ANCESTRAL, log_sigma=0.5)(args)
+    return changed | {"out": channels_last(torch.cat([changed["out"]] * 2, 1))}
+
+
+def _plain(x: Tensor, out: Tensor, **_: Any) -> Tensor:
+    """DDPM's step: x0 from the output, clipped; the posterior's mean; noise; the next input."""
+    x0 = ((x - 0.6 * out[: len(x)].float()) / 0.8).clamp(-1, 1)
+    x_next = 0.3 * x0 + 0.68 * x + 0.2 * torch.randn_like(x)
+    return x_next.to(out.dtype)
+
+
+def _plain_guided(x: Tensor, out: Tensor, guidance: Tensor, **_: Any) -> Tensor:
+    """The same of two outputs combined; both lanes get the next input."""
+    cond, uncond = out.chunk(2)
+    combined = uncond + guidance.to(out.dtype).reshape(-1, 1, 1, 1) * (cond - uncond)
+    return torch.cat([_plain(x, combined)] * 2)
+
+
+def _plain_multistep(x: Tensor, hist: Tensor, out: Tensor, **_: Any) -> Tensor:
+    """DPM-Solver++(2M)'s step: x0, which the next step reads; x0 extrapolated; the next input."""
+    x0 = (x - 0.6 * out[: len(x)].float()) / 0.8
+    x_next = 0.6 * x + 0.4 * (1.5 * x0 - 0.5 * hist)
+    return x_next.to(out.dtype)
+
+
+def _plain_learned(x: Tensor, out: Tensor, **_: Any) -> Tensor:
+    """DDPM's step with a learned range: the noise's size is the exponential of a mix."""
+    prediction, v = out.chunk(2, dim=1)
+    fraction = (v.float() + 1) / 2
+    sigma = torch.exp(0.5 * (fraction * -2.0 + (1 - fraction) * -3.0))
+    x0 = ((x - 0.6 * prediction.float()) / 0.8).clamp(-1, 1)
+    x_next = 0.3 * x0 + 0.68 * x + sigma * torch.randn_like(x)
+    return x_next.to(out.dtype)
+
+
+_REASON = f"{DRAWN}; every term of the formula, a branch each; the most live values of all kernels"
+_GIVEN = "every term of the formula, a branch each; the noise is read"
+_LEARNED = f"{DRAWN}; every term and an exponential; 2C channels of 3 are read one by one"
+_ANCESTRAL = dict(x0_xt=1.25, x0_out=-0.75, clip=1.0, c_x0=0.3, c_xt=0.68, sigma=0.2)
+_MULTISTEP = on_step(following=True, x0_xt=1.25, x0_out=-0.75, c_x0=0.6, c_xt=0.6, c_hist=-0.2)
+_STATE = ("x", "hist", "net_in")
+OP = Op(
+    name="denoise_step",
+    fast=denoise_step,
+    reference=reference.denoise_step,
+    example=of_slots,
+    bytes_moved=_bytes_moved,
+    kernels=(
+        variant(
+            "denoise_step",
+            _denoise_step_kernel,
+            {
+                4: Budget(78, 8, 101.5, _REASON, memory_bound=True),
+                2: Budget(96, 2048, 106.5, _REASON, memory_bound=True),
+            },
+            (*_STATE, "out"),
+            HAS_NOISE=0,
+            C=0,
+        ),
+        variant(
+            "denoise_step_given",
+            _denoise_step_kernel,
+            {
+                4: Budget(76, 8, 53.5, _GIVEN, memory_bound=True),
+                2: Budget(80, 2048, 59.5, _GIVEN, memory_bound=True),
+            },
+            (*_STATE, "out", "noise"),
+            HAS_NOISE=1,
+            C=0,
+        ),
+        variant(
+            "denoise_step_learned",
+            _denoise_step_kernel,
+            {
+                4: Budget(71, 16, 176.5, _LEARNED, width=4),
+                2: Budget(76, 4096, 186.0, _LEARNED, width=2),
+            },
+            _STATE,
+            HAS_NOISE=0,
+            **LEARNED,
+        ),
+    ),
+    cases=(
+        ByteCase("denoise_step", on_step(**_ANCESTRAL), ("denoise_step",), _plain),
+        ByteCase(
+            "denoise_step guided",
+            on_step(guided=True, **_ANCESTRAL),
+            ("denoise_step",),
+            _plain_guided,
+        ),
+        ByteCase("denoise_step multistep", _MULTISTEP, ("denoise_step",), _plain_multistep),
+        ByteCase("denoise_step given", _given, ("denoise_step_given",)),
+        ByteCase("denoise_step learned", _learned, ("denoise_step_learned",), _plain_learned),
+    ),
+    mutates=("x", "hist", "net_in", "nonfinite"),
+    dtypes=FLOATS,
+    index="idx",
+    all_work=(Column.SIGMA,),
+    alike={"next": REST, "lane_uncond": -1},  # no next row reads the history, nothing is guided
+)

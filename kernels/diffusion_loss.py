@@ -7,13 +7,22 @@ backward the same reads and one write.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from flashddpm.kernels.image_means import store_partial
+from flashddpm.kernels import reference
+from flashddpm.kernels.examples import image_bytes, of_images, on_row
+from flashddpm.kernels.image_means import MEAN, store_partial
 from flashddpm.kernels.launch import place
 from flashddpm.kernels.losses import error_of, loss_operator, penalty, slope
+from flashddpm.kernels.operation import Arguments, Budget, ByteCase, Kernel, Op, variant
+from flashddpm.kernels.philox import DRAWN
+from flashddpm.kernels.tables import FLOATS, LOSSES, LossColumn
 from flashddpm.kernels.validation import check_image, check_images_rows, check_loss
 
 
@@ -103,3 +112,81 @@ def diffusion_loss(
     check_images_rows(t, seeds, keys, rows, 3, out)
     check_loss(loss, delta)
     return _diffusion_loss(out, x0, t, seeds, keys, rows, loss, delta)
+
+
+ROWS = [[0.0, 1.0, 1.0], [-0.6, 0.8, 0.5], [1.0, 0.0, 2.0]]
+
+
+def _example(*case: Any) -> Arguments:
+    return of_images(*case, rows=ROWS, outputs=1)
+
+
+def _bytes_moved(args: Arguments) -> int:
+    read = (args["rows"][args["t"], LossColumn.X0] != 0).sum().item()
+    return len(args["out"]) * image_bytes(args["out"]) + read * image_bytes(args["x0"])
+
+
+def plain_loss(out: Tensor, x0: Tensor, t: Tensor, rows: Tensor, **_: Any) -> Tensor:
+    """Squared error in float32 against the noise, which add_noise had to keep (here: x0)."""
+    error = F.mse_loss(out.float(), x0.float(), reduction="none")
+    return rows[t, LossColumn.WEIGHT] * error.mean(dim=(1, 2, 3))
+
+
+def _plain_velocity(out: Tensor, x0: Tensor, t: Tensor, rows: Tensor, **_: Any) -> Tensor:
+    """The same against v = a eps - b x0; eps, which add_noise had to keep, has x0's shape."""
+    eps = x0.detach()
+    k0, k1 = (rows[t, i].to(x0.dtype).reshape(-1, 1, 1, 1) for i in (0, 1))
+    return plain_loss(out, k1 * eps + k0 * x0, t, rows)
+
+
+_SUMMED = f"{DRAWN}; the error and its penalty, summed over the program by shuffles: below 72"
+_GRADIENT = f"{DRAWN}; the error and its slope, scaled: below 72"
+_BUDGETS = {
+    "diffusion_loss": {4: Budget(71, 8, 65.5, _SUMMED), 2: Budget(56, 8, 67.5, _SUMMED)},
+    "diffusion_loss_l1": {4: Budget(71, 8, 64.5, _SUMMED), 2: Budget(56, 8, 66.5, _SUMMED)},
+    "diffusion_loss_huber": {4: Budget(71, 8, 70.0, _SUMMED), 2: Budget(56, 8, 71.5, _SUMMED)},
+    "diffusion_loss_backward": {
+        4: Budget(71, 0, 64.0, _GRADIENT),
+        2: Budget(56, 0, 67.0, _GRADIENT),
+    },
+    "diffusion_loss_backward_l1": {
+        4: Budget(72, 0, 67.0, _GRADIENT),
+        2: Budget(58, 0, 70.0, _GRADIENT),
+    },
+    "diffusion_loss_backward_huber": {
+        4: Budget(71, 0, 64.5, _GRADIENT),
+        2: Budget(56, 0, 68.0, _GRADIENT),
+    },
+}
+_ENDS = ("", *(f"_{loss}" for loss in LOSSES[1:]))  # mse goes without
+_FORWARD = tuple(f"diffusion_loss{end}" for end in _ENDS)
+_BACKWARD = tuple(f"diffusion_loss_backward{end}" for end in _ENDS)
+
+
+def _variants() -> Iterator[Kernel]:
+    """Yield forward and backward of each loss."""
+    for kind, (forward, backward) in enumerate(zip(_FORWARD, _BACKWARD, strict=True)):
+        summed, written = ("out", "x0"), ("d_out", "out", "x0")
+        yield variant(forward, _diffusion_loss_fwd_kernel, _BUDGETS[forward], summed, LOSS=kind)
+        yield variant(backward, _diffusion_loss_bwd_kernel, _BUDGETS[backward], written, LOSS=kind)
+
+
+_EPSILON, _VELOCITY = on_row([0.0, 1.0, 1.0]), on_row([-0.6, 0.8, 1.0])
+OP = Op(
+    name="diffusion_loss",
+    fast=diffusion_loss,
+    reference=reference.diffusion_loss,
+    example=_example,
+    bytes_moved=_bytes_moved,
+    kernels=(*_variants(), MEAN),
+    cases=(
+        ByteCase("diffusion_loss", _EPSILON, _FORWARD, plain_loss),
+        ByteCase("diffusion_loss v", _VELOCITY, _FORWARD, _plain_velocity),
+        ByteCase("diffusion_loss backward", _EPSILON, _BACKWARD, plain_loss, backward=True),
+        ByteCase("diffusion_loss v backward", _VELOCITY, _BACKWARD, _plain_velocity, backward=True),
+    ),
+    differentiable=("out",),
+    dtypes=FLOATS,
+    index="t",
+    all_work=(LossColumn.EPS,),
+)

@@ -16,19 +16,25 @@ Bytes an element: forward both halves of out and x_0 where used; backward the sa
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
+from flashddpm.kernels.diffusion_loss import plain_loss
 from flashddpm.kernels.exact_math import exp, ln
+from flashddpm.kernels.examples import image_bytes, of_images, on_row
 from flashddpm.kernels.image_means import store_partial
 from flashddpm.kernels.launch import (
     place,
 )
 from flashddpm.kernels.losses import error_of, loss_operator, penalty, slope
+from flashddpm.kernels.operation import LEARNED, Arguments, Budget, ByteCase, Op, variant
 from flashddpm.kernels.step_rows import lane_elements
-from flashddpm.kernels.tables import LossColumn
+from flashddpm.kernels.tables import FLOATS, LossColumn
 from flashddpm.kernels.validation import check_image, check_images_rows, check_loss, check_output
 
 LOSS_COLUMNS = tl.constexpr(len(LossColumn))
@@ -206,3 +212,71 @@ def hybrid_loss(
     check_images_rows(t, seeds, keys, rows, len(LossColumn), out)
     check_loss(loss, delta)
     return _hybrid_loss(out, x0, t, seeds, keys, rows, loss, delta)
+
+
+ROWS = [
+    [0.0, 1.0, 1.0, 1.5, 0.7, 0.6, -0.4, 3.0, 0.0],
+    [-0.6, 0.8, 0.5, 1.5, 0.1, 0.2, -0.3, 2.0, 0.0],
+    [0.0, 1.0, 1.0, 1.5, 0.9, 0.8, -0.02, 60.0, 1 / 255],  # the decoder's
+]
+
+
+def _example(*case: Any) -> Arguments:
+    args = of_images(*case, rows=ROWS, outputs=2)
+    return args | {"x0": args["x0"].clamp(-1, 1)}
+
+
+def _bytes_moved(args: Arguments) -> int:
+    rows = args["rows"][args["t"]]
+    read = (rows[:, LossColumn.X0] != 0).sum() + (rows[:, LossColumn.HALF_BIN] != 0).sum()
+    return args["out"].numel() * args["out"].itemsize + int(read) * image_bytes(args["x0"])
+
+
+def _plain(out: Tensor, x0: Tensor, t: Tensor, rows: Tensor, **_: Any) -> Tensor:
+    """The error's square, and the divergence of the learned from the true posterior."""
+    prediction, v = out.chunk(2, dim=1)
+    fraction = (v.float() + 1) / 2
+    log_variance = fraction * -2.0 + (1 - fraction) * -3.0
+    shift = 0.1 * (prediction.detach().float() - x0.float())  # of the means; the noise: here x0
+    bound = 0.5 * (2.0 + log_variance + torch.exp(-3.0 - log_variance))
+    bound = bound + 0.5 * shift**2 * torch.exp(-log_variance)
+    return plain_loss(prediction, x0, t, rows) + bound.mean(dim=(1, 2, 3))
+
+
+_REASON = (
+    "noise, and the bound of a learned variance: exponentials and a logarithm by polynomials, the "
+    "decoder's bins with four divisions; 2C channels of 3 are read one by one"
+)
+_BUDGETS = {
+    "hybrid_loss": {
+        4: Budget(58, 16, 303.0, _REASON, width=4),
+        2: Budget(72, 16, 308.0, _REASON, width=2),
+    },
+    "hybrid_loss_backward": {
+        4: Budget(84, 2048, 323.5, _REASON, width=4),
+        2: Budget(84, 2048, 336.5, _REASON, width=2),
+    },
+}
+_ROW = on_row([0.0, 1.0, 1.0, 1.5, 0.7, 0.6, -0.4, 3.0, 0.0])
+OP = Op(
+    name="hybrid_loss",
+    fast=hybrid_loss,
+    reference=reference.hybrid_loss,
+    example=_example,
+    bytes_moved=_bytes_moved,
+    kernels=tuple(
+        variant(name, fn, _BUDGETS[name], ("x0",), **LEARNED, LOSS=0)
+        for name, fn in (
+            ("hybrid_loss", _hybrid_loss_fwd_kernel),
+            ("hybrid_loss_backward", _hybrid_loss_bwd_kernel),
+        )
+    ),
+    cases=(
+        ByteCase("hybrid_loss", _ROW, ("hybrid_loss",), _plain),
+        ByteCase("hybrid_loss backward", _ROW, ("hybrid_loss_backward",), _plain, backward=True),
+    ),
+    differentiable=("out",),
+    dtypes=FLOATS,
+    index="t",
+    all_work=(LossColumn.EPS,),
+)

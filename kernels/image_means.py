@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels.launch import blocks_of, launch
+from flashddpm.kernels.operation import Budget, variant
 
 
 @triton.jit
@@ -65,3 +66,7 @@ def image_means(
     width = min(triton.next_power_of_2(blocks), 1024)
     launch(_mean_kernel, (means.numel(),), x0, means, partial, x0[0].numel(), blocks, width)
     return means
+
+
+MEAN = variant("loss_mean", _mean_kernel, {4: Budget(60, 8, None, "a loop over partial sums")})
+"""The second stage, as it is compiled."""

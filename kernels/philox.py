@@ -14,6 +14,7 @@ it stands, in PyTorch: ``reference/noise.py``; here it takes fewer instructions 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -22,7 +23,9 @@ from torch import Tensor
 
 from flashddpm.kernels import reference
 from flashddpm.kernels.exact_math import ln
+from flashddpm.kernels.examples import Draws
 from flashddpm.kernels.launch import launch_blocks, place, runs_triton
+from flashddpm.kernels.operation import Arguments, Budget, ByteCase, Op, Shape, variant
 from flashddpm.kernels.tables import Purpose
 from flashddpm.kernels.validation import check_purpose, check_vector
 
@@ -168,3 +171,40 @@ def philox(
     check_vector("seeds", seeds, seeds.numel(), torch.int64, seeds)
     check_vector("keys", keys, seeds.numel(), torch.int64, seeds)
     return _philox(seeds, keys, C, H, W, check_purpose(purpose))
+
+
+def _example(device, dtype: torch.dtype, shape: Shape, batch: int, seed: int) -> Arguments:
+    draws = Draws(device, seed)
+    return {"seeds": draws.seeds(batch), "keys": draws.keys(batch), "shape": shape}
+
+
+def _bytes_moved(args: Arguments) -> int:
+    return 4 * len(args["seeds"]) * math.prod(args["shape"])
+
+
+def _plain(seeds: Tensor, shape: Shape, **_: Any) -> Tensor:
+    """Draw noise."""
+    return torch.randn(len(seeds), *shape)
+
+
+DRAWN = "a Philox call and two Box-Muller transforms for 4 elements, 4 calls a thread side by side"
+"""What a budget is spent on where a kernel calls ``draw``."""
+
+OP = Op(
+    name="philox",
+    fast=philox,
+    reference=reference.philox,
+    example=_example,
+    bytes_moved=_bytes_moved,
+    kernels=(
+        variant(
+            "philox",
+            _philox_kernel,
+            {4: Budget(46, 0, 51.0, DRAWN)},
+            ("out",),
+            {"out": "*fp32:16"},
+            PURPOSE=Purpose.INITIAL,
+        ),
+    ),
+    cases=(ByteCase("philox", lambda args: {}, ("philox",), _plain),),
+)

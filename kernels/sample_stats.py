@@ -17,13 +17,19 @@ where images are large and few: at 64 of them half of an H100's multiprocessors 
 
 from __future__ import annotations
 
+import inspect
+import math
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
+from flashddpm.kernels.examples import of_slots, on_step
 from flashddpm.kernels.launch import channels_last, doubled_channels, launch, runs_triton
+from flashddpm.kernels.operation import LEARNED, Arguments, Budget, ByteCase, Op, variant
 from flashddpm.kernels.step_rows import (
     CLIP,
     COLUMNS,
@@ -35,7 +41,7 @@ from flashddpm.kernels.step_rows import (
     lane_elements,
     unclipped_x0,
 )
-from flashddpm.kernels.tables import Column
+from flashddpm.kernels.tables import FLOATS, Column
 from flashddpm.kernels.validation import (
     check_float32,
     check_in_place,
@@ -284,3 +290,82 @@ def sample_stats(
     _sample_stats(
         bounds, factors, x, out, idx, guidance, lane_cond, lane_uncond, rows, next
     )  # fmt: skip
+
+
+def _example(*case: Any) -> Arguments:
+    """The tensors of a step, every slot on the row that asks for both, or idle."""
+    args = of_slots(*case)
+    args["idx"] = torch.where(args["idx"] != 0, len(args["rows"]) - 1, 0)
+    return {name: args[name] for name in inspect.signature(sample_stats).parameters}
+
+
+def _bytes_moved(args: Arguments) -> int:
+    """Of every pass: two over the lanes for the factor, five over lanes and x for the bound."""
+    n, item = args["x"][:1].numel(), args["out"].itemsize
+    index, lanes = args["idx"].tolist(), args["lane_uncond"].tolist()
+    total = 0
+    for row, i, uncond in zip(args["rows"][args["idx"]].tolist(), index, lanes, strict=True):
+        if args["next"][i] == i:
+            continue
+        guided = uncond >= 0
+        # The factor's passes read the conditional lane for itself and for the combination.
+        total += 2 * 3 * item * n * (row[Column.RESCALE] != 0 and guided)
+        total += 5 * (4 + item * (2 if guided else 1)) * n * (row[Column.THRESHOLD] != 0)
+    return total
+
+
+def _plain(x: Tensor, out: Tensor, guidance: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    """The bounds: a quantile of |x0|, clamped; the factors: a ratio of deviations, mixed with 1.
+
+    Coefficients are those of the example's row that asks for both. The first lanes are the
+    conditional ones, the last the others; of fewer than two an image (the example guides every
+    second) some are both.
+    """
+    cond, uncond = out[: len(x)], out[-len(x) :]
+    combined = uncond + guidance.to(out.dtype).reshape(-1, 1, 1, 1) * (cond - uncond)
+    ratio = cond.std(dim=(1, 2, 3)) / combined.std(dim=(1, 2, 3))
+    factors = 0.7 * ratio.float() + 0.3
+    x0 = (x - 0.6 * factors.reshape(-1, 1, 1, 1) * combined.float()) / 0.8
+    ordered = x0.abs().flatten(1).sort(1).values  # torch.quantile is not traced by torch 2.11
+    place = 0.9 * (ordered.shape[1] - 1)
+    low, high = ordered[:, math.floor(place)], ordered[:, math.ceil(place)]
+    bounds = torch.lerp(low, high, place % 1)
+    return bounds.clamp(1.0, 1.5), factors
+
+
+_REASON = "loops over a whole sample; a histogram of 256 counts in shared memory"
+_COUNTED = on_step(guided=True, x0_xt=1.25, x0_out=-0.75, clip=1.5, threshold=0.9, rescale=0.7)
+_SUMS: dict[str, Any] = {"exact": False, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
+OP = Op(
+    name="sample_stats",
+    fast=sample_stats,
+    reference=reference.sample_stats,
+    example=_example,
+    bytes_moved=_bytes_moved,
+    kernels=(
+        variant(
+            "sample_stats",
+            _sample_stats_kernel,
+            {4: Budget(64, 1024, None, _REASON), 2: Budget(58, 1024, None, _REASON)},
+            ("x", "out"),
+            C=0,
+            **_SUMS,
+        ),
+        variant(
+            "sample_stats_learned",
+            _sample_stats_kernel,
+            {
+                4: Budget(72, 1024, None, _REASON, width=4),
+                2: Budget(74, 1024, None, _REASON, width=2),
+            },
+            ("x",),
+            **LEARNED | _SUMS,
+        ),
+    ),
+    cases=(ByteCase("sample_stats", _COUNTED, ("sample_stats",), _plain),),
+    mutates=("bounds", "factors"),
+    dtypes=FLOATS,
+    index="idx",
+    all_work=(Column.THRESHOLD, Column.RESCALE),
+    read_again=("x", "out"),
+)

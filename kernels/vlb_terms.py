@@ -16,6 +16,8 @@ element: one read of out, one of v where the variance is learned, one of x_0 whe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from flashddpm.kernels import reference
 from flashddpm.kernels.exact_math import exp, ln
+from flashddpm.kernels.examples import of_images, on_row
 from flashddpm.kernels.image_means import image_means, store_partial
 from flashddpm.kernels.launch import (
     WARPS_2C,
@@ -32,9 +35,10 @@ from flashddpm.kernels.launch import (
     place,
     runs_triton,
 )
+from flashddpm.kernels.operation import LEARNED, Arguments, Budget, ByteCase, Op, variant
 from flashddpm.kernels.philox import draw
 from flashddpm.kernels.step_rows import lane_elements
-from flashddpm.kernels.tables import Purpose, VlbColumn
+from flashddpm.kernels.tables import FLOATS, Purpose, VlbColumn
 from flashddpm.kernels.validation import check_image, check_images_rows, check_output
 
 TRAINING = tl.constexpr(int(Purpose.TRAINING))
@@ -229,3 +233,95 @@ def vlb_terms(
     check_output(out, x0, lanes=len(x0))
     check_images_rows(t, seeds, keys, rows, len(VlbColumn), out)
     return _vlb_terms(out, x0, t, seeds, keys, rows)
+
+
+ROWS = [
+    [-0.6, 0.8, 1.0, -0.6, 0.8, 0.0, 0.7, 0.6, 0.9, 0.0],  # v, a learned variance
+    [0.0, 1.0, 1.0, -0.75, 1.0, 1.0, 0.3, 0.0, 2.0, 0.0],  # eps, clipped
+    [0.0, 1.0, 1.0, -0.03, 1.0, 1.0, 0.2, 0.5, 30.0, 0.12],  # the decoder's
+    [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.02, 0.0, 0.1, 0.0],  # the prior's
+]
+
+
+def _example(*case: Any) -> Arguments:
+    args = of_images(*case, rows=ROWS, outputs=2)
+    return args | {"x0": args["x0"].clamp(-1, 1)}
+
+
+def _bytes_moved(args: Arguments) -> int:
+    out, rows = args["out"], args["rows"][args["t"]]
+    used = [VlbColumn.X0, VlbColumn.CLIP, VlbColumn.HALF_BIN]
+    read = (rows[:, used] != 0).any(1).sum()
+    predictions = (rows[:, VlbColumn.OUT] != 0).sum()
+    if out.shape[1] != args["x0"].shape[1]:
+        predictions += (rows[:, VlbColumn.SLOPE] != 0).sum()
+    n = args["x0"][0].numel()
+    return n * (int(read) * args["x0"].itemsize + int(predictions) * out.itemsize)
+
+
+def _fixed(args: Arguments) -> Arguments:
+    """An output of C channels, for a variance that is fixed."""
+    row = on_row([0.0, 1.0, 1.0, -0.75, 1.0, 1.0, 0.3, 0.0, 2.0, 0.0])
+    return row(args) | {"out": channels_last(args["out"][:, : args["x0"].shape[1]])}
+
+
+def _plain(out: Tensor, x0: Tensor, log_variance: Tensor | float = -2.0, **_: Any) -> list[Tensor]:
+    """A term of the bound: x0 from the output, clipped; the means; their divergence; errors.
+
+    The noise and x_t: here x0.
+    """
+    predicted = ((x0.float() - 0.6 * out.float()) / 0.8).clamp(-1, 1)
+    variance = torch.as_tensor(log_variance)
+    mean, wanted = (0.3 * x + 0.68 * x0.float() for x in (predicted, x0.float()))
+    term = 0.5 * (2.0 + variance + torch.exp(-3.0 - variance))
+    term = term + 0.5 * (mean - wanted) ** 2 * torch.exp(-variance)
+    errors = (predicted - x0.float()) ** 2, (out.float() - x0.float()) ** 2
+    return [value.mean(dim=(1, 2, 3)) for value in (term, *errors)]
+
+
+def _plain_learned(out: Tensor, x0: Tensor, **_: Any) -> list[Tensor]:
+    """The same with a learned range."""
+    prediction, v = out.chunk(2, dim=1)
+    fraction = (v.float() + 1) / 2
+    return _plain(prediction, x0, fraction * -2.0 + (1 - fraction) * -3.0)
+
+
+_REASON = (
+    "noise, and a term of the bound: an exponential, or the decoder's bin with five, a logarithm "
+    "and four divisions; three sums; 2C channels of 3 are read one by one"
+)
+_LEARNED_ROW = on_row([-0.6, 0.8, 1.0, -0.6, 0.8, 1.0, 0.7, 0.6, 0.9, 0.0])
+OP = Op(
+    name="vlb_terms",
+    fast=vlb_terms,
+    reference=reference.vlb_terms,
+    example=_example,
+    bytes_moved=_bytes_moved,
+    kernels=(
+        variant(
+            "vlb_terms",
+            _vlb_terms_kernel,
+            dict.fromkeys((4, 2), Budget(104, 16, 381.0, _REASON)),
+            ("out", "x0"),
+            num_warps=WARPS_2C,
+            C=0,
+        ),
+        variant(
+            "vlb_terms_learned",
+            _vlb_terms_kernel,
+            {
+                4: Budget(119, 16, 473.0, _REASON, width=4),
+                2: Budget(122, 16, 475.0, _REASON, width=2),
+            },
+            ("x0",),
+            **LEARNED,
+        ),
+    ),
+    cases=(
+        ByteCase("vlb_terms", _fixed, ("vlb_terms",), _plain),
+        ByteCase("vlb_terms learned", _LEARNED_ROW, ("vlb_terms_learned",), _plain_learned),
+    ),
+    dtypes=FLOATS,
+    index="t",
+    all_work=(VlbColumn.EPS,),
+)

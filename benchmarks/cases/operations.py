@@ -1,4 +1,4 @@
-"""Every operation of the registry: the fast path against the reference, on the same arguments.
+"""Every operation: the fast path against the reference, on the same arguments.
 
 On a GPU each kernel's own time (``kernel_time``), forward and gradient apart, stands against the
 bytes it moves, a copy's bandwidth, the bound of its instructions, an empty kernel, and the best
@@ -27,32 +27,16 @@ from flashddpm.benchmarks.peers.compiled_ops import (
 )
 from flashddpm.execution.cpu_noise import CompiledNoise
 from flashddpm.kernels import reference
-from flashddpm.kernels.tables import REST, Column, LossColumn, Purpose, VlbColumn
+from flashddpm.kernels.tables import Purpose
 
 if TYPE_CHECKING:
-    from flashddpm.kernels.registry import Arguments, Op
+    from flashddpm.kernels.operation import Arguments, Op
 
 SMALLEST = (1, (3, 32, 32))
 LARGE = ((64, (3, 256, 256)), (256, (3, 256, 256)))
 SIZES = (SMALLEST, (256, (3, 32, 32)), *LARGE)
 DTYPES = (torch.float32, torch.bfloat16)
 OF_BOUND, OF_EMPTY = 0.9, 1.5  # the goals: at large sizes at least, at the smallest at most
-
-ROWS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "add_noise": ("t", (0, 1)),  # a and b
-    "diffusion_loss": ("t", (LossColumn.EPS,)),
-    "hybrid_loss": ("t", (LossColumn.EPS,)),
-    "vlb_terms": ("t", (VlbColumn.EPS,)),
-    "sample_stats": ("idx", (Column.THRESHOLD, Column.RESCALE)),
-    "denoise_step": ("idx", (Column.SIGMA,)),
-}
-"""The argument that names each image's row, and the columns of which none may be 0. Every image is
-given the first such row of the example, so that an element costs the same in all."""
-SAME = {"denoise_step": {"next": REST, "lane_uncond": -1}}
-"""What else every image is given: no next row reads the history, nothing is guided."""
-READ_AGAIN = {"sample_stats": ("x", "out")}
-"""Images that an operation reads in several passes, all of them. Memory must hand them over once;
-whether a cache holds them for the others is the kernel's affair, and no part of its bound."""
 
 
 def noise_on_the_cpu(device: str) -> Iterator[Measurement]:
@@ -75,10 +59,9 @@ def arguments_of(op: Op, dtype: torch.dtype, size: Any, device: str) -> Argument
     """Return the operation's example of a size (batch, (C, H, W)), every image on its row."""
     batch, shape = size
     arguments = op.example(device, dtype, shape, batch, 0)
-    if op.name in ROWS:
-        name, columns = ROWS[op.name]
-        arguments[name].fill_(first_row(arguments["rows"], columns))
-    for name, value in SAME.get(op.name, {}).items():
+    if op.index:
+        arguments[op.index].fill_(first_row(arguments["rows"], op.all_work))
+    for name, value in op.alike.items():
         arguments[name].fill_(value)
     return arguments
 
@@ -175,8 +158,8 @@ def bytes_of(op: Op, arguments: Arguments, backward: bool) -> int:
 
 def once_of(op: Op, arguments: Arguments, backward: bool) -> int:
     """Return what of that memory must move: images that several passes read count once."""
-    if op.name in READ_AGAIN:
-        return sum(arguments[name].nbytes for name in READ_AGAIN[op.name])
+    if op.read_again:
+        return sum(arguments[name].nbytes for name in op.read_again)
     return bytes_of(op, arguments, backward)
 
 
@@ -276,7 +259,7 @@ def measure(
     """Check an operation, then time it and its gradient at one size against both peers.
 
     Args:
-        op: of the registry.
+        op: the operation.
         dtype, size: of the images.
         card: what it runs on.
         timer: the module ``kernel_time``, or a stand-in.
@@ -339,9 +322,9 @@ def speed_of_card(device: str) -> Iterator[Measurement]:
 
 
 def on_a_gpu(name: str, dtype: torch.dtype, size: Any, device: str) -> Iterator[Measurement]:
-    """One operation of the registry at one size."""
+    """One operation at one size."""
     from flashddpm.benchmarks.measure import kernel_time
-    from flashddpm.kernels.registry import OPS
+    from flashddpm.kernels import OPS
 
     yield from measure(OPS[name], dtype, size, this_card(), kernel_time)
 
@@ -350,7 +333,7 @@ def operations(device: str) -> list[Case]:
     """Return every kernel, from one CIFAR image to 256 of 256x256, in float32 and bfloat16."""
     if device != "cuda":
         return [Case("noise", "kernels", noise_on_the_cpu)]
-    from flashddpm.kernels.registry import OPS
+    from flashddpm.kernels import OPS
 
     cases = [Case("card", "kernels", speed_of_card)]
     for size in SIZES:

@@ -11,10 +11,8 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._functorch import config as functorch_config
 
-from flashddpm.kernels.checks import plain
-
 if TYPE_CHECKING:
-    from flashddpm.kernels.registry import Arguments, Op
+    from flashddpm.kernels.operation import Arguments, Op
 
 
 def copied(arguments: Arguments) -> Arguments:
@@ -61,13 +59,6 @@ def directions(op: Op, arguments: Arguments, function: Callable[..., Any]) -> di
     return ways
 
 
-CHAINS: dict[str, Callable[..., Any]] = {
-    "sample_stats": plain.sample_stats,
-    "denoise_step": plain.ancestral_step,
-}
-"""Plain PyTorch of the same work, for references that no compiler takes: they read numbers."""
-
-
 def compiled(
     function: Callable[..., Any], op: Op, arguments: Arguments, backend: str = "inductor"
 ) -> Callable[..., Any]:
@@ -94,13 +85,14 @@ def compiled_peer(
 ) -> tuple[str, Callable[..., Any] | None]:
     """Return the name of the best that a compiler makes of the operation's work, and that.
 
-    The reference; if it does not trace, the plain chain; None without one.
+    The reference; if it does not trace, for it reads numbers, the plain chain of the operation's
+    first case; None without one.
     """
     try:
         return "compiled reference", compiled(op.reference, op, arguments, backend)
     except TorchDynamoException as error:
         reason = f"the reference does not compile whole: {_said(error)}"
-    chain = CHAINS.get(op.name)
+    chain = op.cases[0].plain if op.cases else None
     if chain is None:
         return f"none; {reason}", None
     return f"compiled plain chain; {reason}", compiled(chain, op, arguments, backend)

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from flashddpm.kernels.checks.gates import ARCHITECTURES
+
 
 @dataclass(frozen=True)
 class KernelCode:
@@ -53,10 +55,6 @@ class KernelCode:
                 if name not in self.signature:
                     allowed = ", ".join(self.signature)
                     raise ValueError(f"{argument}={name!r}: must be among {allowed}")
-
-
-ARCHITECTURES = (80, 90, 100)
-"""Compute capabilities, times 10."""
 
 
 def code_faults(kernel: KernelCode, architectures: Sequence[int] = ARCHITECTURES) -> list[str]:

@@ -8,67 +8,21 @@ from what the compiler wrote, without a GPU. None of this is evidence of speed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashddpm.kernels.add_noise import _add_noise_kernel
-from flashddpm.kernels.advance import _advance_kernel
+from flashddpm.kernels import OPS
 from flashddpm.kernels.checks import gates, sass
-from flashddpm.kernels.denoise_step import _denoise_step_kernel
-from flashddpm.kernels.diffusion_loss import (
-    _diffusion_loss_bwd_kernel,
-    _diffusion_loss_fwd_kernel,
-)
-from flashddpm.kernels.hybrid_loss import _hybrid_loss_bwd_kernel, _hybrid_loss_fwd_kernel
-from flashddpm.kernels.image_means import _mean_kernel
-from flashddpm.kernels.launch import BLOCK, INTERPRETED, OPTIONS, WARPS_2C
-from flashddpm.kernels.philox import _philox_kernel
-from flashddpm.kernels.sample_stats import BLOCK as STATS_BLOCK
-from flashddpm.kernels.sample_stats import NUM_WARPS as STATS_WARPS
-from flashddpm.kernels.sample_stats import _sample_stats_kernel
-from flashddpm.kernels.tables import LOSSES, Purpose
-from flashddpm.kernels.vlb_terms import _vlb_terms_kernel
+from flashddpm.kernels.checks.gates import ARCHITECTURES as ARCHITECTURES
+from flashddpm.kernels.launch import INTERPRETED, OPTIONS
+from flashddpm.kernels.operation import DTYPES as DTYPES
+from flashddpm.kernels.operation import Kernel
 
-ARCHITECTURES = (80, 90, 100)
-DTYPES = ("fp32", "fp16", "bf16")
 REGISTERS = 64
 """The most a kernel may use: with 128 threads a program, half of a GPU's threads stay resident."""
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel and how it is compiled.
-
-    Attributes:
-        name: of the variant.
-        fn: the Triton function.
-        signature: type of each argument, "*fp32:16" for a pointer or int divisible by 16;
-            "image" stands for a pointer to the dtype under test.
-        constants: value of each constexpr argument.
-        images: pointer arguments that must be accessed 16 bytes at a time.
-        foreign: images of a layout that is not ours: as wide as their budget says (budgets.py).
-        exact: whether every floating-point operation must be correctly rounded.
-        options: of the launch.
-    """
-
-    name: str
-    fn: triton.JITFunction
-    signature: dict[str, str]
-    constants: dict[str, int]
-    images: tuple[str, ...]
-    foreign: tuple[str, ...] = ()
-    exact: bool = True
-    options: dict[str, int | bool] = field(default_factory=lambda: dict(OPTIONS))
-
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        """Of the images; "fp32" alone where no argument depends on it."""
-        return DTYPES if "image" in self.signature.values() else DTYPES[:1]
 
 
 @dataclass(frozen=True)
@@ -103,66 +57,8 @@ class Compiled:
         return gates.accesses(self.ptx, self.arguments)
 
 
-TYPES = dict.fromkeys(("x_t", "x0", "out", "d_out", "net_in"), "image")
-TYPES |= dict.fromkeys(("x", "hist", "noise", "guidance", "bounds", "factors", "rows"), "*fp32:16")
-TYPES |= dict.fromkeys(("partial", "loss", "d_loss"), "*fp32:16") | {"delta": "fp32"}
-TYPES |= dict.fromkeys(("t", "seeds", "keys", "idx", "next"), "*i64:16")
-TYPES |= dict.fromkeys(("nonfinite", "lane_cond", "lane_uncond"), "*i32:16")
-TYPES |= dict.fromkeys(("n", "x_stride", "hist_stride"), "i32:16")
-TYPES |= dict.fromkeys(("S", "blocks"), "i32")
-
-
-def _kernel(
-    name: str,
-    fn: triton.JITFunction,
-    images: tuple[str, ...] = (),
-    types: dict[str, str] | None = None,
-    foreign: tuple[str, ...] = (),
-    exact: bool = True,
-    num_warps: int | None = None,
-    **constants: int,
-) -> Kernel:
-    """Fill in what most kernels share: types by the argument's name, block, options."""
-    constants.setdefault("BLOCK", BLOCK)
-    arguments = [argument for argument in fn.arg_names if argument not in constants]
-    signature = {argument: (TYPES | (types or {}))[argument] for argument in arguments}
-    options = OPTIONS | ({} if num_warps is None else {"num_warps": num_warps})
-    foreign = tuple(argument for argument in foreign if argument in signature)
-    return Kernel(name, fn, signature, constants, images, foreign, exact, options)
-
-
-def _losses() -> Iterator[Kernel]:
-    """Yield forward and backward of each loss; mse goes without a suffix."""
-    for kind, loss in enumerate(LOSSES):
-        end = f"_{loss}" if kind else ""
-        forward, backward = _diffusion_loss_fwd_kernel, _diffusion_loss_bwd_kernel
-        yield _kernel(f"diffusion_loss{end}", forward, ("out", "x0"), LOSS=kind)
-        images = ("d_out", "out", "x0")
-        yield _kernel(f"diffusion_loss_backward{end}", backward, images, LOSS=kind)
-
-
-_STEP = ("x", "hist", "net_in")
-_step, _stats = _denoise_step_kernel, _sample_stats_kernel
-_BOTH: dict[str, Any] = {"foreign": ("out", "d_out"), "num_warps": WARPS_2C, "C": 3}
-_HYBRID = _BOTH | {"LOSS": 0}
-_STATS: dict[str, Any] = {"exact": False, "BLOCK": STATS_BLOCK, "num_warps": STATS_WARPS}
-_kernels = (
-    _kernel("philox", _philox_kernel, ("out",), {"out": "*fp32:16"}, PURPOSE=Purpose.INITIAL),
-    _kernel("add_noise", _add_noise_kernel, ("x_t", "x0"), PURPOSE=Purpose.TRAINING),
-    *_losses(),
-    _kernel("loss_mean", _mean_kernel),
-    _kernel("hybrid_loss", _hybrid_loss_fwd_kernel, ("x0",), **_HYBRID),
-    _kernel("hybrid_loss_backward", _hybrid_loss_bwd_kernel, ("x0",), **_HYBRID),
-    _kernel("denoise_step", _step, (*_STEP, "out"), HAS_NOISE=0, C=0),
-    _kernel("denoise_step_given", _step, (*_STEP, "out", "noise"), HAS_NOISE=1, C=0),
-    _kernel("denoise_step_learned", _step, _STEP, HAS_NOISE=0, **_BOTH),
-    _kernel("sample_stats", _stats, ("x", "out"), C=0, **_STATS),
-    _kernel("sample_stats_learned", _stats, ("x",), **_BOTH | _STATS),
-    _kernel("vlb_terms", _vlb_terms_kernel, ("out", "x0"), num_warps=WARPS_2C, C=0),
-    _kernel("vlb_terms_learned", _vlb_terms_kernel, ("x0",), **_BOTH),
-    _kernel("advance", _advance_kernel, BLOCK=128),
-)
-KERNELS = {kernel.name: kernel for kernel in _kernels}
+KERNELS = {kernel.name: kernel for op in OPS.values() for kernel in op.kernels}
+"""Every variant of every operation, by its name."""
 
 
 def compile_kernel(

@@ -12,6 +12,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+ARCHITECTURES = (80, 90, 100)
+"""The compute capabilities that kernels are compiled for, times 10."""
+
 EXACT = re.compile(
     r"""(add|sub|mul)\.rn\.f32(x2)?        # rounded to nearest, subnormals kept
     | (div|sqrt)\.rn\.f32

@@ -26,6 +26,7 @@ that arithmetic is not made to look cheaper than it is."""
 BANDWIDTH = 3.0e12
 """Bytes a second, read and written together: a large copy, measured on an H100 SXM."""
 REFERENCE = 90
+ITEMSIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def measure(kernel: compiled.Kernel, dtype: str, arch: int) -> Entry:
     instructions = None if machine.loops else machine.instructions / elements
     widths = {name: dict(sorted(counts.items())) for name, counts in code.accesses.items()}
     images = [min(widths[name]) for name in (*kernel.images, *kernel.foreign) if name in widths]
-    budget = budgets.BUDGETS.get((kernel.name, 4 if dtype == "fp32" else 2))
+    budget = kernel.budgets.get(ITEMSIZES[dtype])
     return Entry(
         kernel=kernel.name,
         dtype=dtype,
@@ -136,7 +137,7 @@ class Scorecard:
     def bounds(self) -> list[Bound]:
         """Of the kernels that move images, on the reference card."""
         light: dict[str, str] = {}
-        for case in counting.CASES:
+        for _, case in counting.CASES.values():
             for name in case.kernels:
                 light.setdefault(name, case.name)
         found = []
@@ -169,7 +170,7 @@ class Scorecard:
         """Budgets that are exceeded, whichever the version of Triton."""
         found = [f"{entry.name}: {excess}" for entry in self.entries for excess in entry.over]
         for bound in self.bounds:
-            budget = budgets.BUDGETS.get((bound.kernel, 4 if bound.dtype == "fp32" else 2))
+            budget = compiled.KERNELS[bound.kernel].budgets.get(ITEMSIZES[bound.dtype])
             if budget and budget.memory_bound and bound.by != "memory":
                 found.append(
                     f"{bound.kernel} {bound.dtype}: bound by {bound.by}, must be by memory"
@@ -216,7 +217,8 @@ def scorecard(
         for dtype in compiled.KERNELS[name].dtypes
         for arch in archs
     ]
-    used = {case.name for case in counting.CASES if not set(names).isdisjoint(case.kernels)}
+    cases = [case for _, case in counting.CASES.values()]
+    used = {case.name for case in cases if not set(names).isdisjoint(case.kernels)}
     child = counting.start() if used else None
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:

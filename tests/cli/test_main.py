@@ -187,8 +187,9 @@ def test_kernels_prints_a_scorecard(compile_kernels):
 
 def test_kernels_exits_with_1_where_a_gate_fails(compile_kernels):
     planted = (
-        "from flashddpm.kernels.checks import budgets; "
-        "budgets.BUDGETS['advance', 4] = budgets.Budget(1, 0, 99.0, 'planted'); "
+        "from flashddpm.kernels.checks import budgets, compiled; "
+        "planted = budgets.Budget(1, 0, 99.0, 'planted'); "
+        "compiled.KERNELS['advance'].budgets[4] = planted; "
     )
     code, out, _ = compile_kernels(*ONE, prepare=planted + "budgets.pinned = lambda: True")
     assert code == 1 and "FAIL advance fp32 sm_90: " in out and "1 fault\n" in out
