@@ -5,6 +5,7 @@ same functions run in plain PyTorch (``flashddpm.kernels.reference``), with the 
 """
 
 from flashddpm.kernels import reference
+from flashddpm.kernels.step_arguments import StepSlots, StepState, StepStatistics, StepTable
 from flashddpm.kernels.tables import LOSSES, Column, LossColumn, Purpose, VlbColumn
 
 try:
@@ -51,6 +52,10 @@ __all__ = [
     "Column",
     "LossColumn",
     "Purpose",
+    "StepSlots",
+    "StepState",
+    "StepStatistics",
+    "StepTable",
     "VlbColumn",
     "add_noise",
     "advance",

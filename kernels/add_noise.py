@@ -118,6 +118,8 @@ def add_noise(
     return _add_noise(x0, t, seeds, keys, rows, check_purpose(purpose))
 
 
+# The record of the operation, for tests, gates, counts of bytes and benchmarks.
+
 ROWS = [[1.0, 0.0], [0.8, 0.6], [0.28, 0.96], [0.0, 1.0]]
 
 

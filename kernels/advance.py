@@ -15,7 +15,8 @@ from flashddpm.kernels import reference
 from flashddpm.kernels.examples import Draws
 from flashddpm.kernels.launch import launch, runs_triton
 from flashddpm.kernels.operation import Arguments, Budget, Op, Shape, variant
-from flashddpm.kernels.validation import check_vector
+from flashddpm.kernels.step_arguments import StepSlots, StepTable, by_tensor
+from flashddpm.kernels.validation import check_vectors
 
 
 @triton.jit
@@ -34,7 +35,7 @@ def _advance_kernel(
 @torch.library.custom_op("flashddpm::advance", mutates_args=("idx",))
 def _advance(idx: Tensor, next: Tensor) -> None:
     if not runs_triton(idx):
-        reference.advance(idx, next)
+        by_tensor(reference.advance)(idx=idx, next=next)
     elif idx.numel():
         launch(_advance_kernel, (triton.cdiv(len(idx), 128),), idx, idx, next, len(idx), 128)
 
@@ -44,19 +45,24 @@ def _advance_fake(idx: Tensor, next: Tensor) -> None:
     return None
 
 
-def advance(idx: Tensor, next: Tensor) -> None:
+def advance(slots: StepSlots, table: StepTable) -> None:
     """Set idx[s] = next[idx[s]] for every slot, in place.
 
     Args:
-        idx: int64 [S].
-        next: int64 [R]; entries of idx must lie in [0, R): not checked, for that would wait.
+        slots: whose idx it moves; its entries must lie in [0, R): not checked, for that would wait.
+        table: whose next it reads.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: a shape, dtype or device that does not fit; the message begins with the name of
+            the tensor.
     """
-    check_vector("idx", idx, idx.numel(), torch.int64, idx)
-    check_vector("next", next, next.numel(), torch.int64, idx)
+    idx, next = slots.idx, table.next
+    check_vectors(idx, torch.int64, idx.numel(), idx=idx)
+    check_vectors(idx, torch.int64, next.numel(), next=next)
     _advance(idx, next)
+
+
+# The record of the operation, for tests, gates, counts of bytes and benchmarks.
 
 
 def _example(device, dtype: torch.dtype, shape: Shape, batch: int, seed: int) -> Arguments:
@@ -66,8 +72,8 @@ def _example(device, dtype: torch.dtype, shape: Shape, batch: int, seed: int) ->
 
 OP = Op(
     name="advance",
-    fast=advance,
-    reference=reference.advance,
+    fast=by_tensor(advance),
+    reference=by_tensor(reference.advance),
     example=_example,
     bytes_moved=lambda args: 24 * len(args["idx"]),
     kernels=(

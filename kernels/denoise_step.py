@@ -20,44 +20,52 @@ from torch import Tensor
 
 from flashddpm.kernels import reference
 from flashddpm.kernels.exact_math import exp
-from flashddpm.kernels.examples import of_slots, on_step
+from flashddpm.kernels.examples import learned_range, of_slots, on_step
 from flashddpm.kernels.launch import (
     OPTIONS,
     WARPS_2C,
     channels_last,
     doubled_channels,
     launch_blocks,
-    minus_zeros,
     place,
     runs_triton,
 )
 from flashddpm.kernels.operation import LEARNED, Arguments, Budget, ByteCase, Op, variant
 from flashddpm.kernels.philox import DRAWN, draw
+from flashddpm.kernels.step_arguments import (
+    FLAT,
+    StepSlots,
+    StepState,
+    StepStatistics,
+    StepTable,
+    by_tensor,
+    grouped,
+    tensor_schema,
+)
 from flashddpm.kernels.step_rows import (
     C_HIST,
-    C_OUT,
-    C_X0,
-    C_XT,
-    CLIP,
     COLUMNS,
     INF_BITS,
     LOG_SIGMA,
     RESCALE,
     SIGMA,
-    THRESHOLD,
+    clipped,
     guided_output,
     is_guided,
     lane_elements,
     unclipped_x0,
+    without_noise,
 )
-from flashddpm.kernels.tables import FLOATS, REST, Column, Purpose
+from flashddpm.kernels.tables import FLOATS, IDLE, Column, Purpose
 from flashddpm.kernels.validation import (
     check_float32,
     check_image,
     check_in_place,
     check_output,
-    check_table,
-    check_vector,
+    check_rows,
+    check_slots,
+    check_state,
+    check_vectors,
 )
 
 REVERSE_STEP = tl.constexpr(int(Purpose.REVERSE_STEP))
@@ -73,7 +81,7 @@ def _flag(nonfinite, values, i):
 
 
 @triton.jit
-def _denoise_step_kernel(  # noqa: C901, PLR0915  one kernel, whose branches are those of a row
+def _denoise_step_kernel(
     x,  # float32 [S, n], rows of stride x_stride, read and written
     hist,  # float32 [S, n], rows of stride hist_stride, read and written where used
     net_in,  # [L, n], written at the slot's lanes
@@ -84,8 +92,8 @@ def _denoise_step_kernel(  # noqa: C901, PLR0915  one kernel, whose branches are
     guidance,  # float32 [S]
     lane_cond,  # int32 [S]
     lane_uncond,  # int32 [S], -1 for none
-    bounds,  # float32 [S], read where the row has a threshold
-    factors,  # float32 [S], read where the row rescales and the slot is guided
+    dynamic_threshold,  # float32 [S], read where the row has a threshold
+    rescale_factor,  # float32 [S], read where the row rescales and the slot is guided
     rows,  # float32 [R, COLUMNS]
     keys,  # int64 [R]
     next,  # int64 [R]
@@ -112,31 +120,12 @@ def _denoise_step_kernel(  # noqa: C901, PLR0915  one kernel, whose branches are
     o = guided_output(out, cond, uncond, guides, tl.load(guidance + slot), at, lane, mask)
     if tl.load(row + RESCALE) != 0:
         if guides:
-            o *= tl.load(factors + slot)
+            o *= tl.load(rescale_factor + slot)
     _flag(nonfinite + slot, o, i)
 
     x_t = tl.load(x + slot * x_stride + start + offsets, mask=mask, other=0)
-    x0 = unclipped_x0(x_t, o, row, BLOCK)
-    c = tl.load(row + CLIP)
-    if tl.load(row + THRESHOLD) != 0:
-        c = tl.load(bounds + slot)
-        x0 = tl.div_rn(tl.clamp(x0, -c, c, propagate_nan=tl.PropagateNan.ALL), c)
-    elif c != 0:
-        x0 = tl.clamp(x0, -c, c, propagate_nan=tl.PropagateNan.ALL)
-
-    x_next = minus_zeros(BLOCK)
-    c = tl.load(row + C_X0)
-    if c != 0:
-        x_next = x0 * c
-    c = tl.load(row + C_XT)
-    if c != 0:
-        x_next += x_t * c
-    c = tl.load(row + C_OUT)
-    if c != 0:
-        x_next += o * c
-    c = tl.load(row + C_HIST)
-    if c != 0:
-        x_next += tl.load(hist + slot * hist_stride + start + offsets, mask=mask, other=0) * c
+    x0 = clipped(unclipped_x0(x_t, o, row, BLOCK), row, dynamic_threshold, slot)
+    x_next = without_noise(x0, x_t, o, hist, slot, hist_stride, start, offsets, row, mask, BLOCK)
     c = tl.load(row + SIGMA)
     if c != 0:
         if HAS_NOISE:
@@ -171,125 +160,75 @@ def _sigma(variance, nonfinite, c, i, row, mask, BLOCK: tl.constexpr):
 
 
 @torch.library.custom_op(
-    "flashddpm::denoise_step", mutates_args=("x", "hist", "net_in", "nonfinite")
+    "flashddpm::denoise_step",
+    mutates_args=StepState._fields,
+    schema=tensor_schema(FLAT, StepState._fields, optional=("noise",)),
 )
-def _denoise_step(
-    x: Tensor,
-    hist: Tensor,
-    net_in: Tensor,
-    nonfinite: Tensor,
-    out: Tensor,
-    idx: Tensor,
-    seeds: Tensor,
-    guidance: Tensor,
-    lane_cond: Tensor,
-    lane_uncond: Tensor,
-    bounds: Tensor,
-    factors: Tensor,
-    rows: Tensor,
-    keys: Tensor,
-    next: Tensor,
-    noise: Tensor | None,
-) -> None:
+def _denoise_step(*tensors: Any) -> None:
+    state, out, slots, statistics, table, noise = grouped(tensors)
+    x = state.x
     if not runs_triton(x):
-        reference.denoise_step(
-            x, hist, net_in, nonfinite, out, idx, seeds, guidance,
-            lane_cond, lane_uncond, bounds, factors, rows, keys, next, noise,
-        )  # fmt: skip
+        reference.denoise_step(state, out, slots, statistics, table, noise)
     elif x.numel():
-        n, C = x[0].numel(), doubled_channels(out, x)
+        C = doubled_channels(out, x)
         given = x if noise is None else channels_last(noise)
-        launch_blocks(
-            _denoise_step_kernel, x,
-            x, hist, net_in, nonfinite, channels_last(out), idx, seeds, guidance,
-            lane_cond, lane_uncond, bounds, factors, rows, keys, next, given,
-            n, x.stride(0), hist.stride(0), noise is not None, C,
-            num_warps=WARPS_2C if C else OPTIONS["num_warps"],
-        )  # fmt: skip
+        flat = (*state, channels_last(out), *slots, *statistics, *table, given)
+        sizes = (x[0].numel(), x.stride(0), state.hist.stride(0))
+        warps = WARPS_2C if C else OPTIONS["num_warps"]
+        arguments = (*flat, *sizes, noise is not None, C)
+        launch_blocks(_denoise_step_kernel, x, *arguments, num_warps=warps)
 
 
 @_denoise_step.register_fake
-def _denoise_step_fake(
-    x, hist, net_in, nonfinite, out, idx, seeds, guidance,
-    lane_cond, lane_uncond, bounds, factors, rows, keys, next, noise,
-) -> None:  # fmt: skip
+def _denoise_step_fake(*tensors: Any) -> None:
     return None
 
 
 def denoise_step(
-    x: Tensor,
-    hist: Tensor,
-    net_in: Tensor,
-    nonfinite: Tensor,
+    state: StepState,
     out: Tensor,
-    idx: Tensor,
-    seeds: Tensor,
-    guidance: Tensor,
-    lane_cond: Tensor,
-    lane_uncond: Tensor,
-    bounds: Tensor,
-    factors: Tensor,
-    rows: Tensor,
-    keys: Tensor,
-    next: Tensor,
+    slots: StepSlots,
+    statistics: StepStatistics,
+    table: StepTable,
     noise: Tensor | None = None,
 ) -> None:
     """Apply row idx[s] to every slot s, in place.
 
-    Slots whose row points at itself are left untouched. What a row, a lane or a column is:
-    tables.py. Indices are not checked, for that would wait.
+    Slots whose row points at itself are left untouched.
 
     Args:
-        x: float32 [S, C, H, W], the state x_t; becomes x_next. It, hist and net_in must not
-            overlap: not checked.
-        hist: float32 [S, C, H, W], the previous x0; written where the next row reads it.
-        net_in: [L, C, H, W], float32, float16 or bfloat16: x_next goes to each lane of the slot.
-        nonfinite: int32 [S]; becomes idx[s] where it is 0 and the slot's output is not finite.
+        state: what the step changes: x, hist, net_in and nonfinite.
         out: [L, C or 2C, H, W], the network's output, float32, float16 or bfloat16, any layout;
             log_sigma is of effect where it has 2C channels.
-        idx: int64 [S], each slot's row.
-        seeds: int64 [S].
-        guidance: float32 [S], read where lane_uncond is not negative.
-        lane_cond, lane_uncond: int32 [S], the slot's lanes; lane_uncond is -1 where unguided.
-        bounds, factors: float32 [S], of ``sample_stats``, read where the row asks.
-        rows: float32 [R, len(Column)].
-        keys, next: int64 [R].
+        slots: each slot's row, seed, guidance and lanes.
+        statistics: of ``sample_stats``, read where the row asks.
+        table: rows, keys and the rows that follow.
         noise: float32 [S, C, H, W] to use for z, or None to draw it.
 
     Raises:
-        ValueError: a shape, dtype, layout or device that does not fit.
+        ValueError: a shape, dtype, layout or device that does not fit; the message begins with the
+            name of the tensor.
     """
-    S = len(x)
-    for name, buffer in (("x", x), ("hist", hist)):
-        check_in_place(name, buffer, like=x)
-        check_float32(name, buffer)
+    x, net_in = state.x, state.net_in
+    check_state(x=x, hist=state.hist)
     check_in_place("net_in", net_in)
     check_output(out, net_in, lanes=len(net_in))
     if net_in.shape[1:] != x.shape[1:] or not net_in.is_contiguous(
         memory_format=torch.channels_last
     ):
         raise ValueError(f"net_in of shape {tuple(net_in.shape)}: must be dense [L, *x.shape[1:]]")
-    for name, vector, dtype in (
-        ("idx", idx, torch.int64),
-        ("seeds", seeds, torch.int64),
-        ("guidance", guidance, torch.float32),
-        ("bounds", bounds, torch.float32),
-        ("factors", factors, torch.float32),
-        ("lane_cond", lane_cond, torch.int32),
-        ("lane_uncond", lane_uncond, torch.int32),
-        ("nonfinite", nonfinite, torch.int32),
-    ):
-        check_vector(name, vector, S, dtype, x)
-    check_table("rows", rows, len(Column), x)
-    check_vector("keys", keys, len(rows), torch.int64, x)
-    check_vector("next", next, len(rows), torch.int64, x)
+    check_slots(x, slots, statistics)
+    check_vectors(x, torch.int64, len(x), seeds=slots.seeds)
+    check_vectors(x, torch.int32, len(x), nonfinite=state.nonfinite)
+    check_rows(x, table)
+    check_vectors(x, torch.int64, len(table.rows), keys=table.keys)
     if noise is not None:
         check_image("noise", noise, like=x)
         check_float32("noise", noise)
-    _denoise_step(
-        x, hist, net_in, nonfinite, out, idx, seeds, guidance,
-        lane_cond, lane_uncond, bounds, factors, rows, keys, next, noise,
-    )  # fmt: skip
+    _denoise_step(*state, out, *slots, *statistics, *table, noise)
+
+
+# The record of the operation, for tests, gates, counts of bytes and benchmarks.
 
 
 def _bytes_moved(args: Arguments) -> int:
@@ -321,10 +260,10 @@ def _learned(args: Arguments) -> Arguments:
     return changed | {"out": channels_last(torch.cat([changed["out"]] * 2, 1))}
 
 
-def _plain(x: Tensor, out: Tensor, **_: Any) -> Tensor:
+def _plain(x: Tensor, out: Tensor, sigma: Tensor | float = 0.2, **_: Any) -> Tensor:
     """DDPM's step: x0 from the output, clipped; the posterior's mean; noise; the next input."""
     x0 = ((x - 0.6 * out[: len(x)].float()) / 0.8).clamp(-1, 1)
-    x_next = 0.3 * x0 + 0.68 * x + 0.2 * torch.randn_like(x)
+    x_next = 0.3 * x0 + 0.68 * x + sigma * torch.randn_like(x)
     return x_next.to(out.dtype)
 
 
@@ -344,76 +283,58 @@ def _plain_multistep(x: Tensor, hist: Tensor, out: Tensor, **_: Any) -> Tensor:
 
 def _plain_learned(x: Tensor, out: Tensor, **_: Any) -> Tensor:
     """DDPM's step with a learned range: the noise's size is the exponential of a mix."""
-    prediction, v = out.chunk(2, dim=1)
-    fraction = (v.float() + 1) / 2
-    sigma = torch.exp(0.5 * (fraction * -2.0 + (1 - fraction) * -3.0))
-    x0 = ((x - 0.6 * prediction.float()) / 0.8).clamp(-1, 1)
-    x_next = 0.3 * x0 + 0.68 * x + sigma * torch.randn_like(x)
-    return x_next.to(out.dtype)
+    prediction, log_variance = learned_range(out)
+    return _plain(x, prediction, torch.exp(0.5 * log_variance))
 
 
-_REASON = f"{DRAWN}; every term of the formula, a branch each; the most live values of all kernels"
+_DRAWN = f"{DRAWN}; every term of the formula, a branch each; the most live values of all kernels"
 _GIVEN = "every term of the formula, a branch each; the noise is read"
 _LEARNED = f"{DRAWN}; every term and an exponential; 2C channels of 3 are read one by one"
-_ANCESTRAL = dict(x0_xt=1.25, x0_out=-0.75, clip=1.0, c_x0=0.3, c_xt=0.68, sigma=0.2)
-_MULTISTEP = on_step(following=True, x0_xt=1.25, x0_out=-0.75, c_x0=0.6, c_xt=0.6, c_hist=-0.2)
+_BUDGETS = {
+    "denoise_step": {
+        4: Budget(78, 8, 101.5, _DRAWN, memory_bound=True),
+        2: Budget(96, 2048, 106.5, _DRAWN, memory_bound=True),
+    },
+    "denoise_step_given": {
+        4: Budget(76, 8, 53.5, _GIVEN, memory_bound=True),
+        2: Budget(80, 2048, 59.5, _GIVEN, memory_bound=True),
+    },
+    "denoise_step_learned": {
+        4: Budget(71, 16, 176.5, _LEARNED, width=4),
+        2: Budget(76, 4096, 186.0, _LEARNED, width=2),
+    },
+}
 _STATE = ("x", "hist", "net_in")
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "denoise_step": {"images": (*_STATE, "out"), "HAS_NOISE": 0, "C": 0},
+    "denoise_step_given": {"images": (*_STATE, "out", "noise"), "HAS_NOISE": 1, "C": 0},
+    "denoise_step_learned": {"images": _STATE, "HAS_NOISE": 0, **LEARNED},
+}
+_ANCESTRAL: dict[str, Any] = dict(
+    x0_xt=1.25, x0_out=-0.75, clip=1.0, c_x0=0.3, c_xt=0.68, sigma=0.2
+)
+_MULTISTEP = on_step(following=True, x0_xt=1.25, x0_out=-0.75, c_x0=0.6, c_xt=0.6, c_hist=-0.2)
+_GUIDED = on_step(guided=True, **_ANCESTRAL)
 OP = Op(
     name="denoise_step",
-    fast=denoise_step,
-    reference=reference.denoise_step,
+    fast=by_tensor(denoise_step),
+    reference=by_tensor(reference.denoise_step),
     example=of_slots,
     bytes_moved=_bytes_moved,
-    kernels=(
-        variant(
-            "denoise_step",
-            _denoise_step_kernel,
-            {
-                4: Budget(78, 8, 101.5, _REASON, memory_bound=True),
-                2: Budget(96, 2048, 106.5, _REASON, memory_bound=True),
-            },
-            (*_STATE, "out"),
-            HAS_NOISE=0,
-            C=0,
-        ),
-        variant(
-            "denoise_step_given",
-            _denoise_step_kernel,
-            {
-                4: Budget(76, 8, 53.5, _GIVEN, memory_bound=True),
-                2: Budget(80, 2048, 59.5, _GIVEN, memory_bound=True),
-            },
-            (*_STATE, "out", "noise"),
-            HAS_NOISE=1,
-            C=0,
-        ),
-        variant(
-            "denoise_step_learned",
-            _denoise_step_kernel,
-            {
-                4: Budget(71, 16, 176.5, _LEARNED, width=4),
-                2: Budget(76, 4096, 186.0, _LEARNED, width=2),
-            },
-            _STATE,
-            HAS_NOISE=0,
-            **LEARNED,
-        ),
+    kernels=tuple(
+        variant(name, _denoise_step_kernel, _BUDGETS[name], **options)
+        for name, options in _VARIANTS.items()
     ),
     cases=(
         ByteCase("denoise_step", on_step(**_ANCESTRAL), ("denoise_step",), _plain),
-        ByteCase(
-            "denoise_step guided",
-            on_step(guided=True, **_ANCESTRAL),
-            ("denoise_step",),
-            _plain_guided,
-        ),
+        ByteCase("denoise_step guided", _GUIDED, ("denoise_step",), _plain_guided),
         ByteCase("denoise_step multistep", _MULTISTEP, ("denoise_step",), _plain_multistep),
         ByteCase("denoise_step given", _given, ("denoise_step_given",)),
         ByteCase("denoise_step learned", _learned, ("denoise_step_learned",), _plain_learned),
     ),
-    mutates=("x", "hist", "net_in", "nonfinite"),
+    mutates=StepState._fields,
     dtypes=FLOATS,
     index="idx",
     all_work=(Column.SIGMA,),
-    alike={"next": REST, "lane_uncond": -1},  # no next row reads the history, nothing is guided
+    alike={"next": IDLE, "lane_uncond": -1},  # no next row reads the history, nothing is guided
 )

@@ -13,13 +13,12 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from flashddpm.kernels import reference
 from flashddpm.kernels.examples import image_bytes, of_images, on_row
 from flashddpm.kernels.image_means import MEAN, store_partial
 from flashddpm.kernels.launch import place
-from flashddpm.kernels.losses import error_of, loss_operator, penalty, slope
+from flashddpm.kernels.losses import error_of, loss_operator, penalty, plain_loss, slope
 from flashddpm.kernels.operation import Arguments, Budget, ByteCase, Kernel, Op, variant
 from flashddpm.kernels.philox import DRAWN
 from flashddpm.kernels.tables import FLOATS, LOSSES, LossColumn
@@ -114,6 +113,8 @@ def diffusion_loss(
     return _diffusion_loss(out, x0, t, seeds, keys, rows, loss, delta)
 
 
+# The record of the operation, for tests, gates, counts of bytes and benchmarks.
+
 ROWS = [[0.0, 1.0, 1.0], [-0.6, 0.8, 0.5], [1.0, 0.0, 2.0]]
 
 
@@ -124,12 +125,6 @@ def _example(*case: Any) -> Arguments:
 def _bytes_moved(args: Arguments) -> int:
     read = (args["rows"][args["t"], LossColumn.X0] != 0).sum().item()
     return len(args["out"]) * image_bytes(args["out"]) + read * image_bytes(args["x0"])
-
-
-def plain_loss(out: Tensor, x0: Tensor, t: Tensor, rows: Tensor, **_: Any) -> Tensor:
-    """Squared error in float32 against the noise, which add_noise had to keep (here: x0)."""
-    error = F.mse_loss(out.float(), x0.float(), reduction="none")
-    return rows[t, LossColumn.WEIGHT] * error.mean(dim=(1, 2, 3))
 
 
 def _plain_velocity(out: Tensor, x0: Tensor, t: Tensor, rows: Tensor, **_: Any) -> Tensor:

@@ -119,8 +119,8 @@ def of_slots(
         "guidance": 1.5 + 0.25 * slot,
         "lane_cond": slot,
         "lane_uncond": torch.where(slot % 2 == 1, batch + slot // 2, -1).int(),
-        "bounds": 1.0 + 0.125 * slot,
-        "factors": 1.0 - 0.03125 * slot,
+        "dynamic_threshold": 1.0 + 0.125 * slot,
+        "rescale_factor": 1.0 - 0.03125 * slot,
         "rows": draws.table(STEPS),
         "keys": draws.keys(len(STEPS)),
         "next": torch.tensor(FOLLOW, device=device),
@@ -155,3 +155,13 @@ def on_step(
         return {name: value for name, value in changed.items() if name in args}
 
     return change
+
+
+def learned_range(out: Tensor) -> tuple[Tensor, Tensor]:
+    """Return prediction and log variance of an output of 2C channels, as eager PyTorch does it.
+
+    The logarithm is a mix of two, here of -2 and -3 (Nichol & Dhariwal 2021, eq. 15).
+    """
+    prediction, v = out.chunk(2, dim=1)
+    fraction = (v.float() + 1) / 2
+    return prediction, fraction * -2.0 + (1 - fraction) * -3.0

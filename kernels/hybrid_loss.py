@@ -24,14 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.diffusion_loss import plain_loss
 from flashddpm.kernels.exact_math import exp, ln
-from flashddpm.kernels.examples import image_bytes, of_images, on_row
+from flashddpm.kernels.examples import image_bytes, learned_range, of_images, on_row
 from flashddpm.kernels.image_means import store_partial
 from flashddpm.kernels.launch import (
     place,
 )
-from flashddpm.kernels.losses import error_of, loss_operator, penalty, slope
+from flashddpm.kernels.losses import error_of, loss_operator, penalty, plain_loss, slope
 from flashddpm.kernels.operation import LEARNED, Arguments, Budget, ByteCase, Op, variant
 from flashddpm.kernels.step_rows import lane_elements
 from flashddpm.kernels.tables import FLOATS, LossColumn
@@ -214,6 +213,8 @@ def hybrid_loss(
     return _hybrid_loss(out, x0, t, seeds, keys, rows, loss, delta)
 
 
+# The record of the operation, for tests, gates, counts of bytes and benchmarks.
+
 ROWS = [
     [0.0, 1.0, 1.0, 1.5, 0.7, 0.6, -0.4, 3.0, 0.0],
     [-0.6, 0.8, 0.5, 1.5, 0.1, 0.2, -0.3, 2.0, 0.0],
@@ -234,9 +235,7 @@ def _bytes_moved(args: Arguments) -> int:
 
 def _plain(out: Tensor, x0: Tensor, t: Tensor, rows: Tensor, **_: Any) -> Tensor:
     """The error's square, and the divergence of the learned from the true posterior."""
-    prediction, v = out.chunk(2, dim=1)
-    fraction = (v.float() + 1) / 2
-    log_variance = fraction * -2.0 + (1 - fraction) * -3.0
+    prediction, log_variance = learned_range(out)
     shift = 0.1 * (prediction.detach().float() - x0.float())  # of the means; the noise: here x0
     bound = 0.5 * (2.0 + log_variance + torch.exp(-3.0 - log_variance))
     bound = bound + 0.5 * shift**2 * torch.exp(-log_variance)

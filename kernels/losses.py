@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from flashddpm.kernels import reference
 from flashddpm.kernels.image_means import image_means
@@ -26,7 +27,7 @@ from flashddpm.kernels.launch import (
     runs_triton,
 )
 from flashddpm.kernels.philox import draw
-from flashddpm.kernels.tables import LOSSES, Purpose
+from flashddpm.kernels.tables import LOSSES, LossColumn, Purpose
 
 TRAINING = tl.constexpr(int(Purpose.TRAINING))
 MSE = tl.constexpr(LOSSES.index("mse"))
@@ -81,11 +82,8 @@ def loss_operator(
         backward: kernel of (d_out, d_loss, out, ...), the rest as for ``forward``.
         learned: whether ``out`` has 2C channels, of which the kernels take C.
     """
-    plain, plain_backward = getattr(reference, name), getattr(reference, f"{name}_backward")
-    options = {"num_warps": WARPS_2C} if learned else {}
-
-    def constants(x0: Tensor, loss: str) -> tuple[int, ...]:
-        return x0[:1].numel(), LOSSES.index(loss), *((x0.shape[1],) if learned else ())
+    gradient = _gradient_operator(f"{name}_backward", backward, learned)
+    plain, options = getattr(reference, name), _options(learned)
 
     @torch.library.custom_op(f"flashddpm::{name}", mutates_args=())
     def operator(
@@ -101,14 +99,30 @@ def loss_operator(
         if not runs_triton(out):
             return plain(out, x0, t, seeds, keys, rows, loss, delta)
         out, x0 = channels_last(out), channels_last(x0)
-        arguments = (out, x0, t, seeds, keys, rows, delta, *constants(x0, loss))
+        arguments = (out, x0, t, seeds, keys, rows, delta, *_constants(x0, loss, learned))
         return image_means(forward, x0, *arguments, **options)
 
     @operator.register_fake
-    def _(out, x0, t, seeds, keys, rows, loss, delta) -> Tensor:
+    def fake(out, x0, t, seeds, keys, rows, loss, delta) -> Tensor:
         return torch.empty(len(out), dtype=torch.float32, device=out.device)
 
-    @torch.library.custom_op(f"flashddpm::{name}_backward", mutates_args=())
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, ctx.loss, ctx.delta = inputs
+        ctx.save_for_backward(*tensors)
+
+    def backpropagate(ctx, d_loss: Tensor):
+        d_out = gradient(d_loss.contiguous(), *ctx.saved_tensors, ctx.loss, ctx.delta)
+        return d_out, *[None] * 7
+
+    operator.register_autograd(backpropagate, setup_context=setup_context)
+    return operator
+
+
+def _gradient_operator(name: str, backward: Any, learned: bool) -> Callable[..., Tensor]:
+    """Register and return the operator of a loss's gradient (``loss_operator``)."""
+    plain, options = getattr(reference, name), _options(learned)
+
+    @torch.library.custom_op(f"flashddpm::{name}", mutates_args=())
     def gradient(
         d_loss: Tensor,
         out: Tensor,
@@ -122,25 +136,34 @@ def loss_operator(
     ) -> Tensor:
         d_out = empty_channels_last(out)
         if not runs_triton(out):
-            arguments = (d_loss, out, x0, t, seeds, keys, rows, loss, delta)
-            return d_out.copy_(plain_backward(*arguments))
+            return d_out.copy_(plain(d_loss, out, x0, t, seeds, keys, rows, loss, delta))
         if out.numel():
             out, x0 = channels_last(out), channels_last(x0)
-            arguments = (out, x0, t, seeds, keys, rows, delta, *constants(x0, loss))
+            arguments = (out, x0, t, seeds, keys, rows, delta, *_constants(x0, loss, learned))
             launch_blocks(backward, x0, d_out, d_loss, *arguments, **options)
         return d_out
 
     @gradient.register_fake
-    def _(d_loss, out, x0, t, seeds, keys, rows, loss, delta) -> Tensor:
+    def fake(d_loss, out, x0, t, seeds, keys, rows, loss, delta) -> Tensor:
         return empty_channels_last(out)
 
-    def setup_context(ctx, inputs, output) -> None:
-        *tensors, ctx.loss, ctx.delta = inputs
-        ctx.save_for_backward(*tensors)
+    return gradient
 
-    def backpropagate(ctx, d_loss: Tensor):
-        d_out = gradient(d_loss.contiguous(), *ctx.saved_tensors, ctx.loss, ctx.delta)
-        return d_out, *[None] * 7
 
-    operator.register_autograd(backpropagate, setup_context=setup_context)
-    return operator
+def _options(learned: bool) -> dict[str, Any]:
+    """Return the options of a launch."""
+    return {"num_warps": WARPS_2C} if learned else {}
+
+
+def _constants(x0: Tensor, loss: str, learned: bool) -> tuple[int, ...]:
+    """Return the last arguments of a kernel: n, LOSS and, where there are 2C channels, C."""
+    return x0[:1].numel(), LOSSES.index(loss), *((x0.shape[1],) if learned else ())
+
+
+def plain_loss(out: Tensor, x0: Tensor, t: Tensor, rows: Tensor, **_: Any) -> Tensor:
+    """The loss of epsilon in eager PyTorch (``ByteCase.plain``).
+
+    Squared error in float32 against the noise, which noising had to keep (here: x0).
+    """
+    error = F.mse_loss(out.float(), x0.float(), reduction="none")
+    return rows[t, LossColumn.WEIGHT] * error.mean(dim=(1, 2, 3))

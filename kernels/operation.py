@@ -81,7 +81,8 @@ class Kernel:
 
 
 TYPES = dict.fromkeys(("x_t", "x0", "out", "d_out", "net_in"), "image")
-TYPES |= dict.fromkeys(("x", "hist", "noise", "guidance", "bounds", "factors", "rows"), "*fp32:16")
+TYPES |= dict.fromkeys(("x", "hist", "noise", "guidance", "rows"), "*fp32:16")
+TYPES |= dict.fromkeys(("dynamic_threshold", "rescale_factor"), "*fp32:16")
 TYPES |= dict.fromkeys(("partial", "loss", "d_loss"), "*fp32:16") | {"delta": "fp32"}
 TYPES |= dict.fromkeys(("t", "seeds", "keys", "idx", "next"), "*i64:16")
 TYPES |= dict.fromkeys(("nonfinite", "lane_cond", "lane_uncond"), "*i32:16")

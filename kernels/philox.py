@@ -27,7 +27,7 @@ from flashddpm.kernels.examples import Draws
 from flashddpm.kernels.launch import launch_blocks, place, runs_triton
 from flashddpm.kernels.operation import Arguments, Budget, ByteCase, Op, Shape, variant
 from flashddpm.kernels.tables import Purpose
-from flashddpm.kernels.validation import check_purpose, check_vector
+from flashddpm.kernels.validation import check_purpose, check_vectors
 
 
 @triton.jit
@@ -168,9 +168,11 @@ def philox(
     if len(shape) != 3 or min(shape) < 0 or math.prod(shape) >= 2**34:
         raise ValueError(f"shape={tuple(shape)}: must be (C, H, W) with below 2^34 elements")
     C, H, W = shape
-    check_vector("seeds", seeds, seeds.numel(), torch.int64, seeds)
-    check_vector("keys", keys, seeds.numel(), torch.int64, seeds)
+    check_vectors(seeds, torch.int64, seeds.numel(), seeds=seeds, keys=keys)
     return _philox(seeds, keys, C, H, W, check_purpose(purpose))
+
+
+# The record of the operation, for tests, gates, counts of bytes and benchmarks.
 
 
 def _example(device, dtype: torch.dtype, shape: Shape, batch: int, seed: int) -> Arguments:

@@ -1,9 +1,10 @@
 r"""What a row asks of a slot's whole image: its threshold, and how guidance changed its contrast.
 
-    bounds  = the threshold-quantile of |x0|, in [1, max(clip, 1)]   (Saharia et al. 2022, 2.3)
-    factors = phi std(out[lane_cond]) / std(out) + 1 - phi            (Lin et al. 2023, 15 and 16)
+    dynamic_threshold = the threshold-quantile of |x0|, in [1, max(clip, 1)]
+    rescale_factor    = phi std(out[lane_cond]) / std(out) + 1 - phi
 
-(1 where std(out) is 0; squares are float32's, so outputs beyond 1e19 have no factor but NaN.)
+(Saharia et al. 2022, section 2.3; Lin et al. 2023, eq. 15 and 16.) The factor is 1 where std(out)
+is 0; squares are float32's, so outputs beyond 1e19 have no factor but NaN.
 
 One program a slot, sums and counts in a fixed order. It ends at once where the row asks for
 neither. Bytes an element, most from the L2 cache: each pass reads the slot's lanes, itemsize each;
@@ -17,7 +18,6 @@ where images are large and few: at 64 of them half of an H100's multiprocessors 
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -30,6 +30,16 @@ from flashddpm.kernels import reference
 from flashddpm.kernels.examples import of_slots, on_step
 from flashddpm.kernels.launch import channels_last, doubled_channels, launch, runs_triton
 from flashddpm.kernels.operation import LEARNED, Arguments, Budget, ByteCase, Op, variant
+from flashddpm.kernels.step_arguments import (
+    FLAT,
+    StepSlots,
+    StepState,
+    StepStatistics,
+    StepTable,
+    by_tensor,
+    grouped,
+    tensor_schema,
+)
 from flashddpm.kernels.step_rows import (
     CLIP,
     COLUMNS,
@@ -42,13 +52,7 @@ from flashddpm.kernels.step_rows import (
     unclipped_x0,
 )
 from flashddpm.kernels.tables import FLOATS, Column
-from flashddpm.kernels.validation import (
-    check_float32,
-    check_in_place,
-    check_output,
-    check_table,
-    check_vector,
-)
+from flashddpm.kernels.validation import check_output, check_rows, check_slots, check_state
 
 BLOCK = 2048
 NUM_WARPS = 8
@@ -170,8 +174,8 @@ def _quantile(
 
 @triton.jit
 def _sample_stats_kernel(
-    bounds,  # float32 [S], written where the row has a threshold
-    factors,  # float32 [S], written where the row rescales and the slot is guided
+    dynamic_threshold,  # float32 [S], written where the row has a threshold
+    rescale_factor,  # float32 [S], written where the row rescales and the slot is guided
     x,  # float32 [S, n], rows of stride x_stride
     out,  # [L, n], or [L, 2n] of 2C channels
     idx,  # int64 [S]
@@ -200,103 +204,81 @@ def _sample_stats_kernel(
     if phi != 0:
         if guides:
             factor = _factor(out, cond, uncond, guides, weight, phi, n, C, BLOCK)
-            tl.store(factors + slot, factor)
+            tl.store(rescale_factor + slot, factor)
     if tl.load(row + THRESHOLD) != 0:
         image = x + slot * x_stride
         bound = _quantile(image, out, cond, uncond, guides, weight, factor, row, n, C, BLOCK)
         cap = tl.maximum(tl.load(row + CLIP), 1.0)
-        tl.store(bounds + slot, tl.clamp(bound, 1.0, cap, propagate_nan=tl.PropagateNan.ALL))
+        at = dynamic_threshold + slot
+        tl.store(at, tl.clamp(bound, 1.0, cap, propagate_nan=tl.PropagateNan.ALL))
 
 
-@torch.library.custom_op("flashddpm::sample_stats", mutates_args=("bounds", "factors"))
-def _sample_stats(
-    bounds: Tensor,
-    factors: Tensor,
-    x: Tensor,
-    out: Tensor,
-    idx: Tensor,
-    guidance: Tensor,
-    lane_cond: Tensor,
-    lane_uncond: Tensor,
-    rows: Tensor,
-    next: Tensor,
-) -> None:
-    arguments = (idx, guidance, lane_cond, lane_uncond, rows, next)
+@torch.library.custom_op(
+    "flashddpm::sample_stats",
+    mutates_args=StepStatistics._fields,
+    schema=tensor_schema(FLAT[:-1], StepStatistics._fields),
+)
+def _sample_stats(*tensors: Any) -> None:
+    state, out, slots, statistics, table, _ = grouped((*tensors, None))
+    x = state.x
     if not runs_triton(x):
-        reference.sample_stats(bounds, factors, x, out, *arguments)
+        reference.sample_stats(state, out, slots, statistics, table)
     elif x.numel():
-        n, C = x[0].numel(), doubled_channels(out, x)
+        n = x[0].numel()
         block = min(triton.next_power_of_2(max(n, 16)), BLOCK)
         launch(
             _sample_stats_kernel, (len(x),), x,
-            bounds, factors, x, channels_last(out), *arguments, n, x.stride(0), C, block,
-            num_warps=NUM_WARPS,
+            *statistics, x, channels_last(out), slots.idx, slots.guidance,
+            slots.lane_cond, slots.lane_uncond, table.rows, table.next,
+            n, x.stride(0), doubled_channels(out, x), block, num_warps=NUM_WARPS,
         )  # fmt: skip
 
 
 @_sample_stats.register_fake
-def _sample_stats_fake(
-    bounds, factors, x, out, idx, guidance, lane_cond, lane_uncond, rows, next
-) -> None:
+def _sample_stats_fake(*tensors: Any) -> None:
     return None
 
 
 def sample_stats(
-    bounds: Tensor,
-    factors: Tensor,
-    x: Tensor,
+    state: StepState,
     out: Tensor,
-    idx: Tensor,
-    guidance: Tensor,
-    lane_cond: Tensor,
-    lane_uncond: Tensor,
-    rows: Tensor,
-    next: Tensor,
+    slots: StepSlots,
+    statistics: StepStatistics,
+    table: StepTable,
 ) -> None:
     """Compute, before ``denoise_step``, what a slot's row asks of its whole image, in place.
 
     Slots whose row asks for nothing, or points at itself, are left untouched.
 
     Args:
-        bounds: float32 [S]; written where the row has a threshold: the bound of x0.
-        factors: float32 [S]; written where the row rescales and the slot is guided.
-        x: float32 [S, C, H, W], the state x_t.
+        state: whose x it reads.
         out: [L, C or 2C, H, W], the network's output, float32, float16 or bfloat16, any layout.
-        idx: int64 [S], each slot's row.
-        guidance: float32 [S], read where lane_uncond is not negative.
-        lane_cond, lane_uncond: int32 [S], the slot's lanes; lane_uncond is -1 where unguided.
-        rows: float32 [R, len(Column)].
-        next: int64 [R].
+        slots: whose rows, guidance and lanes it reads.
+        statistics: what it writes: dynamic_threshold where the row has a threshold, rescale_factor
+            where the row rescales and the slot is guided.
+        table: whose rows it reads, and those that follow.
 
     Raises:
-        ValueError: a shape, dtype, layout or device that does not fit.
+        ValueError: a shape, dtype, layout or device that does not fit; the message begins with the
+            name of the tensor.
     """
-    check_in_place("x", x)
-    check_float32("x", x)
+    x = state.x
+    check_state(x)
     check_output(out, x)
     if x[:1].numel() >= 2**31:
         raise ValueError(f"x of shape {tuple(x.shape)}: an image must be below 2^31 for its ranks")
-    for name, vector, dtype in (
-        ("bounds", bounds, torch.float32),
-        ("factors", factors, torch.float32),
-        ("idx", idx, torch.int64),
-        ("guidance", guidance, torch.float32),
-        ("lane_cond", lane_cond, torch.int32),
-        ("lane_uncond", lane_uncond, torch.int32),
-    ):
-        check_vector(name, vector, len(x), dtype, x)
-    check_table("rows", rows, len(Column), x)
-    check_vector("next", next, len(rows), torch.int64, x)
-    _sample_stats(
-        bounds, factors, x, out, idx, guidance, lane_cond, lane_uncond, rows, next
-    )  # fmt: skip
+    check_slots(x, slots, statistics)
+    check_rows(x, table)
+    _sample_stats(*state, out, *slots, *statistics, *table)
+
+
+# The record of the operation, for tests, gates, counts of bytes and benchmarks.
 
 
 def _example(*case: Any) -> Arguments:
     """The tensors of a step, every slot on the row that asks for both, or idle."""
     args = of_slots(*case)
-    args["idx"] = torch.where(args["idx"] != 0, len(args["rows"]) - 1, 0)
-    return {name: args[name] for name in inspect.signature(sample_stats).parameters}
+    return args | {"idx": torch.where(args["idx"] != 0, len(args["rows"]) - 1, 0)}
 
 
 def _bytes_moved(args: Arguments) -> int:
@@ -315,7 +297,7 @@ def _bytes_moved(args: Arguments) -> int:
 
 
 def _plain(x: Tensor, out: Tensor, guidance: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-    """The bounds: a quantile of |x0|, clamped; the factors: a ratio of deviations, mixed with 1.
+    """The threshold: a quantile of |x0|, clamped; the factor: a ratio of deviations, mixed with 1.
 
     Coefficients are those of the example's row that asks for both. The first lanes are the
     conditional ones, the last the others; of fewer than two an image (the example guides every
@@ -329,41 +311,31 @@ def _plain(x: Tensor, out: Tensor, guidance: Tensor, **_: Any) -> tuple[Tensor, 
     ordered = x0.abs().flatten(1).sort(1).values  # torch.quantile is not traced by torch 2.11
     place = 0.9 * (ordered.shape[1] - 1)
     low, high = ordered[:, math.floor(place)], ordered[:, math.ceil(place)]
-    bounds = torch.lerp(low, high, place % 1)
-    return bounds.clamp(1.0, 1.5), factors
+    thresholds = torch.lerp(low, high, place % 1)
+    return thresholds.clamp(1.0, 1.5), factors
 
 
 _REASON = "loops over a whole sample; a histogram of 256 counts in shared memory"
+_BUDGETS = {4: Budget(64, 1024, None, _REASON), 2: Budget(58, 1024, None, _REASON)}
+_LEARNED_BUDGETS = {
+    4: Budget(72, 1024, None, _REASON, width=4),
+    2: Budget(74, 1024, None, _REASON, width=2),
+}
 _COUNTED = on_step(guided=True, x0_xt=1.25, x0_out=-0.75, clip=1.5, threshold=0.9, rescale=0.7)
 _SUMS: dict[str, Any] = {"exact": False, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
+_learned = LEARNED | _SUMS
 OP = Op(
     name="sample_stats",
-    fast=sample_stats,
-    reference=reference.sample_stats,
+    fast=by_tensor(sample_stats),
+    reference=by_tensor(reference.sample_stats),
     example=_example,
     bytes_moved=_bytes_moved,
     kernels=(
-        variant(
-            "sample_stats",
-            _sample_stats_kernel,
-            {4: Budget(64, 1024, None, _REASON), 2: Budget(58, 1024, None, _REASON)},
-            ("x", "out"),
-            C=0,
-            **_SUMS,
-        ),
-        variant(
-            "sample_stats_learned",
-            _sample_stats_kernel,
-            {
-                4: Budget(72, 1024, None, _REASON, width=4),
-                2: Budget(74, 1024, None, _REASON, width=2),
-            },
-            ("x",),
-            **LEARNED | _SUMS,
-        ),
+        variant("sample_stats", _sample_stats_kernel, _BUDGETS, ("x", "out"), C=0, **_SUMS),
+        variant("sample_stats_learned", _sample_stats_kernel, _LEARNED_BUDGETS, ("x",), **_learned),
     ),
     cases=(ByteCase("sample_stats", _COUNTED, ("sample_stats",), _plain),),
-    mutates=("bounds", "factors"),
+    mutates=StepStatistics._fields,
     dtypes=FLOATS,
     index="idx",
     all_work=(Column.THRESHOLD, Column.RESCALE),

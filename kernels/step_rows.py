@@ -1,4 +1,4 @@
-"""What kernels share that read a step's row: its columns, a slot's output, x_0 before its clip."""
+"""What a step's row says, in jit functions: a slot's output, its x_0, its next state."""
 
 from __future__ import annotations
 
@@ -69,3 +69,36 @@ def unclipped_x0(x_t, o, row, BLOCK: tl.constexpr):
     if c != 0:
         x0 += o * c
     return x0
+
+
+@triton.jit
+def clipped(x0, row, dynamic_threshold, slot):
+    """Return x0 within the slot's threshold, over it, or within the row's clip."""
+    c = tl.load(row + CLIP)
+    if tl.load(row + THRESHOLD) != 0:
+        c = tl.load(dynamic_threshold + slot)
+        x0 = tl.div_rn(tl.clamp(x0, -c, c, propagate_nan=tl.PropagateNan.ALL), c)
+    elif c != 0:
+        x0 = tl.clamp(x0, -c, c, propagate_nan=tl.PropagateNan.ALL)
+    return x0
+
+
+@triton.jit
+def without_noise(
+    x0, x_t, o, hist, slot, hist_stride, start, offsets, row, mask, BLOCK: tl.constexpr
+):
+    """Return c_x0 x0 + c_xt x_t + c_out out + c_hist hist."""
+    x_next = minus_zeros(BLOCK)
+    c = tl.load(row + C_X0)
+    if c != 0:
+        x_next = x0 * c
+    c = tl.load(row + C_XT)
+    if c != 0:
+        x_next += x_t * c
+    c = tl.load(row + C_OUT)
+    if c != 0:
+        x_next += o * c
+    c = tl.load(row + C_HIST)
+    if c != 0:
+        x_next += tl.load(hist + slot * hist_stride + start + offsets, mask=mask, other=0) * c
+    return x_next

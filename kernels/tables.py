@@ -11,16 +11,16 @@ variance are not even loaded), and clip = 0 means no clipping. Terms are added f
 every product and sum rounded, starting from -0 (the one number that adds nothing: -0 + p is p, its
 sign included).
 ``keys`` is the noise key of z. ``next`` is the row that follows; a row that points at itself is
-the end, where nothing is loaded, computed or stored: row 0 of every table is such a row of rest.
+the end, where nothing is loaded, computed or stored: row 0 of every table, that of idle slots, is.
 
 Four columns are 0 for most plans:
 
 - log_sigma: the network has 2C channels, and v, the second C of the slot's conditional lane, is
   how far the logarithm of sigma departs from that of the column (Nichol & Dhariwal 2021, eq. 15).
 - threshold: ``sample_stats`` takes this quantile of the slot's |x0|, in [1, max(clip, 1)], for
-  ``bounds``; x0 is clipped to it and divided by it (Saharia et al. 2022, section 2.3).
+  ``dynamic_threshold``; x0 is clipped to it and divided by it (Saharia et al. 2022, section 2.3).
 - rescale: of a guided slot, ``sample_stats`` compares the deviation of out with that of its
-  conditional lane for ``factors``, by which out is multiplied (Lin et al. 2023, eq. 15 and 16).
+  conditional lane for ``rescale_factor``, by which out is multiplied (Lin et al. 2023, eq. 15, 16).
 - unguided: where it is not 0, a guided slot takes its conditional lane as it is, as an unguided one
   does (an interval of guidance: Kynkaanniemi et al. 2024). Both its lanes go on.
 """
@@ -53,8 +53,8 @@ class Column(IntEnum):
     TIMESTEP = 12  # read by the network only
 
 
-REST = 0
-"""The row of slots that are idle or finished."""
+IDLE = 0
+"""The row of slots without an image, and of finished ones."""
 
 
 class LossColumn(IntEnum):

@@ -10,7 +10,8 @@ import operator
 import torch
 from torch import Tensor
 
-from flashddpm.kernels.tables import FLOATS, LOSSES
+from flashddpm.kernels.step_arguments import StepSlots, StepStatistics, StepTable
+from flashddpm.kernels.tables import FLOATS, LOSSES, Column
 
 SMALLEST = 1e-37
 """The smallest positive number whose inverse float32 holds too."""
@@ -44,15 +45,17 @@ def check_output(out: Tensor, image: Tensor, lanes: int | None = None) -> None:
         )
 
 
-def check_vector(name: str, tensor: Tensor, size: int, dtype: torch.dtype, like: Tensor) -> None:
-    """Refuse anything but a contiguous [size] of this dtype on the device of ``like``."""
-    if tensor.shape != (size,) or tensor.dtype is not dtype or tensor.device != like.device:
-        raise ValueError(
-            f"{name} of shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}: "
-            f"must be [{size}], {dtype} on {like.device}"
-        )
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} of strides {tensor.stride()}: must be contiguous")
+def check_vectors(like: Tensor, dtype: torch.dtype, size: int, **vectors: Tensor) -> None:
+    """Refuse anything but contiguous [size] of this dtype on the device of ``like``."""
+    shape, device = (size,), like.device
+    for name, vector in vectors.items():
+        if vector.shape != shape or vector.dtype is not dtype or vector.device != device:
+            raise ValueError(
+                f"{name} of shape {tuple(vector.shape)}, {vector.dtype} on {vector.device}: "
+                f"must be [{size}], {dtype} on {device}"
+            )
+        if not vector.is_contiguous():
+            raise ValueError(f"{name} of strides {vector.stride()}: must be contiguous")
 
 
 def check_table(name: str, tensor: Tensor, columns: int, like: Tensor) -> None:
@@ -74,8 +77,7 @@ def check_images_rows(
     t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor, columns: int, like: Tensor
 ) -> None:
     """Refuse anything but int64 [B] for t, seeds and keys, and a table of so many columns."""
-    for name, vector in (("t", t), ("seeds", seeds), ("keys", keys)):
-        check_vector(name, vector, len(like), torch.int64, like)
+    check_vectors(like, torch.int64, len(like), t=t, seeds=seeds, keys=keys)
     check_table("rows", rows, columns, like)
 
 
@@ -112,10 +114,37 @@ def check_in_place(name: str, tensor: Tensor, like: Tensor | None = None) -> Non
     The stride from image to image is free, so that rows may be padded.
     """
     check_image(name, tensor, like)
-    _, C, H, W = tensor.shape
-    wanted = {1: (1, C), 2: (W * C, H), 3: (C, W)}
-    dense = all(tensor.stride(i) == s or size == 1 for i, (s, size) in wanted.items())
-    if not dense or (len(tensor) > 1 and tensor.stride(0) < C * H * W):
+    B, C, H, W = tensor.shape
+    image, channel, row, pixel = tensor.stride()
+    dense = (channel == 1 or C == 1) and (row == W * C or H == 1) and (pixel == C or W == 1)
+    if not dense or (B > 1 and image < C * H * W):
         raise ValueError(
             f"{name} of strides {tensor.stride()}: must be channels-last, one image after another"
         )
+
+
+def check_slots(x: Tensor, slots: StepSlots, statistics: StepStatistics) -> None:
+    """Refuse rows, guidance, lanes and statistics that are not one a slot of ``x``; not seeds."""
+    S = len(x)
+    check_vectors(x, torch.int64, S, idx=slots.idx)
+    check_vectors(
+        *(x, torch.float32, S),
+        guidance=slots.guidance,
+        dynamic_threshold=statistics.dynamic_threshold,
+        rescale_factor=statistics.rescale_factor,
+    )
+    lanes = {"lane_cond": slots.lane_cond, "lane_uncond": slots.lane_uncond}
+    check_vectors(x, torch.int32, S, **lanes)
+
+
+def check_rows(x: Tensor, table: StepTable) -> None:
+    """Refuse rows of steps that are no table on the device of ``x``, and others of next."""
+    check_table("rows", table.rows, len(Column), x)
+    check_vectors(x, torch.int64, len(table.rows), next=table.next)
+
+
+def check_state(x: Tensor, **others: Tensor) -> None:
+    """Refuse states of slots that are not float32, in place, and of the shape of ``x``."""
+    for name, tensor in {"x": x, **others}.items():
+        check_in_place(name, tensor, like=x)
+        check_float32(name, tensor)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flashddpm.kernels import reference
 from flashddpm.kernels.exact_math import exp, ln
-from flashddpm.kernels.examples import of_images, on_row
+from flashddpm.kernels.examples import learned_range, of_images, on_row
 from flashddpm.kernels.image_means import image_means, store_partial
 from flashddpm.kernels.launch import (
     WARPS_2C,
@@ -235,6 +235,8 @@ def vlb_terms(
     return _vlb_terms(out, x0, t, seeds, keys, rows)
 
 
+# The record of the operation, for tests, gates, counts of bytes and benchmarks.
+
 ROWS = [
     [-0.6, 0.8, 1.0, -0.6, 0.8, 0.0, 0.7, 0.6, 0.9, 0.0],  # v, a learned variance
     [0.0, 1.0, 1.0, -0.75, 1.0, 1.0, 0.3, 0.0, 2.0, 0.0],  # eps, clipped
@@ -281,9 +283,8 @@ def _plain(out: Tensor, x0: Tensor, log_variance: Tensor | float = -2.0, **_: An
 
 def _plain_learned(out: Tensor, x0: Tensor, **_: Any) -> list[Tensor]:
     """The same with a learned range."""
-    prediction, v = out.chunk(2, dim=1)
-    fraction = (v.float() + 1) / 2
-    return _plain(prediction, x0, fraction * -2.0 + (1 - fraction) * -3.0)
+    prediction, log_variance = learned_range(out)
+    return _plain(prediction, x0, log_variance)
 
 
 _REASON = (

@@ -75,26 +75,30 @@ def sample(network: nn.Module, n: int, num_steps: int = 100) -> Tensor:
     keys, follow = torch.zeros(2, num_steps + 1, dtype=torch.int64, device=DEVICE)
     keys[1:] = torch.tensor(plan.noise_keys)
     follow[1:-1] = torch.arange(2, num_steps + 1)
+    table = kernels.StepTable(rows, keys, follow)
 
     seeds = torch.arange(n, device=DEVICE)
     x = kernels.philox(seeds, torch.zeros_like(seeds), (2, 1, 1))
     lanes = torch.arange(n, dtype=torch.int32, device=DEVICE)
-    state = {
-        "x": x,
-        "hist": torch.zeros_like(x),  # the previous x0, which this solver does not read
-        "net_in": x.clone(),
-        "nonfinite": torch.zeros_like(lanes),
-        "idx": torch.ones_like(seeds),
-        "seeds": seeds,
-        "lane_cond": lanes,
-        "lane_uncond": torch.full_like(lanes, -1),  # no guidance
-        # Read where a row or a guided lane asks; none does.
-        **dict.fromkeys(("guidance", "bounds", "factors"), torch.ones(n, device=DEVICE)),
-    }
+    ones = torch.ones(n, device=DEVICE)
+    state = kernels.StepState(
+        x=x,
+        hist=torch.zeros_like(x),  # the previous x0, which this solver does not read
+        net_in=x.clone(),
+        nonfinite=torch.zeros_like(lanes),
+    )
+    slots = kernels.StepSlots(
+        idx=torch.ones_like(seeds),
+        seeds=seeds,
+        guidance=ones,
+        lane_cond=lanes,
+        lane_uncond=torch.full_like(lanes, -1),  # no guidance
+    )
+    statistics = kernels.StepStatistics(ones, ones)  # read where a row asks; none does
     for _ in range(num_steps):
-        out = network(state["net_in"], rows[state["idx"], kernels.Column.TIMESTEP])
-        kernels.denoise_step(**state, out=out, rows=rows, keys=keys, next=follow)
-        kernels.advance(state["idx"], follow)
+        out = network(state.net_in, rows[slots.idx, kernels.Column.TIMESTEP])
+        kernels.denoise_step(state, out, slots, statistics, table)
+        kernels.advance(slots, table)
     return x
 
 

@@ -58,28 +58,28 @@ def ahead(slots: Slots, plan: Plan, draw: Draw) -> Iterator[Tensor | None]:
 
     None where the step takes none.
     """
-    S, C, H, W = slots.x.shape
-    many = max(1, NOISE_BYTES // (4 * slots.x.numel()))
+    S, C, H, W = slots.state.x.shape
+    many = max(1, NOISE_BYTES // (4 * slots.state.x.numel()))
     for start in range(0, len(plan), many):
         keys = host.ints(plan.noise_keys[start : start + many])
         if not plan.rows[start : start + many, Column.SIGMA].any():
             yield from [None] * len(keys)
             continue
-        seeds = slots.seeds.repeat(len(keys))
+        seeds = slots.per_slot.seeds.repeat(len(keys))
         z = draw(seeds, keys.repeat_interleave(S), (C, H, W), Purpose.REVERSE_STEP)
         yield from z.unflatten(0, (len(keys), S))
 
 
 def of_rows(slots: Slots) -> Tensor | None:
     """Return the noise of each slot's own row, float32 [S, C, H, W]; None if none takes any."""
-    drawing = (slots.rows[slots.idx, Column.SIGMA] != 0).nonzero().flatten()
+    drawing = (slots.table.rows[slots.per_slot.idx, Column.SIGMA] != 0).nonzero().flatten()
     if not len(drawing):
         return None
-    noise = torch.empty_like(slots.x)
+    noise = torch.empty_like(slots.state.x)
     _, C, H, W = noise.shape
     noise[drawing] = reference.philox(
-        slots.seeds[drawing],
-        slots.keys[slots.idx[drawing]],
+        slots.per_slot.seeds[drawing],
+        slots.table.keys[slots.per_slot.idx[drawing]],
         (C, H, W),
         Purpose.REVERSE_STEP,
     )

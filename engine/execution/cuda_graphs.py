@@ -34,7 +34,7 @@ CAPTURING = threading.RLock()
 
 Key = tuple[Any, ...]
 Step = Callable[[], Tensor]
-Resting = Callable[[], AbstractContextManager[Step]]
+Idling = Callable[[], AbstractContextManager[Step]]
 
 
 class CapturedSteps:
@@ -175,8 +175,8 @@ class Graphs:
     """The captured steps of one engine, by key; a key is a tuple that begins with a token.
 
     A step is given as a context manager: within it the step may run and change nothing, for all
-    slots rest. Callers see to it that no two calls overlap; `forget`, `bytes` and ``len`` may be
-    called at any time by anyone.
+    slots are idle. Callers see to it that no two calls overlap; `forget`, `bytes` and ``len`` may
+    be called at any time by anyone.
 
     Args:
         card: the GPU.
@@ -199,26 +199,26 @@ class Graphs:
         """How much memory the graphs hold."""
         return self.card.pool_bytes() if len(self) else 0
 
-    def warm(self, key: Key, resting: Resting) -> None:
+    def warm(self, key: Key, idling: Idling) -> None:
         """Run the step before anything is captured, once, and note the bytes it takes."""
         if key not in self._needs:
-            with resting() as step:
+            with idling() as step:
                 self._needs[key] = self.card.warm(step)
 
-    def get(self, key: Key, resting: Resting, count: int = 1) -> CapturedSteps | None:
+    def get(self, key: Key, idling: Idling, count: int = 1) -> CapturedSteps | None:
         """Return ``count`` steps as a graph, captured at the first call; None if declined."""
         if self._unwanted:
             self.sweep()
         if (key, count) not in self._kept:
-            self._kept[key, count] = self._capture(key, resting, count)
+            self._kept[key, count] = self._capture(key, idling, count)
         return self._kept[key, count]
 
-    def best(self, key: Key, resting: Resting) -> CapturedSteps | None:
+    def best(self, key: Key, idling: Idling) -> CapturedSteps | None:
         """Return the graph of as many steps as pay; the first call times each of `UNROLLED`."""
         if key not in self._best:
-            best = self._best[key] = self._choose(key, resting)
+            best = self._best[key] = self._choose(key, idling)
             self._drop(lambda other, count: other == key and count not in (1, best))
-        return self.get(key, resting, self._best[key])
+        return self.get(key, idling, self._best[key])
 
     def forget(self, token: object) -> None:
         """Have the graphs of this token dropped, by whoever comes next or calls `sweep`.
@@ -244,13 +244,13 @@ class Graphs:
             del self._kept[key]
         self.card.release()
 
-    def _choose(self, key: Key, resting: Resting) -> int:
+    def _choose(self, key: Key, idling: Idling) -> int:
         chosen, least = 1, float("inf")
         for count in UNROLLED:
-            graph = self.get(key, resting, count)
+            graph = self.get(key, idling, count)
             if graph is None:
                 break
-            with resting():
+            with idling():
                 seconds = self.card.seconds(graph)
             if seconds < (1 - WORTH) * least:
                 chosen, least = count, seconds
@@ -259,14 +259,14 @@ class Graphs:
                 break
         return chosen
 
-    def _capture(self, key: Key, resting: Resting, count: int) -> CapturedSteps | None:
+    def _capture(self, key: Key, idling: Idling, count: int) -> CapturedSteps | None:
         if self._limit is None:
             self._limit = self.card.free_bytes() // 2
-        self.warm(key, resting)
+        self.warm(key, idling)
         try:
             needs = max(self._needs[key], self.bytes)
             if needs <= self._limit:
-                with resting() as step:
+                with idling() as step:
                     return self.card.capture(step, count)
             problem = f"{needs} bytes, of {self._limit} that graphs may hold"
         except Exception as error:

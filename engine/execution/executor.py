@@ -21,7 +21,7 @@ from flashddpm.execution.backends import choose_backend
 from flashddpm.execution.checks import check_network, check_state, check_variance
 from flashddpm.execution.compile_choice import CompileChoice
 from flashddpm.execution.cpu_noise import CompiledNoise
-from flashddpm.execution.cuda_graphs import CapturedSteps, Card, Graphs, Key, Resting, Step
+from flashddpm.execution.cuda_graphs import CapturedSteps, Card, Graphs, Idling, Key, Step
 from flashddpm.execution.follower import Follower
 from flashddpm.execution.modes import evaluating
 from flashddpm.execution.prepared_network import prepare
@@ -128,18 +128,18 @@ class Executor:
             z: float32 [n, C, H, W] on the device, instead of the seeds' noise.
         """
         a, b = plan.initial
-        seeds = slots.seeds[which]
+        seeds = slots.per_slot.seeds[which]
         zero = torch.zeros_like(seeds)
         if z is not None:
             x = b * z if image is None else a * image + b * z
         elif plan.initial == (0.0, 1.0):
             x = self.ops.philox(seeds, zero, self.shape, Purpose.INITIAL)
         else:
-            x0 = slots.x.new_zeros((len(seeds), *self.shape)) if image is None else image
+            x0 = slots.state.x.new_zeros((len(seeds), *self.shape)) if image is None else image
             rows = send(host.floats([plan.initial]), self.device)
             x = self.ops.add_noise(x0, zero, seeds, zero, rows, Purpose.INITIAL)
-        slots.x[which] = x
-        slots.nonfinite[which] = 0
+        slots.state.x[which] = x
+        slots.state.nonfinite[which] = 0
 
     def draw(self, seeds: Sequence[int], key: int, purpose: Purpose) -> Tensor:
         """Return the noise of these seeds under one key, float32 [B, C, H, W]."""
@@ -180,7 +180,7 @@ class Executor:
         self._turns.check_not_within()
 
     def service_slots(self, S: int, L: int, R: int) -> Slots:
-        """Return new buffers for S slots, L lanes and R rows of plans, the rest row included."""
+        """Return new buffers for S slots, L lanes and R rows of plans, the idle row included."""
         embed = self._hoisted.embed if self._hoisted else None
         return Slots(
             S,
@@ -200,7 +200,7 @@ class Executor:
         and larger ones fit too.
         """
         kept = self._slots
-        had = (0, 0) if kept is None else (len(kept.idx), len(kept.lane_slot))
+        had = (0, 0) if kept is None else (len(kept.per_slot.idx), len(kept.lane_slot))
         if self.capture:
             S, L = max(S, most[0], had[0]), max(L, most[1], had[1])
         if kept is not None:
@@ -223,7 +223,7 @@ class Executor:
     def warm(self, prefixes: Sequence[Slots], compiled: bool) -> None:
         """Compile for each of these prefixes, then capture each, the largest first.
 
-        Whatever their slots hold rests meanwhile.
+        Their slots are idle meanwhile, whatever they hold.
         """
         prefixes = sorted(prefixes, key=lambda slots: -len(slots.lane_slot))
         for slots in prefixes:
@@ -285,7 +285,7 @@ class Executor:
         drawn = given or self._noise(slots, plan, compiled)
         rows = plan.rows.astype(np.float32).tolist() if previews else []
         for i in range(len(plan)):
-            x_t = slots.x.clone() if previews else None
+            x_t = slots.state.x.clone() if previews else None
             if graph is not None:
                 out = graph()
             else:
@@ -348,11 +348,11 @@ class Executor:
         check_output(out, x_t.shape)
         return out
 
-    def _step(self, slots: Slots, compiled: bool, fractional: bool) -> tuple[Key, Resting]:
-        """Return the key of these buffers' step among the graphs, and what makes it harmless."""
-        key = (slots.token, len(slots.idx), len(slots.lane_slot), compiled, fractional)
+    def _step(self, slots: Slots, compiled: bool, fractional: bool) -> tuple[Key, Idling]:
+        """Return the key of these buffers' step among the graphs, and the step with slots idle."""
+        key = (slots.token, len(slots.per_slot.idx), len(slots.lane_slot), compiled, fractional)
         take = partial(step, slots, self.choice.network(compiled), self.ops, fractional)
-        return key, partial(_at_rest, slots, take)
+        return key, partial(_idle, slots, take)
 
     def _graph(self, slots: Slots, compiled: bool, fractional: bool) -> CapturedSteps | None:
         """Return the captured step of these buffers; None where steps run one by one."""
@@ -385,11 +385,11 @@ class Executor:
 
 
 @contextmanager
-def _at_rest(slots: Slots, take: Step) -> Iterator[Step]:
-    """Let every slot rest, so that ``take`` leaves all state as it is."""
-    idx = slots.idx.clone()
-    slots.idx.zero_()
+def _idle(slots: Slots, take: Step) -> Iterator[Step]:
+    """Make every slot idle, so that ``take`` leaves all state as it is."""
+    idx = slots.per_slot.idx.clone()
+    slots.per_slot.idx.zero_()
     try:
         yield take
     finally:
-        slots.idx.copy_(idx)
+        slots.per_slot.idx.copy_(idx)

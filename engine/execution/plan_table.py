@@ -23,7 +23,7 @@ class PlanTable:
         Raises:
             ValueError: the plan is longer than the whole table.
         """
-        room = len(self.slots.rows) - 1
+        room = len(self.slots.table.rows) - 1
         if len(plan) > room:
             raise ValueError(f"plan of {len(plan)} rows: must be at most {room}")
         key = plan.content
@@ -58,7 +58,7 @@ class PlanTable:
                 if start - row >= length:
                     return row
                 row = start + len(plan)
-            if len(self.slots.rows) - row >= length:
+            if len(self.slots.table.rows) - row >= length:
                 return row
             if not unused:
                 return None

@@ -12,7 +12,7 @@ import torch
 
 from flashddpm.execution.slots import Slots
 from flashddpm.execution.upload import fill
-from flashddpm.kernels.tables import REST
+from flashddpm.kernels.tables import IDLE
 
 
 @dataclass
@@ -54,7 +54,7 @@ class SlotTable:
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
-        self.occupants: list[Occupant | None] = [None] * len(slots.idx)
+        self.occupants: list[Occupant | None] = [None] * len(slots.per_slot.idx)
 
     def __len__(self) -> int:
         return sum(occupant is not None for occupant in self.occupants)
@@ -99,14 +99,14 @@ class SlotTable:
     def fill_lanes(self) -> None:
         """Give every lane the image of its slot, as the uploaded lanes have it."""
         slots, n = self.slots, self.lanes
-        slots.net_in[:n].copy_(slots.x.index_select(0, slots.lane_slot[:n]))
+        slots.state.net_in[:n].copy_(slots.state.x.index_select(0, slots.lane_slot[:n]))
 
     def advance(self) -> list[int]:
         """Move every occupant by one row, as the step just did; return slots that are finished."""
         done = []
         for s, o in enumerate(self.occupants):
-            if o is not None and o.row != REST:
-                o.row = REST if o.row == o.last else o.row + 1
-                if o.row == REST:
+            if o is not None and o.row != IDLE:
+                o.row = IDLE if o.row == o.last else o.row + 1
+                if o.row == IDLE:
                     done.append(s)
         return done

@@ -45,10 +45,10 @@ def evaluate(slots: Slots, network: Network, fractional: bool = False) -> Tensor
     if slots.embeddings is not None:
         assert slots.lane_embedding is not None
         rows, told = slots.embeddings, slots.lane_embedding
-    torch.index_select(slots.idx, 0, slots.lane_slot, out=slots.lane_row)
+    torch.index_select(slots.per_slot.idx, 0, slots.lane_slot, out=slots.lane_row)
     torch.index_select(rows, 0, slots.lane_row, out=told)
-    out = network(slots.net_in, told, slots.lane_label, slots.lane_index)
-    check_output(out, slots.net_in.shape)
+    out = network(slots.state.net_in, told, slots.lane_label, slots.lane_index)
+    check_output(out, slots.state.net_in.shape)
     return out
 
 
@@ -63,43 +63,15 @@ def check_output(out: Any, shape: torch.Size) -> None:
         )
 
 
-def measure(slots: Slots, out: Tensor, ops: ModuleType) -> None:
+def compute_stats(slots: Slots, out: Tensor, ops: ModuleType) -> None:
     """Find the threshold and the guidance factor of each slot whose row asks for them."""
-    ops.sample_stats(
-        slots.bounds,
-        slots.factors,
-        slots.x,
-        out,
-        slots.idx,
-        slots.guidance,
-        slots.lane_cond,
-        slots.lane_uncond,
-        slots.rows,
-        slots.next,
-    )
+    ops.sample_stats(slots.state, out, slots.per_slot, slots.statistics, slots.table)
 
 
 def update(slots: Slots, out: Tensor, ops: ModuleType, noise: Tensor | None = None) -> None:
     """Apply each slot's row, then move each slot to its next row."""
-    ops.denoise_step(
-        slots.x,
-        slots.hist,
-        slots.net_in,
-        slots.nonfinite,
-        out,
-        slots.idx,
-        slots.seeds,
-        slots.guidance,
-        slots.lane_cond,
-        slots.lane_uncond,
-        slots.bounds,
-        slots.factors,
-        slots.rows,
-        slots.keys,
-        slots.next,
-        noise,
-    )
-    ops.advance(slots.idx, slots.next)
+    ops.denoise_step(slots.state, out, slots.per_slot, slots.statistics, slots.table, noise)
+    ops.advance(slots.per_slot, slots.table)
 
 
 def step(
@@ -125,7 +97,7 @@ def step(
     """
     out = evaluate(slots, network, fractional)
     if stats:
-        measure(slots, out, ops)
+        compute_stats(slots, out, ops)
     update(slots, out, ops, None if noise is None else noise())
     return out
 
@@ -143,11 +115,11 @@ def predicted_x0(
         which: the slots.
     """
     out = out[:, : x_t.shape[1]]
-    uncond = slots.lane_uncond[which]
-    o = cond = out[slots.lane_cond[which].long()].float()
+    uncond = slots.per_slot.lane_uncond[which]
+    o = cond = out[slots.per_slot.lane_cond[which].long()].float()
     if not row[Column.UNGUIDED]:
-        o = reference.combine(cond, out[uncond.clamp(min=0).long()], slots.guidance[which])
+        o = reference.combine(cond, out[uncond.clamp(min=0).long()], slots.per_slot.guidance[which])
         if row[Column.RESCALE]:
-            o *= slots.factors[which].reshape(-1, 1, 1, 1)
+            o *= slots.statistics.rescale_factor[which].reshape(-1, 1, 1, 1)
         o = torch.where((uncond >= 0).reshape(-1, 1, 1, 1), o, cond)
-    return reference.predict_x0(x_t, o, row, slots.bounds[which])
+    return reference.predict_x0(x_t, o, row, slots.statistics.dynamic_threshold[which])

@@ -101,7 +101,7 @@ def draw(
     buffers.load_plan(plan)
     occupants = images.occupants(chunk, executor.conditioning.null_label, len(plan))
     executor.enter(SlotTable(buffers), occupants, plan, _part(begin, chunk), _part(z, chunk))
-    slots = buffers.prefix(min(len(buffers.idx), lanes), lanes)
+    slots = buffers.prefix(min(len(buffers.per_slot.idx), lanes), lanes)
     given = step_noise and inputs.spread(step_noise, slots, count, plan)
     steps = executor.run(slots, plan, width.compiled, on_step is not None, given)
     for i, x0 in enumerate(steps):
@@ -109,7 +109,7 @@ def draw(
         if on_step is not None and x0 is not None:
             on_step(i, x0[:count])
     check_finite(slots, images.seeds[chunk], len(plan))
-    return slots.x[:count]
+    return slots.state.x[:count]
 
 
 def check_finite(slots: Slots, seeds: list[int], num_steps: int) -> None:
@@ -118,7 +118,7 @@ def check_finite(slots: Slots, seeds: list[int], num_steps: int) -> None:
     Raises:
         NonFiniteError: naming the first such image's seed and step.
     """
-    for seed, row in zip(seeds, slots.nonfinite.tolist(), strict=False):
+    for seed, row in zip(seeds, slots.state.nonfinite.tolist(), strict=False):
         if row:
             raise NonFiniteError(seed, row - 1, num_steps)
 

@@ -117,7 +117,7 @@ def spread(
     step_noise: Callable[[int], Tensor | None], slots: Slots, count: int, plan: Plan
 ) -> Iterator[Tensor | None]:
     """Yield the caller's noise of each step, in the first ``count`` slots of a batch."""
-    z = torch.zeros_like(slots.x)
+    z = torch.zeros_like(slots.state.x)
     _, C, H, W = z.shape
     for i, sigma in enumerate(plan.rows[:, Column.SIGMA]):
         noise = noise_of("step_noise", step_noise(i), (count, C, H, W), z.device)

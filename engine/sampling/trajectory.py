@@ -80,8 +80,8 @@ class Trajectory:
     def put(self, x: Tensor, hist: Tensor) -> None:
         """Put the state of all images in place, x_t and the previous x_0, [B, C, H, W] each."""
         with self._executor.exclusive():
-            self._slots.x.copy_(x)
-            self._slots.hist.copy_(hist)
+            self._slots.state.x.copy_(x)
+            self._slots.state.hist.copy_(hist)
             if self.done:
                 return
             for occupant in self._occupants():
@@ -108,7 +108,7 @@ class Trajectory:
     def x(self) -> Tensor:
         """A copy of x_t, float32 [B, C, H, W]; the images, once it is done."""
         with self._executor.exclusive():
-            return self._slots.x.clone(memory_format=torch.contiguous_format)
+            return self._slots.state.x.clone(memory_format=torch.contiguous_format)
 
     @isolated(grad=False)
     def step(self, count: int = 1) -> None:
@@ -147,7 +147,7 @@ class Trajectory:
         """Write the state as a safetensors file, atomically."""
         tensors = {
             "x": self.x,
-            "hist": self._slots.hist.clone(memory_format=torch.contiguous_format),
+            "hist": self._slots.state.hist.clone(memory_format=torch.contiguous_format),
             "seeds": host.ints(self.images.seeds),
             "guidance": torch.tensor(self.images.guidance, dtype=torch.float64, device="cpu"),
             "rows": torch.tensor(self.plan.rows, dtype=torch.float64, device="cpu"),

@@ -24,7 +24,7 @@ from flashddpm.execution.plan_table import PlanTable
 from flashddpm.execution.slot_table import Occupant, SlotTable
 from flashddpm.execution.step import predicted_x0
 from flashddpm.execution.upload import send
-from flashddpm.kernels.tables import REST
+from flashddpm.kernels.tables import IDLE
 from flashddpm.serving.request import Job
 
 PLAN_ROWS = 8192
@@ -91,7 +91,7 @@ class Flight:
     @property
     def finished(self) -> list[Job]:
         """The jobs whose plan is at its end; they keep their slots until removed."""
-        return [job for slot, job in self.jobs.items() if self._row(slot) == REST]
+        return [job for slot, job in self.jobs.items() if self._row(slot) == IDLE]
 
     @property
     def lanes(self) -> int:
@@ -186,9 +186,9 @@ class Flight:
             self._changed = False
         jobs = self.jobs.values()
         watched = [
-            (slot, self._numbers(slot), self.slots.x[slot : slot + 1].clone())
+            (slot, self._numbers(slot), self.slots.state.x[slot : slot + 1].clone())
             for slot, job in self.jobs.items()
-            if job.on_step is not None and self._row(slot) != REST
+            if job.on_step is not None and self._row(slot) != IDLE
         ]
         if self._exact:
             self.executor.prove_exact(self.max_lanes)
@@ -217,8 +217,8 @@ class Flight:
         if self._channels is not None:
             check_variance(job.plan, self._channels, self.executor.shape[0])
         slot = self._slot_of[job]
-        image = self.slots.x[slot].clone(memory_format=torch.contiguous_format)
-        flags = [self.slots.nonfinite[slot]]
+        image = self.slots.state.x[slot].clone(memory_format=torch.contiguous_format)
+        flags = [self.slots.state.nonfinite[slot]]
         if self._weights_now is None:
             self._weights_now = self._glimpse.take()
         if job.weights is not None and self._weights_now is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from flashddpm.kernels.reference.exact import exp
 from flashddpm.kernels.reference.noise import philox
+from flashddpm.kernels.step_arguments import StepSlots, StepState, StepStatistics, StepTable
 from flashddpm.kernels.tables import Column, Purpose
 
 Selection = slice | list[int] | None
@@ -60,17 +62,17 @@ def _sum(*terms: tuple[float | Tensor, Tensor]) -> Tensor:
     return torch.full_like(terms[0][1], -0.0) if total is None else total
 
 
-def predict_x0(x: Tensor, out: Tensor, row: list[float], bounds: Tensor) -> Tensor:
+def predict_x0(x: Tensor, out: Tensor, row: list[float], dynamic_threshold: Tensor) -> Tensor:
     """Return x0 = x0_xt x + x0_out out, clipped as the row says; float32, like ``x``.
 
     Args:
         x, out: float32 [S, C, H, W].
         row: one row of the table.
-        bounds: float32 [S], read where the row has a threshold.
+        dynamic_threshold: float32 [S], read where the row has a threshold.
     """
     x0 = _sum((row[Column.X0_XT], x), (row[Column.X0_OUT], out))
     if row[Column.THRESHOLD]:
-        s = bounds.reshape(-1, 1, 1, 1)
+        s = dynamic_threshold.reshape(-1, 1, 1, 1)
         return x0.clamp_(-s, s).div_(s)
     return x0.clamp_(-row[Column.CLIP], row[Column.CLIP]) if row[Column.CLIP] else x0
 
@@ -101,44 +103,41 @@ def _between(below: Tensor, above: Tensor, weight: float) -> Tensor:
 
 
 def sample_stats(
-    bounds: Tensor,
-    factors: Tensor,
-    x: Tensor,
+    state: StepState,
     out: Tensor,
-    idx: Tensor,
-    guidance: Tensor,
-    lane_cond: Tensor,
-    lane_uncond: Tensor,
-    rows: Tensor,
-    next: Tensor,
+    slots: StepSlots,
+    statistics: StepStatistics,
+    table: StepTable,
 ) -> None:
     """Compute what a slot's row asks of its whole image, in place (tables.py).
 
     Args:
-        bounds: float32 [S]; written where the row has a threshold.
-        factors: float32 [S]; written where the row rescales and the slot is guided.
-        x: float32 [S, C, H, W], the state x_t.
+        state: whose x it reads.
         out: [L, C or 2C, H, W], the network's output, float32, float16 or bfloat16.
-        idx, guidance, lane_cond, lane_uncond, rows, next: as for ``denoise_step``.
+        slots: whose rows, guidance and lanes it reads.
+        statistics: what it writes, where the row asks.
+        table: whose rows it reads, and those that follow.
     """
+    x, rows = state.x, table.rows
     C = x.shape[1]
     if not x[:1].numel() or not (rows[:, [Column.THRESHOLD, Column.RESCALE]] != 0).any():
         return
-    index, cond, uncond = idx.tolist(), lane_cond.tolist(), lane_uncond.tolist()
-    for s, i in enumerate(index):
+    cond, uncond = slots.lane_cond.tolist(), slots.lane_uncond.tolist()
+    for s, i in enumerate(slots.idx.tolist()):
         row = rows[i].tolist()
-        if int(next[i]) == i:
+        if int(table.next[i]) == i:
             continue
         o = out[cond[s], None, :C].float()
         if uncond[s] >= 0 and not row[Column.UNGUIDED]:
-            o = combine(o, out[uncond[s], None, :C], guidance[s])
+            o = combine(o, out[uncond[s], None, :C], slots.guidance[s])
             if row[Column.RESCALE]:
-                factors[s] = _rescale(out[cond[s], :C].float(), o, row[Column.RESCALE])
-                o = o * factors[s]
+                factor = _rescale(out[cond[s], :C].float(), o, row[Column.RESCALE])
+                statistics.rescale_factor[s] = factor
+                o = o * statistics.rescale_factor[s]
         if row[Column.THRESHOLD]:
             x0 = _sum((row[Column.X0_XT], x[s, None]), (row[Column.X0_OUT], o))
             bound = quantile(x0.abs().reshape(1, -1), row[Column.THRESHOLD])
-            bounds[s] = bound[0].clamp(1.0, max(row[Column.CLIP], 1.0))
+            statistics.dynamic_threshold[s] = bound[0].clamp(1.0, max(row[Column.CLIP], 1.0))
 
 
 def _rescale(cond: Tensor, out: Tensor, phi: float) -> Tensor:
@@ -148,89 +147,87 @@ def _rescale(cond: Tensor, out: Tensor, phi: float) -> Tensor:
     return phi * ratio.sqrt() + (1 - phi)
 
 
-def denoise_step(  # noqa: C901  the terms of a row, in the order of the kernel
-    x: Tensor,
-    hist: Tensor,
-    net_in: Tensor,
-    nonfinite: Tensor,
-    out: Tensor,
-    idx: Tensor,
-    seeds: Tensor,
-    guidance: Tensor,
-    lane_cond: Tensor,
-    lane_uncond: Tensor,
-    bounds: Tensor,
-    factors: Tensor,
-    rows: Tensor,
-    keys: Tensor,
-    next: Tensor,
-    noise: Tensor | None = None,
-) -> None:
-    """Apply row idx[s] to every slot s, in place (the formula stands in tables.py; S5).
+def _moving(
+    slots: StepSlots, table: StepTable, lanes: int
+) -> Iterator[tuple[int, list[float], Selection, Selection, list[int]]]:
+    """Yield the slots that take a step, by row and by whether they are guided.
 
-    Args:
-        x: float32 [S, C, H, W], the state x_t; becomes x_next.
-        hist: float32 [S, C, H, W], the previous x0; written where the next row reads it.
-        net_in: [L, C, H, W], float32, float16 or bfloat16: x_next goes to each lane of the slot.
-        nonfinite: int32 [S]; becomes idx[s] where it is 0 and the slot's output is not finite.
-        out: [L, C or 2C, H, W], the network's output, float32, float16 or bfloat16.
-        idx: int64 [S], each slot's row; slots whose row points at itself are left untouched.
-        seeds: int64 [S].
-        guidance: float32 [S], read where lane_uncond is not negative.
-        lane_cond, lane_uncond: int32 [S], the slot's lanes; lane_uncond is -1 where unguided.
-        bounds, factors: float32 [S], of ``sample_stats``, read where the row asks.
-        rows: float32 [R, len(Column)]; keys, next: int64 [R].
-        noise: float32 [S, C, H, W] to use for z, or None to draw it.
+    Yields:
+        The row's number, its columns, the slots, their conditional lanes of so many, and their
+        lanes for no label: none where they are not guided.
     """
-    S, C, H, W = x.shape
-    L = out.shape[0]
-    prediction = out if out.shape[1] == C else out[:, :C]
-    cond, uncond, index = lane_cond.tolist(), lane_uncond.tolist(), idx.tolist()
+    cond, uncond = slots.lane_cond.tolist(), slots.lane_uncond.tolist()
+    index = slots.idx.tolist()
     for i in sorted(set(index)):
-        follow = int(next[i])
-        if follow == i:
+        if int(table.next[i]) == i:
             continue
-        row = rows[i].tolist()
+        row = table.rows[i].tolist()
         for guided in (False, True):
             here = [s for s, j in enumerate(index) if j == i and (uncond[s] >= 0) == guided]
-            if not here:
-                continue
-            slots, lanes = _select(here, S), _select([cond[s] for s in here], L)
-            o = _take(prediction, lanes).float()
-            lanes_u = [uncond[s] for s in here]
-            if guided and not row[Column.UNGUIDED]:
-                o = combine(o, _take(prediction, lanes_u), _take(guidance, slots))
-                if row[Column.RESCALE]:
-                    o = o * _take(factors, slots).reshape(-1, 1, 1, 1)
-            _flag(nonfinite, slots, o, i)
-
-            x_t = _take(x, slots)
-            x0 = predict_x0(x_t, o, row, _take(bounds, slots))
-            z, sigma = o, row[Column.SIGMA]  # z is not read where sigma is 0
-            if sigma:
-                z = _take(seeds if noise is None else noise, slots)
-                if noise is None:
-                    z = philox(z, keys[i].expand(len(z)), (C, H, W), Purpose.REVERSE_STEP)
-                if row[Column.LOG_SIGMA] and prediction is not out:
-                    v = _take(out, lanes)[:, C:].float()
-                    _flag(nonfinite, slots, v, i)
-                    sigma = sigma * exp(row[Column.LOG_SIGMA] * v)
-            x_next = _sum(
-                (row[Column.C_X0], x0),
-                (row[Column.C_XT], x_t),
-                (row[Column.C_OUT], o),
-                (row[Column.C_HIST], _take(hist, slots)),
-                (sigma, z),
-            )
-
-            _put(x, slots, x_next)
-            if rows[follow].tolist()[Column.C_HIST]:
-                _put(hist, slots, x0)
-            _put(net_in, lanes, x_next)
-            if guided:
-                _put(net_in, lanes_u, x_next)
+            if here:
+                which = _select(here, len(index)), _select([cond[s] for s in here], lanes)
+                yield i, row, *which, [uncond[s] for s in here if guided]
 
 
-def advance(idx: Tensor, next: Tensor) -> None:
-    """Set idx[s] = next[idx[s]] for every slot, in place; idx int64 [S], next int64 [R]."""
-    idx.copy_(next.index_select(0, idx))
+def denoise_step(
+    state: StepState,
+    out: Tensor,
+    slots: StepSlots,
+    statistics: StepStatistics,
+    table: StepTable,
+    noise: Tensor | None = None,
+) -> None:
+    """Apply row idx[s] to every slot s, in place (the formula: tables.py; S5).
+
+    Slots whose row points at itself are left untouched.
+
+    Args:
+        state: what the step changes: x, hist, net_in and nonfinite.
+        out: [L, C or 2C, H, W], the network's output, float32, float16 or bfloat16.
+        slots: each slot's row, seed, guidance and lanes.
+        statistics: of ``sample_stats``, read where the row asks.
+        table: rows, keys and the rows that follow.
+        noise: float32 [S, C, H, W] to use for z, or None to draw it.
+    """
+    x, hist, net_in, nonfinite = state
+    _, C, H, W = x.shape
+    prediction = out if out.shape[1] == C else out[:, :C]
+    for i, row, which, lanes, lanes_u in _moving(slots, table, len(out)):
+        o = _take(prediction, lanes).float()
+        if lanes_u and not row[Column.UNGUIDED]:
+            o = combine(o, _take(prediction, lanes_u), _take(slots.guidance, which))
+            if row[Column.RESCALE]:
+                o = o * _take(statistics.rescale_factor, which).reshape(-1, 1, 1, 1)
+        _flag(nonfinite, which, o, i)
+
+        x_t = _take(x, which)
+        x0 = predict_x0(x_t, o, row, _take(statistics.dynamic_threshold, which))
+        sigma: float | Tensor = row[Column.SIGMA]
+        z = o  # not read where sigma is 0
+        if sigma:
+            z = _take(slots.seeds if noise is None else noise, which)
+            if noise is None:
+                z = philox(z, table.keys[i].expand(len(z)), (C, H, W), Purpose.REVERSE_STEP)
+            if row[Column.LOG_SIGMA] and prediction is not out:
+                v = _take(out, lanes)[:, C:].float()
+                _flag(nonfinite, which, v, i)
+                sigma = sigma * exp(row[Column.LOG_SIGMA] * v)
+        x_next = _sum(
+            (row[Column.C_X0], x0),
+            (row[Column.C_XT], x_t),
+            (row[Column.C_OUT], o),
+            (row[Column.C_HIST], _take(hist, which)),
+            (sigma, z),
+        )
+
+        _put(x, which, x_next)
+        if table.rows[int(table.next[i])].tolist()[Column.C_HIST]:
+            _put(hist, which, x0)
+        _put(net_in, lanes, x_next)
+        if lanes_u:
+            _put(net_in, lanes_u, x_next)
+
+
+def advance(slots: StepSlots, table: StepTable) -> None:
+    """Set idx[s] = next[idx[s]] for every slot, in place."""
+    slots.idx.copy_(table.next.index_select(0, slots.idx))

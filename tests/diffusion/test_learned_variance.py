@@ -18,7 +18,8 @@ from flashddpm.diffusion.schedule import NoiseSchedule
 from flashddpm.diffusion.solvers import ddpm
 from flashddpm.diffusion.timesteps import timesteps
 from flashddpm.kernels import reference
-from flashddpm.kernels.tables import REST, Column, LossColumn, Purpose
+from flashddpm.kernels.step_arguments import StepSlots, StepState, StepStatistics, StepTable
+from flashddpm.kernels.tables import IDLE, Column, LossColumn, Purpose
 
 LINEAR = NoiseSchedule.create()
 COSINE = NoiseSchedule.create("squaredcos_cap_v2", 200)
@@ -237,7 +238,7 @@ def test_ddpm_is_diffusers(monkeypatch, prediction_type, variance_type, clip, na
     np.testing.assert_array_equal(plan.timesteps, theirs.timesteps.numpy())
     rows = torch.zeros(n + 1, len(Column))
     rows[1:] = torch.tensor(plan.rows)
-    follow = torch.tensor([REST, *range(2, n + 1), REST])
+    follow = torch.tensor([IDLE, *range(2, n + 1), IDLE])
     S, lanes = 2, torch.arange(2, dtype=torch.int32)
     random = torch.Generator().manual_seed(0)
     for i, t in enumerate(theirs.timesteps):
@@ -248,11 +249,19 @@ def test_ddpm_is_diffusers(monkeypatch, prediction_type, variance_type, clip, na
             v = 3 * v - 5
         ours, flags = x.clone(), torch.zeros(S, dtype=torch.int32)
         reference.denoise_step(
-            ours, x.clone(), x.clone(), flags, torch.cat([prediction, v], 1),
-            torch.full((S,), i + 1), torch.arange(S), torch.ones(S), lanes,
-            torch.full_like(lanes, -1), torch.ones(S), torch.ones(S), rows,
-            torch.tensor([0, *plan.noise_keys]), follow, z,
-        )  # fmt: skip
+            StepState(ours, x.clone(), x.clone(), flags),
+            torch.cat([prediction, v], 1),
+            StepSlots(
+                idx=torch.full((S,), i + 1),
+                seeds=torch.arange(S),
+                guidance=torch.ones(S),
+                lane_cond=lanes,
+                lane_uncond=torch.full_like(lanes, -1),
+            ),
+            StepStatistics(torch.ones(S), torch.ones(S)),
+            StepTable(rows, torch.tensor([0, *plan.noise_keys]), follow),
+            z,
+        )
         monkeypatch.setattr(
             "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, z=z, **k: z.double()
         )

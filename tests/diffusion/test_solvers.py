@@ -26,7 +26,8 @@ from flashddpm.diffusion.solvers import (
 )
 from flashddpm.diffusion.timesteps import SPACINGS, timesteps
 from flashddpm.kernels import reference
-from flashddpm.kernels.tables import REST, Column, Purpose
+from flashddpm.kernels.step_arguments import StepSlots, StepState, StepStatistics, StepTable
+from flashddpm.kernels.tables import IDLE, Column, Purpose
 
 LINEAR = NoiseSchedule.create()
 ZERO_SNR = NoiseSchedule.create(rescale_betas_zero_snr=True)
@@ -187,37 +188,34 @@ def test_dpmpp_2m_by_hand():
     ],
 )
 def test_reference_kernel_applies_a_plan(solver, options, apply):
-    """Rows 1..S of a float32 table behind the row of rest, noise drawn by the rows' keys."""
+    """Rows 1..S of a float32 table behind the idle row, noise drawn by the rows' keys."""
     plan = make_plan(LINEAR, solver, 9, prediction_type="v_prediction", **options)
     S, shape = len(plan), (3, 5, 5)
     rows = torch.zeros(S + 1, len(Column))
     rows[1:] = torch.tensor(plan.rows)
     keys = torch.cat([torch.zeros(1, dtype=torch.int64), torch.tensor(plan.noise_keys)])
-    follow = torch.tensor([REST, *range(2, S + 1), REST])
+    follow = torch.tensor([IDLE, *range(2, S + 1), IDLE])
     seeds, lanes = torch.tensor([5, -7]), torch.tensor([0, 1], dtype=torch.int32)
     idx = torch.tensor([1, 1])
     x = torch.from_numpy(np.random.default_rng(3).standard_normal((2, *shape))).float()
     hist, net_in = torch.full_like(x, torch.nan), torch.zeros_like(x)
     flags = torch.zeros(2, dtype=torch.int32)
     ours, ours_hist = x.double().numpy(), None
+    state = StepState(x, hist, net_in, flags)
+    slots = StepSlots(idx, seeds, torch.ones(2), lanes, torch.full_like(lanes, -1))
+    groups = slots, StepStatistics(torch.ones(2), torch.ones(2)), StepTable(rows, keys, follow)
     for i in range(S):
         out = torch.from_numpy(np.random.default_rng(i).standard_normal((2, *shape))).float()
         z = reference.philox(seeds, keys[idx], shape, Purpose.REVERSE_STEP).double().numpy()
-        reference.denoise_step(
-            x, hist, net_in, flags, out, idx, seeds, torch.ones(2), lanes,
-            torch.full_like(lanes, -1), torch.ones(2), torch.ones(2), rows, keys, follow,
-        )  # fmt: skip
-        reference.advance(idx, follow)
+        reference.denoise_step(state, out, *groups)
+        reference.advance(slots, groups[-1])
         ours, ours_hist = apply(plan.rows[i], ours, out.double().numpy(), ours_hist, z)
         np.testing.assert_allclose(x.numpy(), ours, rtol=0, atol=2e-6 * np.abs(ours).max())
         assert torch.equal(net_in, x)
-    assert idx.tolist() == [REST, REST]
+    assert idx.tolist() == [IDLE, IDLE]
     assert not flags.any()
     before = x.clone()
-    reference.denoise_step(
-        x, hist, net_in, flags, out, idx, seeds, torch.ones(2), lanes,
-        torch.full_like(lanes, -1), torch.ones(2), torch.ones(2), rows, keys, follow,
-    )  # fmt: skip
+    reference.denoise_step(state, out, *groups)
     assert torch.equal(x, before)
 
 

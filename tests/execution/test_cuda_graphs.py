@@ -9,12 +9,12 @@ import torch
 from flashddpm.execution.cuda_graphs import CapturedSteps, Graphs
 
 
-def resting():
+def idling():
     @contextmanager
-    def rest():
+    def idle():
         yield lambda: torch.zeros(3)
 
-    return rest
+    return idle
 
 
 class TestGraphs:
@@ -22,8 +22,8 @@ class TestGraphs:
         card = Card()
         graphs = Graphs(card)
         assert graphs.bytes == 0
-        first = graphs.get("key", resting())
-        assert graphs.get("key", resting()) is first and graphs.get("other", resting()) is not first
+        first = graphs.get("key", idling())
+        assert graphs.get("key", idling()) is first and graphs.get("other", idling()) is not first
         assert card.log == [("warm", 3), ("capture", 3, 1)] * 2
         assert len(graphs) == 2 and graphs.bytes == 100
 
@@ -36,9 +36,9 @@ class TestGraphs:
             graphs = Graphs(card, limit)
             caplog.clear()
             with caplog.at_level(logging.WARNING, "flashddpm"):
-                assert graphs.get("key", resting()) is None
-                assert graphs.get("key", resting()) is None
-                assert graphs.best("key", resting()) is None
+                assert graphs.get("key", idling()) is None
+                assert graphs.get("key", idling()) is None
+                assert graphs.best("key", idling()) is None
             assert len(caplog.records) == 1
             assert f"{needs} bytes, of {limit or free // 2}" in caplog.text
             assert len(graphs) == 0 and ("capture", 3, 1) not in card.log
@@ -46,44 +46,44 @@ class TestGraphs:
     def test_what_the_graphs_hold_counts_too(self, Card):
         card = Card()
         graphs = Graphs(card, 150)
-        assert graphs.get("a", resting()) is not None
+        assert graphs.get("a", idling()) is not None
         card.held = 151
-        assert graphs.get("b", resting()) is None
-        assert graphs.get("a", resting()) is not None
+        assert graphs.get("b", idling()) is None
+        assert graphs.get("a", idling()) is not None
 
     def test_out_of_memory_while_capturing_declines_and_others_go_on(self, Card):
         card = Card()
         graphs = Graphs(card)
-        assert graphs.get("a", resting()) is not None
+        assert graphs.get("a", idling()) is not None
         card.full = True
-        assert graphs.get("b", resting()) is None
+        assert graphs.get("b", idling()) is None
         assert card.log[-1] == "release"
         card.full = False
-        assert graphs.get("b", resting()) is None  # not tried again at every step
+        assert graphs.get("b", idling()) is None  # not tried again at every step
         graphs.forget("b")
-        assert graphs.get("b", resting()) is not None
+        assert graphs.get("b", idling()) is not None
 
     def test_any_failure_of_a_capture_declines_it_and_says_why(self, caplog, Card):
         card = Card()
         graphs = Graphs(card)
         card.full = RuntimeError("operation not permitted when stream is capturing")
         with caplog.at_level(logging.WARNING, "flashddpm"):
-            assert graphs.get("a", resting()) is None
+            assert graphs.get("a", idling()) is None
         assert "RuntimeError: operation not permitted" in caplog.text
 
     def test_what_is_forgotten_is_dropped_by_whoever_comes_next(self, Card):
         """A finalizer may run while something is captured: it only leaves a note."""
         card = Card()
         graphs = Graphs(card)
-        kept = graphs.get("ab", resting())
-        graphs.get("xy", resting())
-        graphs.get("xz", resting(), 4)
+        kept = graphs.get("ab", idling())
+        graphs.get("xy", idling())
+        graphs.get("xz", idling(), 4)
         before = list(card.log)
         graphs.forget("x")
         assert card.log == before and len(graphs) == 3
-        assert graphs.get("ab", resting()) is kept
+        assert graphs.get("ab", idling()) is kept
         assert len(graphs) == 1 and card.log == [*before, "release", "release"]
-        assert graphs.get("xy", resting()) is not None
+        assert graphs.get("xy", idling()) is not None
         assert card.log[-2:] == [("warm", 3), ("capture", 3, 1)]  # warmed anew
 
     @pytest.mark.parametrize(
@@ -98,10 +98,10 @@ class TestGraphs:
     def test_as_many_steps_as_pay(self, seconds, best, Card):
         card = Card(seconds=seconds)
         graphs = Graphs(card)
-        assert graphs.best("key", resting()).count == best
+        assert graphs.best("key", idling()).count == best
         tried = len(card.log)
-        assert graphs.best("key", resting()).count == best and len(card.log) == tried
-        assert graphs.get("key", resting()).count == 1
+        assert graphs.best("key", idling()).count == best and len(card.log) == tried
+        assert graphs.get("key", idling()).count == 1
         assert len(graphs) == (1 if best == 1 else 2)  # what does not pay is let go
 
     def test_a_failing_step_ends_the_capture(self, monkeypatch):

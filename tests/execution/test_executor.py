@@ -21,8 +21,8 @@ def slots(sampler):
     for i, seed in enumerate(SEEDS):
         table.admit(Occupant(seed, 0, 3, 1.0, 1, 3, i))
     table.upload()
-    slots.x.fill_(5.0)
-    slots.nonfinite.fill_(2)
+    slots.state.x.fill_(5.0)
+    slots.state.nonfinite.fill_(2)
     return slots
 
 
@@ -31,9 +31,9 @@ def test_each_slot_begins_at_the_noise_of_its_seed(sampler, slots, which):
     sampler.executor.start(slots, which, sampler.plan("ddim", 5))
     started = torch.zeros(5, dtype=torch.bool)
     started[which] = True
-    assert torch.equal(slots.x[:4][started[:4]], sampler.initial_noise(SEEDS)[started[:4]])
-    assert (slots.x[~started] == 5).all()
-    assert torch.equal(slots.nonfinite == 0, started)
+    assert torch.equal(slots.state.x[:4][started[:4]], sampler.initial_noise(SEEDS)[started[:4]])
+    assert (slots.state.x[~started] == 5).all()
+    assert torch.equal(slots.state.nonfinite == 0, started)
 
 
 def test_an_image_is_noised_by_the_seeds(sampler, slots):
@@ -42,7 +42,7 @@ def test_an_image_is_noised_by_the_seeds(sampler, slots):
     image = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).expand(2, -1, -1, -1)
     sampler.executor.start(slots, torch.tensor([2, 1]), plan, image)
     expected = a * image + b * sampler.initial_noise([SEEDS[2], SEEDS[1]])
-    torch.testing.assert_close(slots.x[[2, 1]], expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(slots.state.x[[2, 1]], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_noise_of_the_callers_own_is_taken_instead(sampler, slots):
@@ -50,4 +50,4 @@ def test_noise_of_the_callers_own_is_taken_instead(sampler, slots):
     a, b = plan.initial
     z, image = torch.full((2, 1, 8, 8), 3.0), torch.full((2, 1, 8, 8), 0.5)
     sampler.executor.start(slots, slice(2), plan, image, z)
-    assert torch.equal(slots.x[:2], a * image + b * z)
+    assert torch.equal(slots.state.x[:2], a * image + b * z)

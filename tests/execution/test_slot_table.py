@@ -13,7 +13,7 @@ from flashddpm.execution.slot_table import Occupant, SlotTable
 from flashddpm.execution.slots import Slots
 from flashddpm.execution.step import evaluate
 from flashddpm.kernels import reference
-from flashddpm.kernels.tables import REST, Column
+from flashddpm.kernels.tables import IDLE, Column
 
 SHAPE = (2, 1, 3)
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def image(value):
 def put(batch, occupant, x):
     """Admit an image at x_t, as the device has it once lanes are filled."""
     slot = batch.admit(occupant)
-    batch.slots.x[slot] = x
+    batch.slots.state.x[slot] = x
     return slot
 
 
@@ -73,21 +73,21 @@ class TestBatch:
         assert L == sum(2 if o.guidance != 1 else 1 for o in held.values())
         owners = {}
         for s in range(4):
-            cond, uncond = int(slots.lane_cond[s]), int(slots.lane_uncond[s])
+            cond, uncond = int(slots.per_slot.lane_cond[s]), int(slots.per_slot.lane_uncond[s])
             if s not in held:
-                assert slots.idx[s] == REST and uncond == -1
+                assert slots.per_slot.idx[s] == IDLE and uncond == -1
                 continue
             o = held[s]
-            assert slots.idx[s] == 2 and slots.seeds[s] == o.seed
-            assert (uncond >= 0) == (o.guidance != 1) and slots.guidance[s] == o.guidance
+            assert slots.per_slot.idx[s] == 2 and slots.per_slot.seeds[s] == o.seed
+            assert (uncond >= 0) == (o.guidance != 1) and slots.per_slot.guidance[s] == o.guidance
             owners[cond] = (s, 1)
             if uncond >= 0:
                 owners[uncond] = (s, 9)
         assert sorted(owners) == list(range(L))  # every lane one owner, and no gaps
         for lane, (s, label) in owners.items():
             assert slots.lane_slot[lane] == s and slots.lane_label[lane] == label
-            assert torch.equal(slots.net_in[lane], slots.x[s].bfloat16())
-            assert torch.equal(slots.x[s], image(held[s].seed / 256))
+            assert torch.equal(slots.state.net_in[lane], slots.state.x[s].bfloat16())
+            assert torch.equal(slots.state.x[s], image(held[s].seed / 256))
 
     def test_the_host_is_where_the_device_is(self):
         slots = make_slots()
@@ -100,9 +100,9 @@ class TestBatch:
         finished = []
         for turn in range(1, 5):
             finished += [(turn, s) for s in batch.advance()]
-            reference.advance(slots.idx, slots.next)
-            rows = [o.row if o else REST for o in batch.occupants]
-            assert rows == slots.idx.tolist()
+            reference.advance(slots.per_slot, slots.table)
+            rows = [o.row if o else IDLE for o in batch.occupants]
+            assert rows == slots.per_slot.idx.tolist()
         assert finished == [(1, 0), (2, 2), (4, 1)]
 
     def test_admit_takes_the_first_idle_slot_or_nothing(self):
@@ -118,7 +118,7 @@ class TestBatch:
         batch = SlotTable(slots)
         put(batch, Occupant(1, None, None, 1.0, 1, 1), image(1))
         told(batch)
-        assert slots.lane_label is None and slots.idx.tolist() == [1, 0, 0, 0]
+        assert slots.lane_label is None and slots.per_slot.idx.tolist() == [1, 0, 0, 0]
 
 
 def longest_gap(users, plans):
@@ -155,9 +155,9 @@ class TestPlanTable:
                 assert start >= 1 and not taken & set(rows) and rows[-1] < 13
                 taken |= set(rows)
                 assert slots.timesteps[start : start + n].tolist() == [j] * n
-                assert slots.keys[start : start + n].tolist() == list(range(n))
-                assert slots.next[start : start + n].tolist() == [*rows[1:], REST]
-        assert slots.next[REST] == REST and not slots.rows[REST].any()
+                assert slots.table.keys[start : start + n].tolist() == list(range(n))
+                assert slots.table.next[start : start + n].tolist() == [*rows[1:], IDLE]
+        assert slots.table.next[IDLE] == IDLE and not slots.table.rows[IDLE].any()
 
     def test_an_equal_plan_is_the_same_rows(self):
         table = PlanTable(make_slots())

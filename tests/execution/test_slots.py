@@ -36,7 +36,7 @@ def batch_of_three(device="cpu"):
     for i, (one, w) in enumerate(zip(PLANS, (1.0, 1.0, 3.0), strict=True)):
         row = table.acquire(one)
         x = torch.randn(SHAPE, generator=draws).to(device)
-        slots.x[batch.admit(Occupant(i, i, 3, w, row, row + len(one) - 1))] = x
+        slots.state.x[batch.admit(Occupant(i, i, 3, w, row, row + len(one) - 1))] = x
     batch.upload()
     batch.fill_lanes()
     return slots, batch
@@ -109,14 +109,14 @@ def test_the_watch_sees_what_it_should():
 
 @pytest.mark.parametrize("ops", [reference, kernels], ids=["reference", "kernels"])
 def test_every_slot_ends_as_if_it_were_alone(ops):
-    """Three plans in one batch; whoever is finished rests while the others go on."""
+    """Three plans in one batch; whoever is finished is idle while the others go on."""
     slots, batch = batch_of_three()
     network, finished = Network(6), {}
     for n in range(6):
         step(slots.prefix(4, 4), network, ops)
         for s in batch.advance():
             finished[s] = n + 1
-            result = slots.x[s].clone()
+            result = slots.state.x[s].clone()
             lone = Slots(1, 2, SHAPE, 64, torch.float32, torch.device("cpu"), labelled=True)
             alone = SlotTable(lone)
             lone.load_plan(PLANS[s])
@@ -129,7 +129,7 @@ def test_every_slot_ends_as_if_it_were_alone(ops):
                 step(lone.prefix(1, 2 if w != 1 else 1), Network(2), ops)
             assert torch.equal(lone.x[0], result)
     assert finished == {0: 5, 1: 4, 2: 6}
-    assert slots.idx.tolist() == [0] * 4
+    assert slots.per_slot.idx.tolist() == [0] * 4
 
 
 def test_host_and_device_agree_on_every_row():
@@ -137,6 +137,6 @@ def test_host_and_device_agree_on_every_row():
     network = Network(6)
     for _ in range(7):
         rows = [0 if o is None else o.row for o in batch.occupants]
-        assert slots.idx.tolist() == rows
+        assert slots.per_slot.idx.tolist() == rows
         step(slots.prefix(4, 4), network, reference)
         batch.advance()

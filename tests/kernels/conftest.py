@@ -6,6 +6,7 @@ import torch
 from flashddpm import kernels
 from flashddpm.kernels import Column, reference
 from flashddpm.kernels.checks import counting
+from flashddpm.kernels.step_arguments import by_tensor
 from flashddpm.testing import Guarded, rules
 
 
@@ -67,7 +68,7 @@ IN_PLACE = ("x", "hist", "net_in", "nonfinite")
 
 # name: (columns of the row, 0 where nothing is said; the row that follows)
 STEPS = {
-    "rest": ({}, 0),
+    "idle": ({}, 0),
     "ancestral": (dict(x0_xt=1.3, x0_out=-0.8, clip=1.0, c_x0=0.3, c_xt=0.68, sigma=0.2), 2),
     "second order": (dict(x0_xt=1.3, x0_out=-0.8, c_x0=0.55, c_xt=0.6, c_hist=-0.15), 3),
     "stochastic": (dict(x0_out=1.0, c_x0=0.5, c_xt=0.4, c_hist=-0.1, sigma=0.3), 4),
@@ -91,9 +92,9 @@ STEPS = {
 class State:
     """Arguments of a step on a device, with red zones around what is changed in place.
 
-    A table begins with the row of rest; its other rows are given by name, each with the columns
-    that are not 0 and the number of the row that follows. Lanes are given by slot. With
-    ``variance``, the network has 2C channels.
+    A table begins with the idle row; its other rows are given by name, each with the columns that
+    are not 0 and the number of the row that follows. Lanes are given by slot. With ``variance``,
+    the network has 2C channels.
     """
 
     STEPS = STEPS
@@ -114,7 +115,7 @@ class State:
     ):
         draws = torch.Generator().manual_seed(seed)
         slots, lanes = len(names), max(*cond, *uncond) + 2  # the last lane is nobody's
-        table = {"rest": ({}, 0)} | table
+        table = {"idle": ({}, 0)} | table
         self.names = list(table)
         columns = [column.name.lower() for column in Column]
         rows = [[row.get(name, 0.0) for name in columns] for row, _ in table.values()]
@@ -136,8 +137,8 @@ class State:
             "guidance": torch.rand(slots, generator=draws) * 4,
             "lane_cond": torch.tensor(cond[:slots], dtype=torch.int32),
             "lane_uncond": torch.tensor(uncond[:slots], dtype=torch.int32),
-            "bounds": 1 + torch.rand(slots, generator=draws),
-            "factors": torch.rand(slots, generator=draws),
+            "dynamic_threshold": 1 + torch.rand(slots, generator=draws),
+            "rescale_factor": torch.rand(slots, generator=draws),
             "rows": torch.tensor(rows),
             "keys": torch.randint(0, 2**40, (len(rows),), generator=draws),
             "next": torch.tensor([follow for _, follow in table.values()]),
@@ -156,7 +157,7 @@ class State:
 
     def step(self, step=kernels.denoise_step):
         """Apply the step; return its results on the CPU."""
-        assert step(**self.args) is None
+        assert by_tensor(step)(**self.args) is None
         for zone in self.zones.values():
             zone.check()
         return {name: self.args[name].cpu() for name in IN_PLACE}

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from flashddpm import kernels
 from flashddpm.kernels import reference
+from flashddpm.kernels.step_arguments import by_tensor
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 127, 128, 129, 257])
@@ -19,7 +20,7 @@ def test_moves_every_slot(device, slots, which):
     whole = torch.full((slots + 256,), 7, device=device)
     idx = whole[128 : 128 + slots].copy_(start)
     ops = kernels if which == "fast" else reference
-    assert ops.advance(idx, follow.to(device)) is None
+    assert by_tensor(ops.advance)(idx=idx, next=follow.to(device)) is None
     assert idx.tolist() == [follow[i].item() for i in start]
     assert (whole[:128] == 7).all() and (whole[128 + slots :] == 7).all()
 
@@ -32,14 +33,14 @@ def test_a_row_that_points_at_itself_is_the_end(device, data):
     start = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=5))
     idx = torch.tensor(start, device=device)
     for step in range(1, 4):
-        kernels.advance(idx, follow)
+        by_tensor(kernels.advance)(idx=idx, next=follow)
         assert idx.tolist() == [max(0, i - step) for i in start]
 
 
 def test_zero_slots(device):
     none = torch.empty(0, dtype=torch.int64, device=device)
     for advance in (kernels.advance, reference.advance):
-        advance(none, torch.zeros(3, dtype=torch.int64, device=device))
+        by_tensor(advance)(idx=none, next=torch.zeros(3, dtype=torch.int64, device=device))
 
 
 @pytest.mark.parametrize(
@@ -55,4 +56,4 @@ def test_zero_slots(device):
 def test_bad_arguments(name, change):
     good = {"idx": torch.zeros(2, dtype=torch.int64), "next": torch.zeros(3, dtype=torch.int64)}
     with pytest.raises(ValueError, match=f"^{name}"):
-        kernels.advance(**(good | change))
+        by_tensor(kernels.advance)(**(good | change))

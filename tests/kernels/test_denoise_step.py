@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from flashddpm import kernels
 from flashddpm.kernels import Column, Purpose, launch, reference
 from flashddpm.kernels.launch import channels_last
+from flashddpm.kernels.step_arguments import StepSlots, StepStatistics, by_tensor
 from flashddpm.kernels.tables import FLOATS
 
 # The interpreter computes with NumPy, which warns where Inf - Inf is tried.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 IN_PLACE = ("x", "hist", "net_in", "nonfinite")
-PER_SLOT = ("idx", "seeds", "guidance", "lane_cond", "lane_uncond", "bounds", "factors")
+PER_SLOT = (*StepSlots._fields, *StepStatistics._fields)
 SHAPES = [
     *((1, 1, 1), (1, 1, 2), (1, 1, 3), (3, 1, 1), (1, 1, 15), (1, 1, 17), (3, 17, 17)),
     *((1, 31, 33), (1, 32, 32), (1, 25, 41), (3, 8, 8)),
@@ -33,7 +34,8 @@ def exact(state, slot):
         w, u = args["guidance"][slot].double(), out[args["lane_uncond"][slot]]
         o, size = u + w * (o - u), u.abs() + w.abs() * (o.abs() + u.abs())
         if c["RESCALE"]:
-            o, size = o * args["factors"][slot].double(), size * args["factors"][slot].double()
+            factor = args["rescale_factor"][slot].double()
+            o, size = o * factor, size * factor
     seed, key = args["seeds"][slot : slot + 1], args["keys"][i : i + 1]
     shape = tuple(args["x"].shape[1:])
     z = reference.philox(seed, key, shape, Purpose.REVERSE_STEP)[0].double()
@@ -41,7 +43,7 @@ def exact(state, slot):
     x0 = c["X0_XT"] * x + c["X0_OUT"] * o
     x0_terms = c["X0_XT"].abs() * x.abs() + c["X0_OUT"].abs() * size
     if c["THRESHOLD"]:
-        s = args["bounds"][slot].double()
+        s = args["dynamic_threshold"][slot].double()
         x0, x0_terms = x0.clamp(-s, s) / s, x0_terms / s
     elif c["CLIP"]:
         x0 = x0.clamp(-c["CLIP"], c["CLIP"])
@@ -78,7 +80,7 @@ def test_equals_reference_anywhere(compared_step, data, seed, noise):
         for i in range(1, count + 1)
     }
     slots = data.draw(st.integers(1, 4))
-    names = data.draw(st.lists(st.sampled_from(["rest", *table]), min_size=slots, max_size=slots))
+    names = data.draw(st.lists(st.sampled_from(["idle", *table]), min_size=slots, max_size=slots))
     lanes = data.draw(st.permutations(range(8)))
     guided = data.draw(st.lists(st.booleans(), min_size=slots, max_size=slots))
     compared_step(
@@ -203,7 +205,7 @@ def test_thresholded_x0_is_within_one(compared_step):
     spec = {"names": ("thresholded", "thresholded"), "cond": (0, 1), "uncond": (-1, -1)}
 
     def bounds(args):
-        args["bounds"][:] = torch.tensor([1.0, 2.5])
+        args["dynamic_threshold"][:] = torch.tensor([1.0, 2.5])
 
     results = compared_step(**spec, change=bounds)
     largest = results["hist"].abs().amax((1, 2, 3))
@@ -230,7 +232,7 @@ def test_factor_is_of_guided_slots_only(compared_step, rules):
     plain = compared_step(**spec)
 
     def halve(args):
-        args["factors"] *= 0.5
+        args["rescale_factor"] *= 0.5
 
     results = compared_step(**spec, change=halve)
     rules.same(results["x"][0], plain["x"][0])
@@ -311,15 +313,15 @@ def test_one_channel_in_either_layout(fast_step, rules):
 
 @pytest.mark.parametrize("noise", [False, True])
 def test_trajectory(State, device, rules, noise):
-    """Steps and advances until every slot rests: the reference's bits all the way."""
-    spec = {"names": ("ancestral", "second order", "rest", "all"), "noise": noise}
+    """Steps and advances until every slot is idle: the reference's bits all the way."""
+    spec = {"names": ("ancestral", "second order", "idle", "all"), "noise": noise}
     pairs = ((State(device, **spec), kernels), (State("cpu", **spec), reference))
     visited = []
     for _ in range(6):
         results = []
         for state, ops in pairs:
             results.append(state.step(ops.denoise_step))
-            ops.advance(state.args["idx"], state.args["next"])
+            by_tensor(ops.advance)(idx=state.args["idx"], next=state.args["next"])
             state.args["out"].copy_(state.args["net_in"] * 0.75)
         for name in IN_PLACE:
             rules.same(results[0][name], results[1][name])
@@ -332,8 +334,8 @@ def test_zero_slots(State, device):
     state = State(device)
     for name in ("x", "hist", "nonfinite", *PER_SLOT):
         state.args[name] = state.args[name][:0]
-    kernels.denoise_step(**state.args)
-    reference.denoise_step(**state.args)
+    by_tensor(kernels.denoise_step)(**state.args)
+    by_tensor(reference.denoise_step)(**state.args)
     assert torch.equal(state.args["net_in"], state.before["net_in"])
 
 
@@ -371,9 +373,9 @@ def overlapping(images):
         ("keys", lambda x: x.int()),
         ("next", lambda x: x[1:]),
         ("next", lambda x: x.int()),
-        ("bounds", lambda x: x[:1]),
-        ("bounds", lambda x: x.double()),
-        ("factors", lambda x: x[:, None]),
+        ("dynamic_threshold", lambda x: x[:1]),
+        ("dynamic_threshold", lambda x: x.double()),
+        ("rescale_factor", lambda x: x[:, None]),
         ("out", lambda x: x.repeat(1, 3, 1, 1)),
         ("noise", lambda x: x[:1]),
         ("noise", lambda x: x.half()),
@@ -385,5 +387,5 @@ def test_bad_arguments(State, name, change):
         args["out"] = change(args["out"])
     before = args["x"].clone()
     with pytest.raises(ValueError, match=f"^{name}"):
-        kernels.denoise_step(**(args | {name: change(args[name])}))
+        by_tensor(kernels.denoise_step)(**(args | {name: change(args[name])}))
     assert torch.equal(args["x"], before)

@@ -9,7 +9,7 @@ from flashddpm.kernels import Column, reference
 # The interpreter computes with NumPy, which warns where Inf - Inf is tried.
 PER_SLOT = (
     *("nonfinite", "idx", "seeds", "guidance"),
-    *("lane_cond", "lane_uncond", "bounds", "factors"),
+    *("lane_cond", "lane_uncond", "dynamic_threshold", "rescale_factor"),
 )
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
@@ -24,7 +24,7 @@ def test_idle_and_finished_slots_are_never_written(State, device, rules, which):
 
     state = State(
         device if which == "fast" else "cpu",
-        names=("ancestral", "rest", "rest", "finished"),
+        names=("ancestral", "idle", "idle", "finished"),
         cond=(0, 1, 2, 2),
         uncond=(-1, -1, -1, 3),
         change=spoil,

@@ -12,6 +12,7 @@ from flashddpm.diffusion.parameterization import PREDICTION_TYPES, noising_rows
 from flashddpm.diffusion.solvers import ddim, ddpm
 from flashddpm.kernels import Purpose
 from flashddpm.kernels.launch import channels_last
+from flashddpm.kernels.step_arguments import by_tensor
 
 T = 50
 SCHEDULE = NoiseSchedule.create("squaredcos_cap_v2", T)
@@ -43,7 +44,7 @@ def step(x, out, plan: Plan, i, device, noise=None):
     rows = torch.cat([torch.zeros(1, plan.rows.shape[1]).double(), torch.tensor(plan.rows)])
     following = [0, *range(2, len(plan) + 1), 0]
     lanes = torch.arange(B, dtype=torch.int32, device=device)
-    kernels.denoise_step(
+    by_tensor(kernels.denoise_step)(
         x=x,
         hist=torch.zeros_like(x),
         net_in=torch.zeros_like(x),
@@ -54,8 +55,8 @@ def step(x, out, plan: Plan, i, device, noise=None):
         guidance=torch.ones(B, device=device),
         lane_cond=lanes,
         lane_uncond=torch.full_like(lanes, -1),
-        bounds=torch.ones(B, device=device),
-        factors=torch.ones(B, device=device),
+        dynamic_threshold=torch.ones(B, device=device),
+        rescale_factor=torch.ones(B, device=device),
         rows=rows.float().to(device),
         keys=ints([0, *plan.noise_keys], device),
         next=ints(following, device),

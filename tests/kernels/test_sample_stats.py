@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from flashddpm import kernels
 from flashddpm.kernels import Column, reference
 from flashddpm.kernels.launch import channels_last
+from flashddpm.kernels.step_arguments import StepStatistics, by_tensor
 from flashddpm.kernels.tables import FLOATS
 
 # The interpreter computes with NumPy, which warns where Inf - Inf is tried.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 module = importlib.import_module("flashddpm.kernels.sample_stats")
-STATS = ("bounds", "factors")
+STATS = StepStatistics._fields
 SHAPES = [(1, 1, 1), (1, 1, 2), (3, 1, 1), (1, 1, 17), (3, 17, 17), (1, 31, 33), (4, 8, 8)]
 
 
@@ -27,7 +28,7 @@ def row(**columns):
 
 
 def arguments(shape=(3, 5, 7), dtype=torch.float32, rows=None, uncond=(-1, 4, -1, 5), seed=0):
-    """Four slots, one for each row after the first, of rest."""
+    """Four slots, one for each row after the first, of idle slots."""
     rows = rows or [
         row(x0_xt=1.2, x0_out=-0.7, threshold=0.9, clip=5.0),
         row(x0_xt=1.2, x0_out=-0.7, threshold=0.5, rescale=0.7, clip=5.0),
@@ -38,9 +39,11 @@ def arguments(shape=(3, 5, 7), dtype=torch.float32, rows=None, uncond=(-1, 4, -1
     x = torch.randn((4, *shape), generator=draws) * 2
     out = torch.randn((7, *shape), generator=draws).to(dtype)
     return {
-        "bounds": torch.full((4,), -7.0),
-        "factors": torch.full((4,), -7.0),
+        "dynamic_threshold": torch.full((4,), -7.0),
+        "rescale_factor": torch.full((4,), -7.0),
         "x": channels_last(x),
+        **dict.fromkeys(("hist", "net_in"), torch.full_like(x, torch.nan)),  # of no concern here
+        **dict.fromkeys(("nonfinite", "seeds", "keys"), torch.zeros(4)),
         "out": channels_last(out),
         "idx": torch.arange(1, 5) % (len(rows) + 1),
         "guidance": torch.tensor([1.0, 2.5, 1.0, 7.0]),
@@ -53,11 +56,11 @@ def arguments(shape=(3, 5, 7), dtype=torch.float32, rows=None, uncond=(-1, 4, -1
 
 @pytest.fixture(scope="module")
 def run(device, copy_of):
-    """(args, fast or reference) -> bounds and factors on the CPU."""
+    """(args, fast or reference) -> the statistics on the CPU."""
 
     def run(args, which="fast"):
         args = copy_of(args, device if which == "fast" else "cpu")
-        (kernels if which == "fast" else reference).sample_stats(**args)
+        by_tensor((kernels if which == "fast" else reference).sample_stats)(**args)
         return {name: args[name].cpu() for name in STATS}
 
     return run
@@ -86,7 +89,7 @@ def x0_of(args, slot, factor=1.0):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bound_is_torchs_quantile(run, shape, dtype, which, rules):
     args = arguments(shape, dtype)
-    got = run(args, which)["bounds"]
+    got = run(args, which)["dynamic_threshold"]
     wanted = torch.quantile(x0_of(args, 0), 0.9).clamp(1.0, 5.0)
     torch.testing.assert_close(got[0], wanted, rtol=2e-7, atol=0)  # torch may fuse its last sum
     assert (got[2:] == -7).all()
@@ -107,7 +110,7 @@ def test_quantile_of_any_values(run, which, q, n, values, data):
     )
     args = arguments((1, 1, n), rows=[row(x0_xt=1.0, threshold=q, clip=3e38)] * 4)
     args["x"] = channels_last(torch.tensor(picks).reshape(1, 1, 1, n).repeat(4, 1, 1, 1))
-    got = run(args, which)["bounds"]
+    got = run(args, which)["dynamic_threshold"]
     assert (got == got[0]).all()
     ordered = np.sort(np.abs(np.array(picks, np.float32)))
     k = int(q * (n - 1))
@@ -121,7 +124,7 @@ def test_quantile_of_any_values(run, which, q, n, values, data):
 def test_bound_stays_within_one_and_the_clip(run, which):
     rows = [row(x0_xt=scale, threshold=0.9, clip=1.5) for scale in (0.1, 1.0, 100.0)]
     args = arguments(rows=[*rows, row(x0_xt=100.0, threshold=0.9, clip=0.5)])
-    bounds = run(args, which)["bounds"]
+    bounds = run(args, which)["dynamic_threshold"]
     assert bounds[0] == 1 and bounds[2] == 1.5 and bounds[3] == 1
 
 
@@ -130,7 +133,7 @@ def test_bound_stays_within_one_and_the_clip(run, which):
 @pytest.mark.parametrize("shape", SHAPES[1:])
 def test_factor_is_that_of_rescale_noise_cfg(run, shape, dtype, which):
     args = arguments(shape, dtype)
-    got = run(args, which)["factors"]
+    got = run(args, which)["rescale_factor"]
     assert got[0] == -7 and got[2] == -7  # does not ask; is not guided
     for slot, phi in ((1, 0.7), (3, 1.0)):
         cond, o = (value[None] for value in combined(args, slot, torch.float64))
@@ -142,10 +145,10 @@ def test_factor_is_that_of_rescale_noise_cfg(run, shape, dtype, which):
 def test_factor_comes_before_the_threshold(run, which):
     args = arguments()
     got = run(args, which)
-    wanted = torch.quantile(x0_of(args, 1, got["factors"][1]), 0.5).clamp(1.0, 5.0)
-    torch.testing.assert_close(got["bounds"][1], wanted, rtol=3e-7, atol=0)
+    wanted = torch.quantile(x0_of(args, 1, got["rescale_factor"][1]), 0.5).clamp(1.0, 5.0)
+    torch.testing.assert_close(got["dynamic_threshold"][1], wanted, rtol=3e-7, atol=0)
     without = torch.quantile(x0_of(args, 1), 0.5).clamp(1.0, 5.0)
-    assert abs(got["bounds"][1] - without) > 1e-3
+    assert abs(got["dynamic_threshold"][1] - without) > 1e-3
 
 
 @pytest.mark.parametrize("block", [16, 64])
@@ -154,8 +157,9 @@ def test_independent_of_block_size(run, rules, monkeypatch, block):
     expected = run(args)
     monkeypatch.setattr(module, "BLOCK", block)
     results = run(args)
-    torch.testing.assert_close(results["factors"], expected["factors"], rtol=3e-7, atol=0)
-    rules.same(results["bounds"][0], expected["bounds"][0])
+    factors, wanted = results["rescale_factor"], expected["rescale_factor"]
+    torch.testing.assert_close(factors, wanted, rtol=3e-7, atol=0)
+    rules.same(results["dynamic_threshold"][0], expected["dynamic_threshold"][0])
 
 
 @both
@@ -164,9 +168,9 @@ def test_rows_without_guidance(run, which):
     ask = {"x0_xt": 1.2, "x0_out": -0.7, "threshold": 0.9, "clip": 5.0, "rescale": 0.7}
     args = arguments(rows=[row(**ask, unguided=1.0)] * 4)
     got = run(args, which)
-    assert (got["factors"] == -7).all()
+    assert (got["rescale_factor"] == -7).all()
     alone = run(args | {"lane_uncond": torch.full_like(args["lane_uncond"], -1)}, which)
-    assert torch.equal(got["bounds"], alone["bounds"])
+    assert torch.equal(got["dynamic_threshold"], alone["dynamic_threshold"])
 
 
 @both
@@ -197,16 +201,16 @@ def test_nonfinite_values_stay_in_their_sample(run, which, rules, bad):
     clean = run(args, which)
     args["x"][0, 1, 2, 3] = bad
     results = run(args, which)
-    assert results["bounds"][0].isnan() == (bad != bad)
-    rules.same(results["bounds"][1:], clean["bounds"][1:])
-    rules.same(results["factors"], clean["factors"])
+    assert results["dynamic_threshold"][0].isnan() == (bad != bad)
+    rules.same(results["dynamic_threshold"][1:], clean["dynamic_threshold"][1:])
+    rules.same(results["rescale_factor"], clean["rescale_factor"])
 
 
 @both
 def test_lane_0_may_be_the_unconditional_one(run, which):
     args = arguments(uncond=(-1, 0, -1, 0))
     args["lane_cond"][:] = torch.tensor([2, 4, 3, 1])
-    got = run(args, which)["factors"]
+    got = run(args, which)["rescale_factor"]
     cond, o = (value[None] for value in combined(args, 3, torch.float64))
     wanted = rescale_noise_cfg(o, cond, 1.0)
     torch.testing.assert_close(got[3].double() * o, wanted, rtol=1e-6, atol=1e-7)
@@ -229,9 +233,9 @@ def test_padded_rows_of_the_state(run, which, rules, Guarded):
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_factor_of_small_and_large_outputs(run, which, scale):
     args = arguments()
-    plain = run(args, which)["factors"]
+    plain = run(args, which)["rescale_factor"]
     args["out"] *= scale
-    torch.testing.assert_close(run(args, which)["factors"], plain, rtol=1e-6, atol=0)
+    torch.testing.assert_close(run(args, which)["rescale_factor"], plain, rtol=1e-6, atol=0)
 
 
 @both
@@ -240,7 +244,7 @@ def test_outputs_without_deviation_keep_their_scale(run, which, value):
     """Such as those of a network whose last layer starts at 0."""
     args = arguments()
     args["out"][:] = value
-    got = run(args, which)["factors"]
+    got = run(args, which)["rescale_factor"]
     torch.testing.assert_close(got[[1, 3]], torch.ones(2), rtol=1e-6, atol=0)
 
 
@@ -258,7 +262,7 @@ def test_permuted_slots_give_permuted_results(run, rules):
 def test_equals_the_steps_x0(run, device, copy_of):
     """What the step clips to the bound is what the bound was taken of: a share 1 - q is clipped."""
     args = arguments((3, 17, 17), rows=[row(x0_xt=1.2, x0_out=-0.7, threshold=0.9, clip=50.0)] * 4)
-    bounds = run(args)["bounds"]
+    bounds = run(args)["dynamic_threshold"]
     assert (bounds > 1).all()
     for slot in range(4):
         clipped = (x0_of(args, slot) >= bounds[slot]).float().mean()
@@ -269,18 +273,18 @@ def test_equals_the_steps_x0(run, device, copy_of):
 def test_zero_elements(device, copy_of, shape):
     args = copy_of(arguments(shape), device)
     if 0 not in shape:
-        for name in ("bounds", "factors", "x", "idx", "guidance", "lane_cond", "lane_uncond"):
+        for name in (*STATS, "x", "idx", "guidance", "lane_cond", "lane_uncond"):
             args[name] = args[name][:0]
-    kernels.sample_stats(**args)
-    assert (args["bounds"] == -7).all()
+    by_tensor(kernels.sample_stats)(**args)
+    assert (args["dynamic_threshold"] == -7).all()
 
 
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("bounds", lambda x: x[:3]),
-        ("bounds", lambda x: x.double()),
-        ("factors", lambda x: x[:, None]),
+        ("dynamic_threshold", lambda x: x[:3]),
+        ("dynamic_threshold", lambda x: x.double()),
+        ("rescale_factor", lambda x: x[:, None]),
         ("x", lambda x: x.contiguous()),
         ("x", lambda x: x.half()),
         ("x", lambda x: x[0]),
@@ -298,4 +302,4 @@ def test_zero_elements(device, copy_of, shape):
 def test_bad_arguments(name, change):
     args = arguments()
     with pytest.raises(ValueError, match=f"^{name}"):
-        kernels.sample_stats(**(args | {name: change(args[name])}))
+        by_tensor(kernels.sample_stats)(**(args | {name: change(args[name])}))

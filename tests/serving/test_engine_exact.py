@@ -68,7 +68,7 @@ class TestExact:
 
         def take_step(slots, compiled, stats, fractional):
             taken.append((len(slots.lane_slot), compiled))
-            return slots.net_in
+            return slots.state.net_in
 
         engine = fd.Engine(compiled, 3, exact=True, threaded=False)
         monkeypatch.setattr(compiled.executor, "prove_exact", lambda lanes: None)
