@@ -47,7 +47,7 @@ class TestSampler:
             sampler.sample(range(count), 0, num_steps=2, batch_size=batch)
             buffers.append(sampler.executor._slots)
         assert len({id(b) for b in buffers[:4]}) == 1 and buffers[4] is buffers[5] is not buffers[0]
-        assert len(buffers[0].idx) == 4 and len(buffers[4].idx) == 8
+        assert len(buffers[0].per_slot.idx) == 4 and len(buffers[4].per_slot.idx) == 8
         keys = {key[0] for key, _ in sampler.executor.graphs._kept}
         assert keys == {buffers[4].token}  # the graphs of the old ones are gone
 

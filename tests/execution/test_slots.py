@@ -59,8 +59,9 @@ def storages(*owners):
     found = set()
     for owner in owners:
         for value in vars(owner).values():
-            if isinstance(value, torch.Tensor):
-                found.add(value.untyped_storage().data_ptr())
+            for tensor in value if isinstance(value, tuple) else [value]:
+                if isinstance(tensor, torch.Tensor):
+                    found.add(tensor.untyped_storage().data_ptr())
     return found
 
 
@@ -120,14 +121,14 @@ def test_every_slot_ends_as_if_it_were_alone(ops):
             lone = Slots(1, 2, SHAPE, 64, torch.float32, torch.device("cpu"), labelled=True)
             alone = SlotTable(lone)
             lone.load_plan(PLANS[s])
-            start = batch_of_three()[0].x[s]
+            start = batch_of_three()[0].state.x[s]
             w = (1.0, 1.0, 3.0)[s]
-            lone.x[alone.admit(Occupant(s, s, 3, w, 1, len(PLANS[s])))] = start
+            lone.state.x[alone.admit(Occupant(s, s, 3, w, 1, len(PLANS[s])))] = start
             alone.upload()
             alone.fill_lanes()
             for _ in range(len(PLANS[s])):
                 step(lone.prefix(1, 2 if w != 1 else 1), Network(2), ops)
-            assert torch.equal(lone.x[0], result)
+            assert torch.equal(lone.state.x[0], result)
     assert finished == {0: 5, 1: 4, 2: 6}
     assert slots.per_slot.idx.tolist() == [0] * 4
 
