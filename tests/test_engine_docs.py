@@ -42,11 +42,11 @@ def test_the_table_of_metrics_is_complete():
 
 
 def test_defaults_and_errors_are_those_of_the_code():
-    from flashddpm.serving import metrics, running_batch
+    from flashddpm.serving import launch_limiter, metrics, running_batch
 
     assert f"at least {running_batch.PLAN_ROWS} rows" in TEXT
     assert f"latest {metrics.WINDOW} steps" in TEXT
-    assert running_batch.STEPS_AHEAD == 2 and "at most two steps ahead" in TEXT
+    assert launch_limiter.STEPS_AHEAD == 2 and "at most two steps ahead" in TEXT
     for name in (
         "DeadlineExceeded",
         "EngineClosed",

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashddpm.serving.engine import Engine
-from flashddpm.serving.request import Job, Request, Result
+from flashddpm.serving.pending_image import PendingImage
+from flashddpm.serving.request import Request, Result
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,13 @@ def record(engine: Engine, requests: Sequence[Request], due: NDArray[np.float64]
             now = time.perf_counter() - start
         while len(futures) < len(requests) and due[len(futures)] <= now:
             futures.append(engine.submit(requests[len(futures)]))
-        before = _jobs(engine)
+        before = _running(engine)
         busy = engine.turn()
         end = time.perf_counter() - start
         # Who is finished has left its slot, and who was admitted was not there before.
-        for slot, job in sorted([*before, *(set(_jobs(engine)) - set(before))], key=lambda p: p[0]):
-            request = job.request
+        entered = set(_running(engine)) - set(before)
+        for pending, slot in sorted([*before, *entered], key=lambda pair: pair[1]):
+            request = pending.request
             image = numbers[id(request)]
             bars.append(
                 Bar(
@@ -92,5 +94,6 @@ def record(engine: Engine, requests: Sequence[Request], due: NDArray[np.float64]
     return bars
 
 
-def _jobs(engine: Engine) -> list[tuple[int, Job]]:
-    return list(engine._loop.flight.jobs.items())
+def _running(engine: Engine) -> list[tuple[PendingImage, int]]:
+    """Return the images that have a slot, each with its slot."""
+    return list(engine._loop.batch.images.items())

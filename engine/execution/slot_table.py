@@ -15,15 +15,17 @@ from flashddpm.execution.upload import fill
 from flashddpm.kernels.tables import IDLE
 
 
-@dataclass
+@dataclass(eq=False)
 class Occupant:
-    """An image in a slot.
+    """An image in a slot, which no other image equals.
 
     Attributes:
-        seed: of its noise.
-        label: of its conditional lane; null_label: of the other. Both None without labels.
-        guidance: w; with 1 it has one lane.
-        row: that it is at; last: of its plan.
+        seed: the seed of the image's noise.
+        label: the label of its conditional lane; None without labels.
+        null_label: the label of its unconditional lane; None without labels.
+        guidance: the guidance scale w; at 1 the image has one lane, else two.
+        row: the row that its next step applies.
+        last: the last row of its plan.
         index: its place among the images that were asked for, which a network may be told.
     """
 

@@ -1,6 +1,6 @@
 """In-flight batching: requests come and go while the batch steps on.
 
-    submit -> queue -> [ admit, step, harvest ] -> future
+    submit -> queue -> [ schedule, execute, update ] -> future
 
 One thread turns: it puts waiting requests into free slots, takes one step of all slots, whatever
 step of whatever plan each is at, and hands out what is finished. docs/engine.md says what is
@@ -28,12 +28,14 @@ from flashddpm.diffusion.plan import Plan
 from flashddpm.diffusion.plan_options import PlanOptions
 from flashddpm.execution.processes import renewed_in_child
 from flashddpm.host import isolated
+from flashddpm.kernels.tables import IDLE
 from flashddpm.sampling import inputs
 from flashddpm.sampling.sampler import Sampler
-from flashddpm.serving.engine_loop import Loop
-from flashddpm.serving.request import Job, OnStep, Request, Result
-from flashddpm.serving.request_queue import Desk
-from flashddpm.serving.running_batch import Flight
+from flashddpm.serving.engine_loop import EngineLoop
+from flashddpm.serving.pending_image import PendingImage
+from flashddpm.serving.request import OnStep, Request, Result
+from flashddpm.serving.request_scheduler import RequestScheduler
+from flashddpm.serving.running_batch import RunningBatch
 
 CACHED_PLANS = 128
 
@@ -42,19 +44,20 @@ class Engine:
     """Draws images for many callers at once, in one batch that never waits to be full.
 
     Args:
-        sampler: whose network, schedule and device; its own ``sample`` takes turns with the
-            engine's steps. An image that enters is drawn by the network as it is then; if weights
-            change on its way, other than by ``update_weights``, its future fails.
-        max_batch: images at a time.
+        sampler: the sampler whose network, schedule and device the engine uses; its own ``sample``
+            takes turns with the engine's steps. An image that enters is drawn by the network as it
+            is then; if weights change while it is under way, other than by ``update_weights``, its
+            future fails.
+        max_batch: the number of images at a time.
         exact: run the compiled network on one bucket always, so that an image's bits do not
             depend on load, slot or neighbours.
-        buckets: how many evaluations the network may run at a time, besides all that ``max_batch``
-            images may need; each is compiled. By default, where it is compiled or captured, the
-            powers of two: more of them waste less and take longer to compile.
-        queue_size: requests that may wait for a slot.
-        max_failures: steps that may fail in a row before the engine closes itself.
-        threaded: whether a thread of the engine's own turns; if not, call `turn`, from one thread
-            at a time.
+        buckets: numbers of evaluations that the network may run at a time, besides all that
+            ``max_batch`` images may need; each is compiled. By default, where it is compiled or
+            captured, the powers of two: more of them waste less and take longer to compile.
+        queue_size: the number of requests that may wait for a slot.
+        max_failures: the number of failed steps in a row after which the engine closes itself.
+        threaded: whether the engine has a thread of its own that takes turns; if not, call `turn`,
+            from one thread at a time.
 
     Raises:
         ValueError: an argument that is not allowed; exact for a sampler that does not compile.
@@ -83,19 +86,12 @@ class Engine:
                 f"exact=True: needs a compiled network; this sampler, with backend="
                 f"{executor.backend!r} and compile=False, has none"
             )
-        with sampler.executor.exclusive():
-            flight = Flight(
-                executor,
-                self.max_batch,
-                guided=sampler.conditioning.null_label is not None,
-                num_timesteps=len(sampler.schedule),
-                compiled=exact or executor.choice.compiles(0, 0),
-                exact=exact,
-                buckets=buckets,
-            )
-        self._desk = Desk(arguments.integer("queue_size", queue_size, 1))
+        with executor.exclusive():
+            batch = RunningBatch(executor, self.max_batch, exact, buckets)
+        waiting = arguments.integer("queue_size", queue_size, 1)
+        self._scheduler = RequestScheduler(waiting, self.max_batch, batch.plan_table)
         failures = arguments.integer("max_failures", max_failures, 1)
-        self._loop = Loop(self._desk, flight, executor, self.max_batch, failures)
+        self._loop = EngineLoop(self._scheduler, batch, failures)
         self._plan_names = ("solver", "num_steps", *PlanOptions.__annotations__)
         self._cached_plan = lru_cache(CACHED_PLANS, typed=True)(self._make_plan)
         self._thread: threading.Thread | None = None
@@ -113,7 +109,7 @@ class Engine:
         ``cancel()`` of the future frees the slot within one step, and changes no other image.
 
         Args:
-            request: checked here, before it is queued.
+            request: the request, which is checked before it is queued.
             on_step: called on the engine's thread after each of the request's steps with the x0
                 that it predicts, float32 [C, H, W]; whatever it raises fails this request alone.
 
@@ -126,19 +122,19 @@ class Engine:
             QueueFull: the queue is full.
             EngineClosed: the engine was shut down.
         """
-        job = self._check(request, on_step)
-        self._desk.accept(job)
-        return job.future
+        image = self._check(request, on_step)
+        self._scheduler.add(image)
+        return image.future
 
     @isolated(grad=False)
     def warm(self) -> None:
         """Compile and capture for every bucket now, so that no request waits for it.
 
         Without it a bucket is compiled when it is first wanted, which takes tens of seconds. Images
-        in flight wait meanwhile and are the same.
+        under way wait meanwhile and are the same.
         """
         with self.sampler.executor.exclusive():
-            self._loop.flight.warm()
+            self._loop.batch.warm()
 
     async def generate(self, request: Request) -> Result:
         """Return the result; cancelling the task cancels the request. Raises as `submit` does."""
@@ -193,12 +189,12 @@ class Engine:
         """
         if self._loop.turning == threading.get_ident():
             raise RuntimeError("update_weights: a callback called it, for which its image waits")
-        with self._desk.held():
+        with self._scheduler.held():
             if self._thread is None:
-                while self._desk.in_flight:
+                while self._scheduler.active:
                     self._loop.turn()
             else:
-                self._desk.wait_until_empty()
+                self._scheduler.wait_until_empty()
             yield
 
     def metrics(self) -> dict[str, Any]:
@@ -209,11 +205,11 @@ class Engine:
         image; steps_per_second is of the time spent stepping; graph_bytes is the memory that the
         sampler's captured steps hold.
         """
-        return {**self._desk.metrics(), "graph_bytes": self.sampler.executor.graphs.bytes}
+        return {**self._scheduler.metrics(), "graph_bytes": self.sampler.executor.graphs.bytes}
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until every request submitted so far has ended; return whether that came to be."""
-        futures = self._desk.futures
+        futures = self._scheduler.futures
         if self._thread is None:
             while self.turn():
                 pass
@@ -226,9 +222,9 @@ class Engine:
             wait: whether to return only when every future is resolved.
             cancel: whether to cancel what is not finished.
         """
-        self._desk.stop_accepting()
+        self._scheduler.stop_accepting()
         if cancel:
-            for future in self._desk.futures:
+            for future in self._scheduler.futures:
                 future.cancel()
         if self._thread is None:
             while wait and self.turn():
@@ -247,7 +243,7 @@ class Engine:
         self.shutdown(cancel=kind is not None)
 
     def turn(self) -> bool:
-        """Admit, step, harvest, once; return whether work is left. Not beside an own thread.
+        """Schedule, execute and update, once; return whether work is left.
 
         Raises:
             RuntimeError: the engine has its own thread.
@@ -263,13 +259,13 @@ class Engine:
         """In a forked child, be closed: the thread that turns is not there."""
         self._thread = None
         self._loop.after_fork()
-        self._desk.after_fork()
+        self._scheduler.after_fork()
 
     def _at_exit(self) -> None:
         self.shutdown(cancel=True)
 
-    def _check(self, request: Request, on_step: OnStep | None) -> Job:
-        """Return the job of a request.
+    def _check(self, request: Request, on_step: OnStep | None) -> PendingImage:
+        """Return the pending image of a request, which is checked.
 
         Raises:
             ValueError: as `submit`.
@@ -300,7 +296,7 @@ class Engine:
             if image.is_cuda:  # the engine's thread has a stream of its own
                 torch.cuda.current_stream(image.device).synchronize()
         now = time.monotonic()
-        return Job(
+        return PendingImage(
             request=request,
             plan=plan,
             needs_stats=plan.needs_stats,
@@ -309,6 +305,8 @@ class Engine:
             label=None if images.labels is None else images.labels[0],
             null_label=sampler.conditioning.null_label,
             guidance=images.guidance[0],
+            row=IDLE,
+            last=IDLE,
             index=index,
             image=image,
             on_step=on_step,

@@ -1,7 +1,8 @@
-"""The loop of in-flight batching: admit, step, harvest.
+"""The loop of in-flight batching, also called continuous batching: schedule, execute, update.
 
-Each turn is a step boundary. Whatever raises ends the jobs that it concerns and no other: in
-admission, in ``on_step`` and in the harvest one job, in the step those that took part.
+Each turn is a step boundary. Whatever raises ends the requests that it concerns and no other: at
+admission, in ``on_step`` and when a finished image is taken out one request, in the step all that
+took part in it.
 """
 
 from __future__ import annotations
@@ -13,55 +14,53 @@ from collections import deque
 from contextlib import suppress
 
 from flashddpm.errors import NonFiniteError
-from flashddpm.execution.executor import Executor
 from flashddpm.host import isolated
-from flashddpm.serving.request import DeadlineExceeded, Job, Result, Timings
-from flashddpm.serving.request_queue import Desk, Outcome, failure
-from flashddpm.serving.running_batch import Flight, Landing
+from flashddpm.serving.pending_image import Outcome, PendingImage, failure
+from flashddpm.serving.request import DeadlineExceeded, Result, Timings
+from flashddpm.serving.request_scheduler import RequestScheduler
+from flashddpm.serving.running_batch import RunningBatch
 
 log = logging.getLogger("flashddpm")
 
 
-class Loop:
-    """Moves jobs from the desk through the flight; used by one thread at a time.
+class EngineLoop:
+    """Moves requests from the scheduler through the running batch; one thread at a time turns it.
 
     Args:
-        desk: where jobs come from and end.
-        flight: the batch.
-        executor: what runs the network; the calls of its sampler and the steps here take turns.
-        max_batch: images at a time.
-        max_failures: failed steps in a row after which it closes.
+        scheduler: the requests, which begin and end there.
+        batch: the slots. Calls of its sampler take turns with the steps here.
+        max_failures: the number of failed steps in a row after which the loop closes.
+
+    Attributes:
+        turning: the thread that takes a turn now, or None.
     """
 
-    def __init__(
-        self, desk: Desk, flight: Flight, executor: Executor, max_batch: int, max_failures: int
-    ) -> None:
-        self.desk, self.flight, self.executor = desk, flight, executor
-        self.max_batch, self.max_failures = max_batch, max_failures
-        self.turning: int | None = None  # the thread that takes a turn now
-        self._failures = 0
-        self._landing: deque[Landing] = deque()
+    def __init__(self, scheduler: RequestScheduler, batch: RunningBatch, max_failures: int) -> None:
+        self.scheduler, self.batch, self.executor = scheduler, batch, batch.executor
+        self.max_failures = max_failures
+        self.turning: int | None = None
+        self._failures = 0  # in a row
+        self._leaving: deque[PendingImage] = deque()  # whose copies may be yet to arrive
 
     @isolated(grad=False)
     def turn(self) -> bool:
-        """Admit, step and harvest, once; return whether work is left."""
+        """Schedule, execute and update, once; return whether work is left."""
         self.turning = threading.get_ident()
         try:
             with self.executor.on_device():
-                self._drop_unwanted()
-                self._admit()
-                if self.flight:
-                    self._step()
-                self._harvest()
+                self._schedule()
+                if self.batch:
+                    self._execute()
+                self._update()
         finally:
             self.turning = None
-        return self.desk.busy
+        return self.scheduler.busy
 
     def run(self) -> None:
-        """Turn until the desk accepts no more and nothing is open; no future stays unresolved."""
+        """Turn until no more is accepted and every request has ended, whatever happens."""
         cause: BaseException | None = None
         try:
-            while self.desk.wait_for_work():
+            while self.scheduler.wait_for_work():
                 self.turn()
         except BaseException as error:  # whatever it is, nobody may wait for ever
             log.exception("the engine closes")
@@ -70,83 +69,58 @@ class Loop:
             self.close(cause)
 
     def close(self, cause: BaseException | None) -> None:
-        """Hand out what is finished, fail what is open and let go of the graphs."""
-        while self._landing:
+        """Hand out what is finished, fail every other request and let go of the graphs."""
+        while self._leaving:
             with suppress(BaseException):  # a callback's SystemExit keeps nobody else waiting
-                self._hand_out(self._landing.popleft())
-        self.desk.close(cause)
-        self.flight.close()
-        with (
-            suppress(RuntimeError),
-            self.executor.exclusive(),
-        ):  # not from a callback of its own
+                self._hand_out(self._leaving.popleft())
+        self.scheduler.close(cause)
+        self.batch.close()
+        # Refused to a callback of the executor's own call.
+        with suppress(RuntimeError), self.executor.exclusive():
             self.executor.graphs.sweep()
 
     def after_fork(self) -> None:
         """Forget what is under way: nobody turns in a forked child."""
-        self._landing.clear()
-        self.flight.after_fork()
+        self._leaving.clear()
+        self.batch.after_fork()
 
-    def _drop_unwanted(self) -> None:
-        """Let go of what is too late, waiting or in a slot, and of what was cancelled in one."""
-        now = time.monotonic()
-        late = [job for job in self.flight.jobs.values() if now >= job.deadline]
-        for job in (*self.desk.late(now), *late):
-            self._end(job, DeadlineExceeded(f"deadline={job.request.deadline}: has passed"))
-        for job in list(self.flight.jobs.values()):
-            if job.future.cancelled():
-                self._end(job, None)
+    def _schedule(self) -> None:
+        """End the requests that nobody wants any more, and fill free slots from the queue."""
+        for image in self.scheduler.late(time.monotonic()):
+            self._end(image, DeadlineExceeded(f"deadline={image.request.deadline}: has passed"))
+        for image in self.scheduler.cancelled():
+            self._end(image, None)
+        entering = self.scheduler.schedule()
+        if entering:
+            self._admit(entering)
 
-    def _admit(self) -> None:
-        """Put waiting jobs into free slots, in their order."""
-        entering = self._reserve(self.max_batch - len(self.flight))
-        if not entering:
-            return
+    def _admit(self, entering: list[PendingImage]) -> None:
+        """Put scheduled images into free slots, at x_T."""
         try:
             with self.executor.exclusive():
-                self.flight.follow_weights()
+                self.batch.follow_weights()
         except Exception as error:
-            for job in entering:
-                self.flight.release(job)
-                self._end(job, failure("admission", error))
+            self._fail(entering, "admission", error)
             return
-        for job in entering:
-            job.admitted = time.monotonic()
+        for image in entering:
+            image.admitted = time.monotonic()
             try:
-                self.flight.admit(job)
+                self.batch.admit(image)
             except Exception as error:
-                self.flight.release(job)
-                self._end(job, failure("admission", error))
-        admitted = [job for job in entering if job in self.flight]
+                self._fail([image], "admission", error)
+        admitted = [image for image in entering if image in self.batch]
         try:
-            self.flight.start(admitted)
+            self.batch.start(admitted)
         except Exception as error:
-            for job in admitted:
-                self._end(job, failure("admission", error))
+            self._fail(admitted, "admission", error)
 
-    def _reserve(self, room: int) -> list[Job]:
-        """Take up to ``room`` jobs off the queue, while the table has room for their plans."""
-        entering: list[Job] = []
-        while len(entering) < room and (job := self.desk.first()):
-            try:
-                if not self.flight.reserve(job):
-                    break  # the first waits for rows, and those behind it for their turn
-            except Exception as error:
-                self._end(job, failure("admission", error))
-                continue
-            if self.desk.take(job):
-                entering.append(job)
-            else:  # cancelled just now, or to wait for new weights
-                self.flight.release(job)
-        return entering
-
-    def _step(self) -> None:
+    def _execute(self) -> None:
         """Take one step of all slots, and show what it predicts to those who asked."""
-        began, occupancy = time.monotonic(), len(self.flight) / self.max_batch
+        began, occupancy = time.monotonic(), len(self.batch) / self.batch.max_batch
         problem: BaseException | None = None
         with self.executor.exclusive():
             try:
-                previews = self.flight.step()
+                previews = self.batch.step()
             except BaseException as error:
                 problem = error
         if problem is not None:
@@ -155,60 +129,64 @@ class Loop:
                 return
             raise problem
         self._failures = 0
-        self.desk.count_step(time.monotonic() - began, occupancy)
-        for job, x0 in previews:
+        self.scheduler.count_step(time.monotonic() - began, occupancy)
+        for image, x0 in previews:
             try:
-                assert job.on_step is not None
-                job.on_step(x0)
+                assert image.on_step is not None
+                image.on_step(x0)
             except Exception as error:
-                self._end(job, failure("on_step", error))
+                self._fail([image], "on_step", error)
 
     def _fail_step(self, error: BaseException) -> None:
         """Fail every image of the batch, whose state is lost; close after too many in a row."""
-        log.warning("a step of %d images failed: %r", len(self.flight), error)
-        for job in list(self.flight.jobs.values()):
-            self._end(job, failure("step", error))
+        log.warning("a step of %d images failed: %r", len(self.batch), error)
+        self._fail(list(self.batch.images), "step", error)
         self._failures += 1
         if self._failures >= self.max_failures:
             self.close(error)
 
-    def _harvest(self) -> None:
+    def _update(self) -> None:
         """Take the images that are finished out of their slots, and hand out those that are there.
 
         On a GPU the images of a step are handed out while the next one runs, so that the device
         never waits for the host.
         """
-        there = len(self._landing)
-        for job in self.flight.finished:
+        there = len(self._leaving)
+        for image in self.batch.finished:
             try:
-                landing = self.flight.take(job)
-                self.flight.remove(job)
+                self.batch.take(image)
+                self.batch.remove(image)
             except Exception as error:
-                self._end(job, failure("harvest", error))
+                self._fail([image], "harvest", error)
                 continue
-            self._landing.append(landing)
-        if self._landing and (not self.flight or self._landing[-1].event is None):
-            there = len(self._landing)
+            self.scheduler.release(image)
+            self._leaving.append(image)
+        if self._leaving and (not self.batch or self._leaving[-1].copied is None):
+            there = len(self._leaving)
         for _ in range(there):
-            self._hand_out(self._landing.popleft())
+            self._hand_out(self._leaving.popleft())
 
-    def _hand_out(self, landing: Landing) -> None:
+    def _hand_out(self, image: PendingImage) -> None:
         """Resolve the future of a finished image."""
-        job = landing.job
         try:
-            image = landing.wait()
+            x0 = image.wait()
         except NonFiniteError as error:
-            self._end(job, error)
+            self._end(image, error)
             return
         except Exception as error:
-            self._end(job, failure("harvest", error))
+            self._fail([image], "harvest", error)
             return
         now = time.monotonic()
-        timings = Timings(job.admitted - job.submitted, now - job.admitted)
-        self._end(job, Result(image, job.request, timings))
+        timings = Timings(image.admitted - image.submitted, now - image.admitted)
+        self._end(image, Result(x0, image.request, timings))
 
-    def _end(self, job: Job, outcome: Outcome) -> None:
-        """Free what the job holds and resolve its future."""
-        if job in self.flight:
-            self.flight.remove(job)
-        self.desk.end(job, outcome)
+    def _fail(self, images: list[PendingImage], stage: str, error: BaseException) -> None:
+        """End images with an error that names the stage of the turn that failed."""
+        for image in images:
+            self._end(image, failure(stage, error))
+
+    def _end(self, image: PendingImage, outcome: Outcome) -> None:
+        """Free what the image holds and resolve its future."""
+        if image in self.batch:
+            self.batch.remove(image)
+        self.scheduler.end(image, outcome)

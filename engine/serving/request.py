@@ -1,10 +1,9 @@
-"""What is asked of an `Engine`, what it answers, and how it refuses."""
+"""What an `Engine` is asked for and answers: `Request`, `Result`, and the errors of requests."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -26,9 +25,10 @@ class DeadlineExceeded(Portable, TimeoutError):
 
 
 class RequestFailed(Portable, RuntimeError):
-    """Admission, a step, ``on_step`` or the harvest of the image failed.
+    """One of the request's stages failed; its text begins with which, and its cause is the error.
 
-    Its ``__cause__`` is what was raised.
+    The stages are ``admission`` to a slot, a ``step``, ``on_step``, and ``harvest``: the copy of
+    the finished image out of its slot.
     """
 
 
@@ -39,18 +39,20 @@ class Request:
     All but ``deadline`` are arguments of `Sampler.sample`, for one image.
 
     Attributes:
-        seed: any 64-bit integer.
+        seed: the seed of the image's noise, any 64-bit integer.
         label: a class, or None for the null class.
-        guidance: w; 1 is off and costs one network evaluation a step instead of two.
+        guidance: the guidance scale w; 1 is off and costs one network evaluation a step instead of
+            two.
         solver: a solver's name, or a Plan of your own, beside which no option may be given.
-        num_steps: 1..T; of no effect beside a Plan.
-        image: float [C, H, W] in [-1, 1] to begin at, noised; copied by ``submit``.
-        strength: in (0, 1], beside an image: the share of the steps that is taken.
+        num_steps: the number of steps, 1..T; of no effect beside a Plan.
+        image: the image to begin at, float [C, H, W] in [-1, 1], which is noised; copied by
+            ``submit``.
+        strength: the share of the steps that is taken, in (0, 1], beside an image.
         index: a number that a network's ``call`` is told if it asks for it (`Sampler`).
         deadline: seconds from ``submit`` after which the image is not wanted any more.
         spacing, steps_offset, sigmas, timesteps, eta, variance_type, clip, threshold,
-            guidance_rescale, guidance_interval, use_clipped_model_output, match_diffusers: of the
-            plan, as `plan_options.PlanOptions` says; None is the model's own, or none.
+            guidance_rescale, guidance_interval, use_clipped_model_output, match_diffusers: options
+            of the plan, as `PlanOptions` says; None is the model's own, or none.
     """
 
     seed: int
@@ -81,8 +83,8 @@ class Timings:
     """Seconds that a request took.
 
     Attributes:
-        queued: from ``submit`` until it had a slot.
-        running: from then until its image was handed out.
+        queued: seconds from ``submit`` until it had a slot.
+        running: seconds from then until its image was handed out.
     """
 
     queued: float
@@ -100,8 +102,8 @@ class Result:
 
     Attributes:
         image: float32 [C, H, W] in about [-1, 1], on the sampler's device; a copy of its own.
-        request: as it was submitted.
-        timings: how long it waited and ran.
+        request: the request as it was submitted.
+        timings: how long the request waited and ran.
     """
 
     image: Tensor
@@ -111,42 +113,3 @@ class Result:
 
 OnStep = Callable[[Tensor], Any]
 """Called with the x0 that a step predicts, float32 [C, H, W]."""
-
-
-@dataclass(eq=False)
-class Job:
-    """A request on its way: checked, with its plan, its future and where it stands.
-
-    Attributes:
-        request: as it was submitted.
-        plan: its rows.
-        needs_stats: whether one of them asks for ``sample_stats``.
-        fractional: whether one of them has a timestep between the integers.
-        seed, label, null_label, guidance, index: as the batch takes them.
-        image: float32 [1, C, H, W] on the device, a copy, or None.
-        on_step: called after each step with its x0, or None.
-        submitted, deadline, admitted: times by the engine's clock; infinity for no deadline.
-        start: where its rows stand in the table.
-        version: of what was derived from the network's weights then.
-        weights: what was seen of the network's parameters when it entered; None where they cannot.
-        future: of its `Result`.
-    """
-
-    request: Request
-    plan: Plan
-    needs_stats: bool
-    fractional: bool
-    seed: int
-    label: int | None
-    null_label: int | None
-    guidance: float
-    index: int
-    image: Tensor | None
-    on_step: OnStep | None
-    submitted: float
-    deadline: float
-    admitted: float = 0.0
-    start: int = 0
-    weights: Tensor | None = None
-    version: int = 0
-    future: Future[Result] = field(default_factory=Future)

@@ -250,21 +250,22 @@ class TestEngine:
         with pytest.raises(fd.RequestFailed, match="update_weights"):
             under_way.result(0)
 
-    @pytest.mark.parametrize("moment", ["follow_weights", "admit", "start"])
+    @pytest.mark.parametrize("moment", ["renew", "follow_weights", "admit", "start"])
     def test_weights_changed_while_an_image_enters(self, tiny_sampler, unets, monkeypatch, moment):
         """The image is of the network before or after, or fails."""
         unet, other = unets
         old, new = tiny_sampler(copy.deepcopy(unet)), tiny_sampler(copy.deepcopy(other))
         running = fd.Engine(tiny_sampler(unet), 2, threaded=False)
-        flight = running._loop.flight
-        method = getattr(flight, moment)
+        batch = running._loop.batch
+        owner = batch.executor if moment == "renew" else batch
+        method = getattr(owner, moment)
 
         def changing(*args):
             value = method(*args)
             load(unet, other)
             return value
 
-        monkeypatch.setattr(flight, moment, changing)
+        monkeypatch.setattr(owner, moment, changing)
         future = running.submit(fd.Request(seed=1, label=1, num_steps=4))
         running.drain()
         if future.exception(0) is None:
@@ -316,11 +317,12 @@ class TestEngine:
     def test_nobody_enters_while_the_queue_is_held(self, tiny_sampler, unets):
         running = fd.Engine(tiny_sampler(unets[0]), 2, threaded=False)
         future = running.submit(fd.Request(seed=1, label=1, num_steps=2))
-        (job,) = running._desk._queue
-        with running._desk.held():
-            assert running._desk.first() is None and not running._desk.take(job)
+        scheduler = running._scheduler
+        (image,) = scheduler._waiting
+        with scheduler.held():
+            assert scheduler.first() is None and not scheduler.take(image)
             running.turn()
-            assert running._desk.in_flight == 0
+            assert scheduler.active == 0
         running.drain()
         assert future.result(0).image.isfinite().all()
 

@@ -242,7 +242,7 @@ class TestForked:
         engine.drain()
         assert all(future.done() for future in futures)
 
-    @pytest.mark.parametrize("name", ["sampler", "desk", "modes", "future"])
+    @pytest.mark.parametrize("name", ["sampler", "scheduler", "modes", "future"])
     def test_locks_that_a_thread_holds_hinder_no_child(self, name, tiny_sampler):
         sampler = tiny_sampler()
         want = DRAW(sampler)
@@ -251,7 +251,7 @@ class TestForked:
             done.result(LIMIT)
             lock = {
                 "sampler": sampler.executor._turns._lock,
-                "desk": engine._desk._changed,
+                "scheduler": engine._scheduler._changed,
                 "modes": modes._EVALUATIONS._lock,
                 "future": done._condition,
             }[name]
@@ -269,15 +269,15 @@ class TestForked:
             assert torch.equal(DRAW(sampler), want)
 
     def test_a_request_that_was_just_entering_hinders_no_child(self, tiny_sampler):
-        class Slow(set):
-            def add(self, job: Any) -> None:
+        class Slow(dict):
+            def __setitem__(self, image: Any, nothing: None) -> None:
                 reached.set()
                 assert go.wait(LIMIT)
-                super().add(job)
+                super().__setitem__(image, nothing)
 
         reached, go = threading.Event(), threading.Event()
         with fd.Engine(tiny_sampler(), 2, threaded=False) as engine:
-            engine._desk._open = Slow()
+            engine._scheduler._waiting = Slow()
             thread = threading.Thread(target=engine.submit, args=[ask(0)])
             thread.start()
             assert reached.wait(LIMIT)

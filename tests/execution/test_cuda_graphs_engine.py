@@ -84,15 +84,15 @@ class TestEngine:
             def synchronize(self):
                 log.append("wait")
 
-        flight = engine._loop.flight
-        flight._pace.event = Event
-        real = flight.step
-        flight.step = lambda: (log.append("step"), real())[1]
+        batch = engine._loop.batch
+        batch._limiter.event = Event
+        real = batch.step
+        batch.step = lambda: (log.append("step"), real())[1]
         a = engine.submit(self.ask(0, num_steps=2))
         b = engine.submit(self.ask(1, num_steps=4))
         for _ in range(2):
             engine.turn()
-        assert not a.done() and len(flight) == 1 and engine.metrics()["active"] == 2
+        assert not a.done() and len(batch) == 1 and engine.metrics()["active"] == 2
         engine.turn()
         assert a.done() and not b.done()
         engine.turn()
@@ -135,7 +135,7 @@ class TestEngine:
             def synchronize(self):
                 pass
 
-        engine._loop.flight._pace.event = Event
+        engine._loop.batch._limiter.event = Event
         a = engine.submit(self.ask(0, num_steps=1))
         b = engine.submit(self.ask(1, num_steps=4))
         engine.turn()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flashddpm as fd
-from flashddpm.serving import engine, engine_loop, request_queue
+from flashddpm.serving import engine, engine_loop, request_scheduler
 
 SHAPE = (1, 3, 5)
 MANY = [
@@ -116,7 +116,7 @@ class Clock(SimpleNamespace):
 def clock(monkeypatch):
     """The engine's time; it stands still until the test sets ``now``."""
     clock = Clock()
-    for module in (request_queue, engine_loop, engine):
+    for module in (request_scheduler, engine_loop, engine):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

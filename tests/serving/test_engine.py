@@ -152,7 +152,7 @@ class TestEnds:
         monkeypatch.setattr(graphs, "sweep", lambda: forgotten.append("swept"))
         engine = start()
         engine.shutdown()
-        assert forgotten == [engine._loop.flight.slots.token, "swept"]
+        assert forgotten == [engine._loop.batch.slots.token, "swept"]
 
 
 def test_made_within_inference_mode(tiny_sampler, tmp_path):

@@ -35,9 +35,10 @@ class TestFaults:
             assert all(
                 torch.equal(f.result().image, draw(sampler, f.result().request)) for f in futures
             )
-            flight = engine._loop.flight
-            assert not flight.jobs and not flight._slot_of and not len(flight.batch)
-            assert not flight.table._users
+            batch, scheduler = engine._loop.batch, engine._scheduler
+            assert not batch.images and not len(batch) and not len(batch.slot_table)
+            assert not scheduler._waiting and not scheduler._running and not scheduler._leaving
+            assert not batch.plan_table._users
             assert engine.metrics()["active"] == engine.metrics()["queue_depth"] == 0
 
         return check
@@ -78,22 +79,22 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("where", "name", "call", "stage", "failing"),
         [
-            ("table", "acquire", 1, "admission", {1}),
-            ("table", "_place", 0, "admission", {0}),
+            ("plan_table", "acquire", 1, "admission", {1}),
+            ("plan_table", "_place", 0, "admission", {0}),
             ("slots", "load_plan", 0, "admission", {0}),
-            ("flight", "start", 0, "admission", {0, 1}),
-            ("batch", "admit", 2, "admission", {2}),
-            ("batch", "upload", 0, "admission", {0, 1}),
-            ("batch", "fill_lanes", 0, "admission", {0, 1}),
+            ("batch", "start", 0, "admission", {0, 1}),
+            ("slot_table", "admit", 2, "admission", {2}),
+            ("slot_table", "upload", 0, "admission", {0, 1}),
+            ("slot_table", "fill_lanes", 0, "admission", {0, 1}),
             ("executor", "take_step", 4, "step", {2, 3}),
-            ("batch", "advance", 1, "step", {0, 1}),
-            ("flight", "take", 1, "harvest", {1}),
+            ("slot_table", "advance", 1, "step", {0, 1}),
+            ("batch", "take", 1, "harvest", {1}),
         ],
     )
     def test_a_stage(self, start, where, name, call, stage, failing, on_call, run):
         engine = start()
-        flight = engine._loop.flight
-        owner = flight if where == "flight" else getattr(flight, where)
+        batch = engine._loop.batch
+        owner = batch if where == "batch" else getattr(batch, where)
         on_call(owner, name, {call})
         run(engine, failing, stage)
 
@@ -101,7 +102,7 @@ class TestFaults:
         """Nobody enters, so that it belongs to the step, which fails for whoever is left."""
         engine = start()
         short, long = engine.submit(ask(1, num_steps=1)), engine.submit(ask(2, num_steps=3))
-        on_call(engine._loop.flight.batch, "upload", {1})
+        on_call(engine._loop.batch.slot_table, "upload", {1})
         engine.drain()
         assert short.exception() is None
         assert isinstance(long.exception().__cause__, Fault)
@@ -182,7 +183,7 @@ class TestFaults:
         on_call(sampler.executor, "take_step", {5}, SystemExit)
         resolved = []
         with fd.Engine(sampler, 2) as engine:
-            with engine._desk._changed:  # nothing starts before all are queued
+            with engine._scheduler._changed:  # nothing starts before all are queued
                 futures = [engine.submit(ask(i)) for i in range(20)]
                 for future in futures:
                     future.add_done_callback(resolved.append)
@@ -200,7 +201,7 @@ class TestFaults:
             raise SystemExit
 
         with fd.Engine(sampler, 2) as engine:
-            with engine._desk._changed:
+            with engine._scheduler._changed:
                 futures = [engine.submit(ask(i, num_steps=1 + i)) for i in range(6)]
                 for future in futures:
                     future.add_done_callback(leave)

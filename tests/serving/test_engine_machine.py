@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import flashddpm as fd
-from flashddpm.serving import engine, engine_loop, request_queue
+from flashddpm.serving import engine, engine_loop, request_scheduler
 
 SHAPE = (1, 2, 3)
 
@@ -60,7 +60,7 @@ class Service(RuleBasedStateMachine):
     def begin(self, max_batch, queue_size):
         self.now = 0.0
         self.patch = pytest.MonkeyPatch()
-        for module in (request_queue, engine_loop, engine):
+        for module in (request_scheduler, engine_loop, engine):
             self.patch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
         self.max_batch, self.queue_size = max_batch, queue_size
         self.engine = fd.Engine(SAMPLER, max_batch=max_batch, queue_size=queue_size, threaded=False)

@@ -1,4 +1,4 @@
-"""The images in flight: the lanes, the dtype of timesteps and the rows that their steps take."""
+"""The running batch: the lanes, the dtype of timesteps and the rows that their steps take."""
 
 import torch
 
@@ -46,3 +46,18 @@ def test_the_network_runs_on_the_lanes_in_use(start, arithmetic, make_sampler, a
     engine.submit(ask(2, 2, num_steps=2, guidance=3.0))
     engine.drain()
     assert sizes == [(1, [0]), (3, [0, 2, 3]), (3, [0, 2, 3])]
+
+
+def test_the_device_is_told_who_is_where_only_when_that_changes(start, monkeypatch, ask):
+    engine = start(2)
+    table, told = engine._loop.batch.slot_table, []
+    upload = table.upload
+    monkeypatch.setattr(
+        table, "upload", lambda: (told.append(engine.metrics()["steps"]), upload())[1]
+    )
+    engine.submit(ask(1, num_steps=6))
+    engine.turn()
+    engine.turn()
+    engine.submit(ask(2, num_steps=2))
+    engine.drain()
+    assert told == [0, 2, 4]  # one enters, another enters, that one has left

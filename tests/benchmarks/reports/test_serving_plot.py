@@ -34,14 +34,15 @@ def engine():
 
 def watch(engine):
     """Return a list that fills with who is in which slot in each step."""
-    seen, flight = [], engine._loop.flight
-    step = flight.step
+    seen, batch = [], engine._loop.batch
+    step = batch.step
 
     def watched():
-        seen.append([(slot, job.request) for slot, job in sorted(flight.jobs.items())])
+        running = sorted(batch.images.items(), key=lambda one: one[1])
+        seen.append([(slot, image.request) for image, slot in running])
         return step()
 
-    flight.step = watched
+    batch.step = watched
     return seen
 
 
@@ -74,7 +75,7 @@ def test_requests_of_one_step_are_refused_before_any_is_submitted(engine):
 
 
 def test_a_failed_request_raises(engine):
-    engine._loop.flight.step = lambda: 1 / 0
+    engine._loop.batch.step = lambda: 1 / 0
     with pytest.raises(fd.RequestFailed):
         record(engine, [fd.Request(seed=0, label=0, num_steps=2)], np.zeros(1))
 

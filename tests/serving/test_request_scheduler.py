@@ -1,4 +1,4 @@
-"""The queue: when it is full, and requests that are cancelled or expire, waiting or in flight."""
+"""The queue: when it is full, and requests that are cancelled or expire, waiting or running."""
 
 from concurrent.futures import wait as wait_for
 
@@ -52,3 +52,19 @@ def test_deadlines_hold_in_the_queue_and_in_a_slot(start, clock, ask, ends):
     assert isinstance(soon.exception(), TimeoutError)
     engine.drain()
     assert late.result() and ends(engine)["expired"] == 3
+
+
+def test_a_request_that_is_cancelled_while_its_plan_gets_rows(start, monkeypatch, ask, ends):
+    engine = start(2)
+    plans = engine._loop.batch.plan_table
+    acquire = plans.acquire
+
+    def cancelling(plan):
+        row = acquire(plan)
+        assert future.cancel()
+        return row
+
+    monkeypatch.setattr(plans, "acquire", cancelling)
+    future = engine.submit(ask(1))
+    assert not engine.turn() and not plans._users
+    assert ends(engine)["cancelled"] == 1 and engine.metrics()["steps"] == 0

@@ -1,0 +1,96 @@
+"""The image of a request under way: from `Engine.submit` until its future is resolved."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flashddpm.diffusion.plan import Plan
+from flashddpm.errors import NonFiniteError
+from flashddpm.execution.follower import CHANGED
+from flashddpm.execution.slot_table import Occupant
+from flashddpm.serving.request import OnStep, Request, RequestFailed, Result
+
+Outcome = Result | Exception | None
+"""How a request ends; None where it was cancelled."""
+
+
+@dataclass(eq=False, kw_only=True)
+class PendingImage(Occupant):
+    """The image of a request that was checked: all that the engine knows of it, until it ends.
+
+    It waits in the queue, occupies a slot of the running batch, and is copied out of it. What a
+    slot needs (seed, labels, guidance, index and row) are the attributes of an `Occupant`; its row
+    is set by `place`.
+
+    Attributes:
+        request: the request as it was submitted.
+        plan: the plan that it follows.
+        needs_stats: whether some row of the plan asks for ``sample_stats``.
+        fractional: whether the network is told a timestep between the integers.
+        image: the image to begin at, float32 [1, C, H, W] on the device, a copy; None for noise.
+        on_step: called after each step with the x0 that it predicts, or None.
+        submitted: when it was submitted, in seconds by the engine's clock.
+        deadline: when it is not wanted any more, by the same clock; infinity for never.
+        future: the future of its `Result`.
+        start: the first row of its plan in the table of plans.
+        admitted: when it got its slot, in seconds by the engine's clock.
+        version: the version of what was derived from the network's weights when it entered.
+        weights: some words of the network's parameters when it entered, as `Glimpse` takes them;
+            None where they cannot be seen.
+        finished: the image, float32 [C, H, W], a copy out of the slot.
+        flags: int32 [1 or 2] on the host: the row after which the network's output was first not
+            finite, or 0; and, where weights can be seen, whether they are others than ``weights``.
+        copied: the event after which ``finished`` and ``flags`` are there; None on the CPU, where
+            they are there at once.
+    """
+
+    request: Request
+    plan: Plan
+    needs_stats: bool
+    fractional: bool
+    image: Tensor | None
+    on_step: OnStep | None
+    submitted: float
+    deadline: float
+    future: Future[Result] = field(default_factory=Future)
+    # Set when it enters a slot.
+    start: int = 0
+    admitted: float = 0.0
+    version: int = 0
+    weights: Tensor | None = None
+    # Set when its last step was launched.
+    finished: Tensor = field(init=False)
+    flags: Tensor = field(init=False)
+    copied: torch.cuda.Event | None = field(init=False)
+
+    def place(self, start: int) -> None:
+        """Put it at the first row of its plan, which the table of plans has from ``start`` on."""
+        self.start = self.row = start
+        self.last = start + len(self.plan) - 1
+
+    def wait(self) -> Tensor:
+        """Wait for the copy of the finished image, float32 [C, H, W], and return it.
+
+        Raises:
+            RuntimeError: the network's weights changed while the image was under way.
+            NonFiniteError: the network's output turned NaN or infinite.
+        """
+        if self.copied is not None:
+            self.copied.synchronize()
+        row, *changed = self.flags.tolist()
+        if any(changed):
+            raise RuntimeError(CHANGED)
+        if row:
+            raise NonFiniteError(self.seed, row - self.start, len(self.plan))
+        return self.finished
+
+
+def failure(stage: str, cause: BaseException) -> RequestFailed:
+    """Return an error of its own for one request, so that no two futures share a traceback."""
+    error = RequestFailed(f"{stage}: {cause!r}")
+    error.__cause__ = cause
+    return error
