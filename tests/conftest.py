@@ -21,8 +21,7 @@ if not torch.cuda.is_available():
 torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on both sides of a comparison
 
 import flashddpm as fd  # noqa: E402
-from flashddpm import kernels  # noqa: E402
-from flashddpm.testing import zones  # noqa: E402
+from flashddpm.testing import rules, zones  # noqa: E402
 
 CI = bool(os.environ.get("CI"))
 hypothesis.settings.register_profile("default", deadline=None, derandomize=CI)
@@ -59,41 +58,6 @@ def fill_uninitialised_memory() -> None:
 
 
 fill_uninitialised_memory()
-
-
-def patch_the_language_once() -> None:
-    """Have Triton's interpreter replace the functions of a language module once a launch.
-
-    By itself it looks for what is to be replaced at every call of a function by a kernel, too: a
-    quarter of the time of all kernel tests, in which it finds nothing.
-    """
-    from triton.runtime import interpreter
-
-    class Scope(interpreter._LangPatchScope):
-        def restore(self) -> None:
-            super().restore()
-            patched.clear()
-
-    real, patched = interpreter._patch_lang, set()
-
-    def patch(fn):
-        known = [interpreter.tl, interpreter.tl.core]
-        modules = frozenset(
-            i for i, m in enumerate(known) if any(v is m for v in fn.__globals__.values())
-        )
-        if modules in patched:
-            return interpreter._LangPatchScope()
-        scope = real(fn) if patched else Scope()
-        if not patched:
-            scope._changes = real(fn)._changes
-        patched.add(modules)
-        return scope
-
-    interpreter._patch_lang = patch
-
-
-if os.environ.get("TRITON_INTERPRET") == "1" and kernels.HAS_TRITON:
-    patch_the_language_once()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -158,6 +122,18 @@ def tiny_sampler(tiny_unet):
         )
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Run interpreted kernels in a third of the time, to the same bits."""
+    if rules.INTERPRETED:
+        from flashddpm.kernels.checks import interpreter
+
+        with interpreter.quick():
+            yield
+    else:
+        yield
 
 
 @pytest.fixture

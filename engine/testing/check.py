@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,14 +167,24 @@ def check_op(
     )
     findings = Findings(wanted)
     battery = _Battery(subject, judge, findings)
-    for case in cases:
-        battery.every_case(case)
-    if examples:
-        _draw(battery.every_case, drawn, examples, derandomize)
-    not_run = battery.every_dtype(dtypes)
+    with _quick_interpreter():
+        for case in cases:
+            battery.every_case(case)
+        if examples:
+            _draw(battery.every_case, drawn, examples, derandomize)
+        not_run = battery.every_dtype(dtypes)
     if "compiled_code" in wanted:
         _check_code(kernels, architectures, findings)
     return _outcomes(findings, checks or (), not_run)
+
+
+def _quick_interpreter() -> AbstractContextManager[None]:
+    """Return ``quick``, which speeds up Triton's interpreter; without Triton, what does nothing."""
+    try:
+        from flashddpm.kernels.checks.interpreter import quick
+    except ImportError:
+        return nullcontext()
+    return quick()
 
 
 def _outcomes(
