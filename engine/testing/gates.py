@@ -1,17 +1,22 @@
 """The gates of compiled code for anybody's kernel, from a process that may not compile.
 
 Triton's interpreter and its compiler cannot share a process, so where the interpreter is on, the
-kernel is compiled in a child process, which imports the kernel's file again.
+kernel is compiled in a child process, which imports the kernel's file again. The first kernel
+starts it, and it lives as long as this process: importing PyTorch takes longer than compiling.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -82,14 +87,44 @@ def code_faults(kernel: KernelCode, architectures: Sequence[int] = ARCHITECTURES
         "architectures": list(architectures),
         "kernel": asdict(replace(kernel, fn=None)),
     }
-    command = [sys.executable, "-P", "-c", f"from {__name__} import _child; _child()"]
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    child = subprocess.run(
-        command, input=json.dumps(request), capture_output=True, text=True, env=environment
-    )
-    if child.returncode:
-        raise RuntimeError(f"compiling {function.__name__} failed:\n{child.stderr}")
-    return json.loads(child.stdout.splitlines()[-1])
+    return _compiler(os.getpid()).faults(request)
+
+
+class _Compiler:
+    """A child process without the interpreter, that answers requests until this process ends."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._said = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"from {__name__} import _serve; _serve()"],
+            env=os.environ | {"TRITON_INTERPRET": "0"},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+        )
+
+    def faults(self, request: Mapping[str, Any]) -> list[str]:
+        """Return the faults of the kernel that is asked for."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with self._turn:
+            try:
+                print(json.dumps(request), file=self._process.stdin, flush=True)
+                answer = json.loads(self._process.stdout.readline())
+            except (OSError, json.JSONDecodeError):  # it has ended
+                _compiler.cache_clear()
+                self._said.seek(0)
+                answer = {"error": self._said.read()}
+        if "error" in answer:
+            raise RuntimeError(f"compiling {request['name']} failed:\n{answer['error']}")
+        return answer["faults"]
+
+
+@functools.cache
+def _compiler(process: int) -> _Compiler:
+    """Return the child of this process: one that is forked has a child of its own."""
+    return _Compiler()
 
 
 def _faults(kernel: KernelCode, architectures: Sequence[int]) -> list[str]:
@@ -108,14 +143,24 @@ def _faults(kernel: KernelCode, architectures: Sequence[int]) -> list[str]:
     return found
 
 
-def _child() -> None:
-    """Read a request, print the faults."""
-    request = json.loads(sys.stdin.read())
+def _serve() -> None:
+    """Answer requests, a line each, with the faults of a kernel or with what went wrong."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a kernel's file prints is no answer
+    for line in sys.stdin:
+        try:
+            answer: dict[str, Any] = {"faults": _requested(json.loads(line))}
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _requested(request: Mapping[str, Any]) -> list[str]:
+    """Return the faults of the kernel that a request names."""
     fn = getattr(_module(request["module"], request["file"]), request["name"], None)
     if fn is None:
         raise ValueError(f"fn={request['name']}: not found in {request['file']}")
     kernel = KernelCode(**request["kernel"] | {"fn": fn})
-    print(json.dumps(_faults(kernel, request["architectures"])))
+    return _faults(kernel, request["architectures"])
 
 
 def _module(name: str, file: str) -> Any:
