@@ -135,13 +135,12 @@ def instruction_clocks(arch: int, multiprocessors: int) -> dict[tuple[str, torch
     if arch != scorecard.REFERENCE:
         return {}
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    found = {}
-    for kernel in KERNELS.values():
-        for dtype in kernel.dtypes:
-            clocks = scorecard.measure(kernel, dtype, arch).clocks
-            if clocks:  # none where a loop makes them no total
-                found[kernel.name, dtypes[dtype]] = max(clocks.values()) / multiprocessors
-    return found
+    variants = [(kernel, dtype, arch) for kernel in KERNELS.values() for dtype in kernel.dtypes]
+    return {
+        (entry.kernel, dtypes[entry.dtype]): max(entry.clocks.values()) / multiprocessors
+        for entry in scorecard.measure(variants)
+        if entry.clocks  # none where a loop makes them no total
+    }
 
 
 def bytes_of(op: Op, arguments: Arguments, backward: bool) -> int:

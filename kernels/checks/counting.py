@@ -1,10 +1,10 @@
 """Bytes an element: what the kernels move, counted; the formula; plain PyTorch.
 
-    TRITON_INTERPRET=1 python -m flashddpm.kernels.checks.counting
+    TRITON_INTERPRET=1 python -m flashddpm.kernels.checks.counting [CASE ...]
 
-prints them as JSON. The kernels run in Triton's interpreter, whose loads and stores are counted
-under their masks. That takes a process of its own: the interpreter and the compiler exclude each
-other (``start`` starts one).
+prints them as JSON, of all cases or of those that are named. The kernels run in Triton's
+interpreter, whose loads and stores are counted under their masks. That takes a process of its own:
+the interpreter and the compiler exclude each other (``start`` starts one).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from triton.runtime import interpreter
 
 from flashddpm.kernels import OPS
 from flashddpm.kernels.checks import plain
+from flashddpm.kernels.checks.interpreter import quick
 from flashddpm.kernels.launch import INTERPRETED
 from flashddpm.kernels.operation import ByteCase, Op
 
@@ -96,9 +97,9 @@ def count(op: Op, case: ByteCase, dtype: torch.dtype) -> dict[str, float | None]
     }
 
 
-def start() -> subprocess.Popen[str]:
-    """Start the process that counts; its standard output is the JSON."""
-    command = [sys.executable, "-P", "-m", "flashddpm.kernels.checks.counting"]
+def start(cases: Collection[str]) -> subprocess.Popen[str]:
+    """Start the process that counts the cases of these names; its standard output is the JSON."""
+    command = [sys.executable, "-P", "-m", "flashddpm.kernels.checks.counting", *cases]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -117,18 +118,24 @@ def result(child: subprocess.Popen[str]) -> Bytes:
     return json.loads(out)
 
 
-def main() -> None:
-    """Print the bytes of every case as JSON: {case: {dtype: {counted, formula, plain}}}."""
+def main(names: Collection[str] = ()) -> None:
+    """Print the bytes of the cases as JSON: {case: {dtype: {counted, formula, plain}}}.
+
+    Args:
+        names: of the cases, in any order; none for all.
+    """
     if not INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is not set to 1: bytes are counted in the interpreter")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     found: Bytes = {}
     for name, (op, case) in CASES.items():
-        dtypes = {op.dtypes[0], torch.bfloat16} & set(op.dtypes)
-        found[name] = {k: count(op, case, v) for k, v in DTYPES.items() if v in dtypes}
+        if not names or name in names:
+            dtypes = {op.dtypes[0], torch.bfloat16} & set(op.dtypes)
+            with quick():
+                found[name] = {k: count(op, case, v) for k, v in DTYPES.items() if v in dtypes}
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -11,11 +11,13 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+
+from flashddpm.kernels.checks import cubins
 
 ISSUE = 128
 """Lanes a clock: 4 schedulers, each issues one instruction of one warp of 32."""
@@ -130,9 +132,18 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(size) for name, size in re.findall(r"\b([A-Z]+):(\d+)", text)}
 
 
-def disassemble(cubin: bytes) -> str:
-    """Return the machine code of a cubin as nvdisasm writes it, its data left out."""
-    return _run(triton.knobs.nvidia.nvdisasm.path, ["-c", "-ndf"], cubin)
+def disassemble(files: Sequence[bytes]) -> list[str]:
+    """Return the machine code of each cubin as nvdisasm writes it, without data.
+
+    nvdisasm runs once for all of them.
+
+    Args:
+        files: cubins of one kernel and the same architecture each, at least one.
+    """
+    text = _run(triton.knobs.nvidia.nvdisasm.path, ["-c", "-ndf"], cubins.join(files))
+    _, *parts = re.split(r"^//-+ \.text\.\d+ +-+$", text, flags=re.MULTILINE)
+    assert len(parts) == len(files), f"{len(parts)} kernels of {len(files)} are disassembled"
+    return parts
 
 
 @dataclass(frozen=True)

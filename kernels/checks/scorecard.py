@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import triton
 
@@ -74,10 +74,35 @@ class Entry:
         return f"{self.kernel} {self.dtype} sm_{self.arch}"
 
 
-def measure(kernel: compiled.Kernel, dtype: str, arch: int) -> Entry:
-    """Compile one variant and read its code."""
-    code = compiled.compile_for(kernel, dtype, arch)
-    machine = sass.read(sass.disassemble(code.cubin))
+Variant = tuple[compiled.Kernel, str, int]
+"""A kernel, the dtype of its images, "fp32", "fp16" or "bf16", and the compute capability x 10."""
+
+
+def measure(variants: Sequence[Variant]) -> list[Entry]:
+    """Compile the variants and read their code; nvdisasm runs once for each architecture."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i, (_, _, arch) in enumerate(variants):
+        groups[arch].append(i)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        codes = list(pool.map(lambda variant: compiled.compile_for(*variant), variants))
+        files = [[codes[i].cubin for i in group] for group in groups.values()]
+        texts = dict[int, str]()
+        for group, found in zip(groups.values(), pool.map(sass.disassemble, files), strict=True):
+            texts |= zip(group, found, strict=True)
+    return [
+        _entry(*variant, code, sass.read(texts[i]))
+        for i, (variant, code) in enumerate(zip(variants, codes, strict=True))
+    ]
+
+
+def _entry(
+    kernel: compiled.Kernel,
+    dtype: str,
+    arch: int,
+    code: compiled.Compiled,
+    machine: sass.MachineCode,
+) -> Entry:
+    """Return what the scorecard says of one variant."""
     elements = kernel.constants["BLOCK"] / code.threads
     instructions = None if machine.loops else machine.instructions / elements
     widths = {name: dict(sorted(counts.items())) for name, counts in code.accesses.items()}
@@ -211,20 +236,19 @@ def scorecard(
         RuntimeError: under TRITON_INTERPRET, or if the counting process fails.
     """
     names = list(compiled.KERNELS if kernels is None else kernels)
-    variants: list[tuple[Any, str, int]] = [
+    variants: list[Variant] = [
         (compiled.KERNELS[name], dtype, arch)
         for name in names
         for dtype in compiled.KERNELS[name].dtypes
         for arch in archs
     ]
-    cases = [case for _, case in counting.CASES.values()]
-    used = {case.name for case in cases if not set(names).isdisjoint(case.kernels)}
-    child = counting.start() if used else None
+    cases = counting.CASES.items()
+    used = [name for name, (_, case) in cases if not set(names).isdisjoint(case.kernels)]
+    child = counting.start(used) if used else None
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            entries = list(pool.map(lambda variant: measure(*variant), variants))
+        entries = measure(variants)
         moved = counting.result(child) if child else {}
     finally:
         if child:
             child.kill()
-    return Scorecard(entries, {k: v for k, v in moved.items() if k in used}, budgets.pinned())
+    return Scorecard(entries, moved, budgets.pinned())

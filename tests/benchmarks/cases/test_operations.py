@@ -332,9 +332,11 @@ def test_instructions_are_timed_by_the_clock_of_the_run(monkeypatch, clock):
 def test_clocks_are_those_of_the_whole_card(monkeypatch):
     """The slowest pipe's over the number of multiprocessors; none of an unknown architecture."""
 
-    def measure(kernel, dtype, arch):
-        loops = kernel.name == "sample_stats"
-        return types.SimpleNamespace(clocks={} if loops else {"issue": 0.5, "integer": 0.25})
+    def measure(variants):
+        assert {arch for _, _, arch in variants} == {90}
+        for kernel, dtype, _ in variants:
+            clocks = {} if kernel.name == "sample_stats" else {"issue": 0.5, "integer": 0.25}
+            yield types.SimpleNamespace(kernel=kernel.name, dtype=dtype, clocks=clocks)
 
     monkeypatch.setattr(scorecard, "measure", measure)
     clocks = operations.instruction_clocks(90, 100)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from flashddpm.kernels import OPS
-from flashddpm.kernels.checks import compiled, gates
+from flashddpm.kernels.checks import compiled, gates, sass
 from flashddpm.kernels.launch import OPTIONS
 
 pytestmark = pytest.mark.timeout(900)
@@ -35,6 +35,8 @@ ODD_CASES = [
     for size, types in ODD_SIZES.items()
     if not types.keys().isdisjoint(kernel.signature)
 ]
+
+ALONE = [f"{name} fp32 90 not by 16" for name in ("philox", "hybrid_loss", "sample_stats")]
 
 
 @triton.jit
@@ -180,20 +182,36 @@ def of_size(kernel: compiled.Kernel, change: dict) -> compiled.Kernel:
 
 
 def child() -> dict:
-    """Return faults by case, and what the launchers ask for."""
-    report = {}
+    """Return faults by case, machine code that is read in two ways, what the launchers ask for."""
+    report, cubins = {}, []
     for case in ODD_CASES:
         name, dtype, arch, size = case.split(maxsplit=3)
         kernel = of_size(compiled.KERNELS[name], ODD_SIZES[size])
         images = kernel.images if size == "past 2^31" else ()
         code = compiled.compile_for(kernel, dtype, int(arch))
         report[case] = compiled.faults(code, images, kernel.exact, registers=None)
+        cubins.append(code.cubin)
     for fault, (fn, change, options, _) in PLANTED.items():
         code = compiled.compile_kernel(
             fn, POINTERS | change, {"SCALE": 3, "BLOCK": 1024}, 90, options
         )
         report[fault] = compiled.faults(code, ("out", "x"))
+    some = [ODD_CASES.index(case) for case in ALONE]
+    together = sass.disassemble(cubins)
+    report["together"] = [counts(together[i]) for i in some]
+    report["alone"] = [counts(disassembled(cubins[i])) for i in some]
     return report | {"launches": launches()}
+
+
+def disassembled(cubin: bytes) -> str:
+    """Return what nvdisasm makes of the file as the compiler wrote it."""
+    return sass._run(triton.knobs.nvidia.nvdisasm.path, ["-c", "-ndf"], cubin)
+
+
+def counts(text: str) -> dict:
+    """Return what is read of machine code."""
+    code = sass.read(text)
+    return {"opcodes": code.opcodes, "slow": code.slow, "loops": code.loops}
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +235,13 @@ def test_compiled_kernel_of_other_sizes(report, case):
 def test_planted_fault_is_found(report, fault):
     expected = PLANTED[fault][3]
     assert any(expected in found for found in report[fault]) if expected else not report[fault]
+
+
+def test_kernels_are_disassembled_together_as_alone(report):
+    """With subroutines, and with loops."""
+    assert report["together"] == report["alone"]
+    assert [code["loops"] for code in report["alone"]] == [False, False, True]
+    assert all(code["slow"] and code["opcodes"] for code in report["alone"])
 
 
 def variant(name: str, arguments: dict) -> compiled.Kernel:
