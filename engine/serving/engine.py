@@ -308,7 +308,7 @@ class Engine:
             row=IDLE,
             last=IDLE,
             index=index,
-            image=image,
+            init_image=image,
             on_step=on_step,
             submitted=now,
             deadline=math.inf if after is None else now + after,

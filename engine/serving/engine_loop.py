@@ -1,8 +1,8 @@
 """The loop of in-flight batching, also called continuous batching: schedule, execute, update.
 
-Each turn is a step boundary. Whatever raises ends the requests that it concerns and no other: at
-admission, in ``on_step`` and when a finished image is taken out one request, in the step all that
-took part in it.
+Each turn is a step boundary. A failure ends the requests that it concerns and no others: one
+request where its rows, its slot, its ``on_step`` or the copy of its image fail; those that enter
+together where their weights or their x_T do; all of the batch where the step does.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import logging
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from flashddpm.errors import NonFiniteError
 from flashddpm.host import isolated
-from flashddpm.serving.pending_image import Outcome, PendingImage, failure
+from flashddpm.serving.pending_image import FinishedCopy, Outcome, PendingImage, failure
 from flashddpm.serving.request import DeadlineExceeded, Result, Timings
 from flashddpm.serving.request_scheduler import RequestScheduler
 from flashddpm.serving.running_batch import RunningBatch
@@ -40,7 +40,7 @@ class EngineLoop:
         self.max_failures = max_failures
         self.turning: int | None = None
         self._failures = 0  # in a row
-        self._leaving: deque[PendingImage] = deque()  # whose copies may be yet to arrive
+        self._leaving: deque[tuple[PendingImage, FinishedCopy]] = deque()
 
     @isolated(grad=False)
     def turn(self) -> bool:
@@ -72,7 +72,7 @@ class EngineLoop:
         """Hand out what is finished, fail every other request and let go of the graphs."""
         while self._leaving:
             with suppress(BaseException):  # a callback's SystemExit keeps nobody else waiting
-                self._hand_out(self._leaving.popleft())
+                self._hand_out(*self._leaving.popleft())
         self.scheduler.close(cause)
         self.batch.close()
         # Refused to a callback of the executor's own call.
@@ -96,23 +96,24 @@ class EngineLoop:
 
     def _admit(self, entering: list[PendingImage]) -> None:
         """Put scheduled images into free slots, at x_T."""
+        failed: dict[PendingImage, BaseException] = {}
+        problem: BaseException | None = None
         try:
             with self.executor.exclusive():
                 self.batch.follow_weights()
-        except Exception as error:
-            self._fail(entering, "admission", error)
-            return
-        for image in entering:
-            image.admitted = time.monotonic()
-            try:
-                self.batch.admit(image)
-            except Exception as error:
-                self._fail([image], "admission", error)
-        admitted = [image for image in entering if image in self.batch]
-        try:
-            self.batch.start(admitted)
-        except Exception as error:
-            self._fail(admitted, "admission", error)
+            for image in entering:
+                image.admitted = time.monotonic()
+                try:
+                    self.batch.admit(image)
+                except Exception as error:
+                    failed[image] = error
+            self.batch.start([image for image in entering if image in self.batch])
+        except BaseException as error:  # an interrupt too: no image without its x_T may be stepped
+            problem = error
+            failed = dict.fromkeys(entering, error) | failed
+        self._fail(failed, "admission")
+        if problem is not None and not isinstance(problem, Exception):
+            raise problem
 
     def _execute(self) -> None:
         """Take one step of all slots, and show what it predicts to those who asked."""
@@ -135,12 +136,12 @@ class EngineLoop:
                 assert image.on_step is not None
                 image.on_step(x0)
             except Exception as error:
-                self._fail([image], "on_step", error)
+                self._fail({image: error}, "on_step")
 
     def _fail_step(self, error: BaseException) -> None:
         """Fail every image of the batch, whose state is lost; close after too many in a row."""
         log.warning("a step of %d images failed: %r", len(self.batch), error)
-        self._fail(list(self.batch.images), "step", error)
+        self._fail(dict.fromkeys(self.batch.images, error), "step")
         self._failures += 1
         if self._failures >= self.max_failures:
             self.close(error)
@@ -154,36 +155,44 @@ class EngineLoop:
         there = len(self._leaving)
         for image in self.batch.finished:
             try:
-                self.batch.take(image)
+                copy = self.batch.take(image)
                 self.batch.remove(image)
             except Exception as error:
-                self._fail([image], "harvest", error)
+                self._fail({image: error}, "harvest")
                 continue
-            self.scheduler.release(image)
-            self._leaving.append(image)
-        if self._leaving and (not self.batch or self._leaving[-1].copied is None):
+            self.scheduler.leave(image)
+            self._leaving.append((image, copy))
+        if self._leaving and (not self.batch or self._leaving[-1][1].event is None):
             there = len(self._leaving)
         for _ in range(there):
-            self._hand_out(self._leaving.popleft())
+            self._hand_out(*self._leaving.popleft())
 
-    def _hand_out(self, image: PendingImage) -> None:
+    def _hand_out(self, image: PendingImage, copy: FinishedCopy) -> None:
         """Resolve the future of a finished image."""
         try:
-            x0 = image.wait()
+            x0 = image.wait(copy)
         except NonFiniteError as error:
             self._end(image, error)
             return
         except Exception as error:
-            self._fail([image], "harvest", error)
+            self._fail({image: error}, "harvest")
             return
         now = time.monotonic()
         timings = Timings(image.admitted - image.submitted, now - image.admitted)
         self._end(image, Result(x0, image.request, timings))
 
-    def _fail(self, images: list[PendingImage], stage: str, error: BaseException) -> None:
-        """End images with an error that names the stage of the turn that failed."""
-        for image in images:
-            self._end(image, failure(stage, error))
+    def _fail(self, failed: dict[PendingImage, BaseException], stage: str) -> None:
+        """End images with errors that name the stage of the turn that failed.
+
+        All slots are free before the first future is resolved, whose callback may turn the engine;
+        and all futures are resolved, whatever the callbacks of one raise.
+        """
+        for image in failed:
+            if image in self.batch:
+                self.batch.remove(image)
+        with ExitStack() as ends:
+            for image, error in reversed(failed.items()):
+                ends.callback(self.scheduler.end, image, failure(stage, error))
 
     def _end(self, image: PendingImage, outcome: Outcome) -> None:
         """Free what the image holds and resolve its future."""

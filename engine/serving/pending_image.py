@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,22 @@ from flashddpm.serving.request import OnStep, Request, RequestFailed, Result
 
 Outcome = Result | Exception | None
 """How a request ends; None where it was cancelled."""
+
+
+class FinishedCopy(NamedTuple):
+    """The copy of a finished image, which may be under way on a GPU.
+
+    Attributes:
+        image: float32 [C, H, W] on the device.
+        flags: int32 [1 or 2] on the host. The first is 0, or the row of the table of plans after
+            whose step the network's output was first not finite. The second, where weights can be
+            seen, is 1 if they are not those that the image entered with.
+        event: the CUDA event after which both are there; None on the CPU, where they are at once.
+    """
+
+    image: Tensor
+    flags: Tensor
+    event: torch.cuda.Event | None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -31,7 +48,8 @@ class PendingImage(Occupant):
         plan: the plan that it follows.
         needs_stats: whether some row of the plan asks for ``sample_stats``.
         fractional: whether the network is told a timestep between the integers.
-        image: the image to begin at, float32 [1, C, H, W] on the device, a copy; None for noise.
+        init_image: the image to begin at, float32 [1, C, H, W] on the device, a copy; None for
+            noise.
         on_step: called after each step with the x0 that it predicts, or None.
         submitted: when it was submitted, in seconds by the engine's clock.
         deadline: when it is not wanted any more, by the same clock; infinity for never.
@@ -41,18 +59,13 @@ class PendingImage(Occupant):
         version: the version of what was derived from the network's weights when it entered.
         weights: some words of the network's parameters when it entered, as `Glimpse` takes them;
             None where they cannot be seen.
-        finished: the image, float32 [C, H, W], a copy out of the slot.
-        flags: int32 [1 or 2] on the host: the row after which the network's output was first not
-            finite, or 0; and, where weights can be seen, whether they are others than ``weights``.
-        copied: the event after which ``finished`` and ``flags`` are there; None on the CPU, where
-            they are there at once.
     """
 
     request: Request
     plan: Plan
     needs_stats: bool
     fractional: bool
-    image: Tensor | None
+    init_image: Tensor | None
     on_step: OnStep | None
     submitted: float
     deadline: float
@@ -62,31 +75,27 @@ class PendingImage(Occupant):
     admitted: float = 0.0
     version: int = 0
     weights: Tensor | None = None
-    # Set when its last step was launched.
-    finished: Tensor = field(init=False)
-    flags: Tensor = field(init=False)
-    copied: torch.cuda.Event | None = field(init=False)
 
     def place(self, start: int) -> None:
         """Put it at the first row of its plan, which the table of plans has from ``start`` on."""
         self.start = self.row = start
         self.last = start + len(self.plan) - 1
 
-    def wait(self) -> Tensor:
-        """Wait for the copy of the finished image, float32 [C, H, W], and return it.
+    def wait(self, copy: FinishedCopy) -> Tensor:
+        """Wait until the copy of the finished image has arrived; return it, float32 [C, H, W].
 
         Raises:
             RuntimeError: the network's weights changed while the image was under way.
             NonFiniteError: the network's output turned NaN or infinite.
         """
-        if self.copied is not None:
-            self.copied.synchronize()
-        row, *changed = self.flags.tolist()
+        if copy.event is not None:
+            copy.event.synchronize()
+        row, *changed = copy.flags.tolist()
         if any(changed):
             raise RuntimeError(CHANGED)
         if row:
             raise NonFiniteError(self.seed, row - self.start, len(self.plan))
-        return self.finished
+        return copy.image
 
 
 def failure(stage: str, cause: BaseException) -> RequestFailed:

@@ -1,9 +1,10 @@
 """Which requests wait, which run, and how each of them ends: once.
 
-    add -> waiting -> schedule -> running -> release -> leaving -> end
+    waiting --schedule--> running --leave--> leaving --end-->
 
-An image that waits is in the queue; one that runs has a slot of the batch, and rows of the table
-of plans; one that leaves is being copied out. ``end`` takes an image from wherever it is.
+An image that waits is in the queue. One that runs has a slot of the batch and rows of the table of
+plans. One that leaves has given them back; its copy has not arrived yet. ``end`` takes an image
+from wherever it is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -29,8 +31,9 @@ FORKED = "the engine is in the process that this one was forked from; make one h
 class RequestScheduler:
     """The requests of an engine that have not ended: a bounded queue, and those under way.
 
-    Any thread may add, cancel and ask; only the thread that turns the engine may schedule, release
-    and end an image that runs, for it alone touches the slots and the table of plans.
+    Any thread may add, cancel and ask. An image that runs leaves and ends only on the thread that
+    turns the engine or, once nobody turns it any more, closes it, for the table of plans takes one
+    thread at a time.
 
     Args:
         queue_size: the number of requests that may wait.
@@ -42,8 +45,8 @@ class RequestScheduler:
         self.queue_size, self.max_batch = queue_size, max_batch
         self._plan_table = plan_table
         self._changed = threading.Condition()  # guards all below
-        self._held = 0  # by how many; then no request leaves the queue for a slot
-        self._waiting: dict[PendingImage, None] = {}  # in the order in which they came
+        self._held = 0  # open contexts of held(): while there are any, no image leaves the queue
+        self._waiting: OrderedDict[PendingImage, None] = OrderedDict()  # as they came
         self._running: dict[PendingImage, None] = {}
         self._leaving: dict[PendingImage, None] = {}
         self._futures: WeakSet[Future[Result]] = WeakSet()  # that somebody may still ask
@@ -102,7 +105,10 @@ class RequestScheduler:
     def cancelled(self) -> list[PendingImage]:
         """Return the running images that were cancelled."""
         with self._changed:
-            return [image for image in self._running if image.future.cancelled()]
+            images = list(self._running)
+        # Outside the lock: a signal's handler may call here where concurrent.futures.wait holds the
+        # locks of futures.
+        return [image for image in images if image.future.cancelled()]
 
     def schedule(self) -> list[PendingImage]:
         """Move waiting images to those that run, in their order, and give their plans rows.
@@ -115,7 +121,7 @@ class RequestScheduler:
             The images that are to enter the batch.
         """
         entering: list[PendingImage] = []
-        while len(self._running) < self.max_batch and (image := self.first()):
+        while len(self._running) < self.max_batch and (image := self._first()):
             try:
                 row = self._plan_table.acquire(image.plan)
             except Exception as error:
@@ -124,18 +130,19 @@ class RequestScheduler:
             if row is None:
                 break
             image.place(row)
-            if self.take(image):
+            if self._run(image):
                 entering.append(image)
             else:  # cancelled just now, or to wait for new weights
                 self._plan_table.release(image.plan)
-        return entering
+        # A callback of one that failed may have turned the engine, which ends what is cancelled.
+        return [image for image in entering if image in self._running]
 
-    def first(self) -> PendingImage | None:
+    def _first(self) -> PendingImage | None:
         """Return the image that has waited longest; None too while the queue is held."""
         with self._changed:
             return None if self._held else next(iter(self._waiting), None)
 
-    def take(self, image: PendingImage) -> bool:
+    def _run(self, image: PendingImage) -> bool:
         """Move a waiting image to those that run; False if it has ended, or the queue is held."""
         with self._changed:
             if self._held or image not in self._waiting:
@@ -144,8 +151,8 @@ class RequestScheduler:
             del self._waiting[image]
             return True
 
-    def release(self, image: PendingImage) -> None:
-        """Take back the slot and the rows of a running image, which is being copied out."""
+    def leave(self, image: PendingImage) -> None:
+        """Take back the rows of a running image, which is being copied out of its slot."""
         with self._changed:
             if image in self._running:
                 self._leaving[image] = None
@@ -168,12 +175,15 @@ class RequestScheduler:
             image.future.set_exception(outcome)
 
     def _forget(self, image: PendingImage) -> bool:
-        """Take an image from where it is, and its rows from it; False if it has ended."""
-        if image in self._running:
-            self._plan_table.release(image.plan)
+        """Remove an image from the first place where it is; return whether it was in any.
+
+        If it ran, its rows are free then.
+        """
         for images in (self._waiting, self._running, self._leaving):
             if image in images:
                 del images[image]
+                if images is self._running:
+                    self._plan_table.release(image.plan)
                 return True
         return False
 

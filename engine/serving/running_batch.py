@@ -1,7 +1,6 @@
 """The running batch: images in slots, which step together and leave one by one.
 
-One thread at a time uses it. What fails in it raises; whose request that ends is the caller's to
-say.
+One thread at a time uses it. A failure is raised; the caller decides which requests it ends.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from flashddpm.execution.step import predicted_x0
 from flashddpm.execution.upload import send
 from flashddpm.kernels.tables import IDLE
 from flashddpm.serving.launch_limiter import LaunchLimiter
-from flashddpm.serving.pending_image import PendingImage
+from flashddpm.serving.pending_image import FinishedCopy, PendingImage
 
 PLAN_ROWS = 8192
 """Rows that the table of plans has at least; more if a model has more timesteps."""
@@ -136,7 +135,7 @@ class RunningBatch:
             if group:
                 slots = host.ints([self.images[image] for image in group])
                 where = send(slots, self.executor.device)
-                self.executor.start(self.slots, where, group[0].plan, group[0].image)
+                self.executor.start(self.slots, where, group[0].plan, group[0].init_image)
         self.slot_table.fill_lanes()
         self._changed = False
 
@@ -179,10 +178,8 @@ class RunningBatch:
             for image, slot, row, x_t in watched
         ]
 
-    def take(self, image: PendingImage) -> None:
+    def take(self, image: PendingImage) -> FinishedCopy:
         """Launch the copy of a finished image out of its slot, which may then be freed.
-
-        ``image.wait()`` returns the copy.
 
         Raises:
             ValueError: the plan learns its variance, and the network returns none.
@@ -194,15 +191,15 @@ class RunningBatch:
         if image.version != self.executor.follower.version:
             raise RuntimeError(CHANGED)
         slot = self.images[image]
-        image.finished = self.slots.state.x[slot].clone(memory_format=torch.contiguous_format)
+        x0 = self.slots.state.x[slot].clone(memory_format=torch.contiguous_format)
         flags = [self.slots.state.nonfinite[slot]]
         if self._weights_now is None:
             self._weights_now = self._glimpse.take()
         if image.weights is not None and self._weights_now is not None:
             flags.append((image.weights != self._weights_now).any())
         stacked = torch.stack([flag.to(torch.int32) for flag in flags])
-        image.flags = stacked.to("cpu", non_blocking=True)
-        image.copied = self._limiter.event()
+        on_host = stacked.to("cpu", non_blocking=True)
+        return FinishedCopy(x0, on_host, self._limiter.event())
 
     def after_fork(self) -> None:
         """Forget every image: nobody takes their steps in a forked child."""

@@ -320,7 +320,7 @@ class TestEngine:
         scheduler = running._scheduler
         (image,) = scheduler._waiting
         with scheduler.held():
-            assert scheduler.first() is None and not scheduler.take(image)
+            assert scheduler._first() is None and not scheduler._run(image)
             running.turn()
             assert scheduler.active == 0
         running.drain()

@@ -26,24 +26,6 @@ class TestFaults:
     """Four requests of three steps in two slots; a fault; who fails, and the others' bits."""
 
     @pytest.fixture
-    def is_as_new(self, sampler, ask, draw):
-        """A function: the engine draws as before, and holds nothing."""
-
-        def check(engine):
-            futures = [engine.submit(ask(i)) for i in range(5)]
-            engine.drain()
-            assert all(
-                torch.equal(f.result().image, draw(sampler, f.result().request)) for f in futures
-            )
-            batch, scheduler = engine._loop.batch, engine._scheduler
-            assert not batch.images and not len(batch) and not len(batch.slot_table)
-            assert not scheduler._waiting and not scheduler._running and not scheduler._leaving
-            assert not batch.plan_table._users
-            assert engine.metrics()["active"] == engine.metrics()["queue_depth"] == 0
-
-        return check
-
-    @pytest.fixture
     def run(self, sampler, ask, draw, Fault, is_as_new):
         """A function: take the four requests through the engine; those that fail, and the stage."""
 
