@@ -1,12 +1,13 @@
 """Valid folders of every form, how they are loaded and changed, and what a child does with them.
 
-For the child, which loads every named case for what it costs (1 GB) and does (nothing is run,
-written or removed), this file is a script.
+For the child, which loads every named case for what it costs (1 GB, 5 s of the processor) and does
+(nothing is run, written or removed), this file is a script.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import resource
@@ -34,7 +35,7 @@ from flashddpm.networks.registry import on_meta
 from flashddpm.networks.rms_unet import RMSUNetConfig
 from flashddpm.networks.unet_config import UNetConfig
 
-MEMORY = 1 << 30
+MEMORY, SECONDS = 1 << 30, 5.0
 CONFIG = UNetConfig(
     sample_size=8,
     in_channels=1,
@@ -150,14 +151,16 @@ def judge() -> Callable[[Path], Pretrained | None]:
 def assert_refused(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, Callable[[Path], Any], str], None]:
-    """A function: a copy of the form's folder, changed, is refused in these words."""
+    """A function: a copy of the form's folder, changed, is refused in these words, and stays."""
 
     def check(form: str, change: Callable[[Path], Any], message: str) -> None:
         monkeypatch.chdir(tmp_path)
         root = Path(shutil.copytree(models[form], tmp_path / "model"))
         change(root)
+        before = snapshot(tmp_path)
         with pytest.raises(CheckpointError) as raised:
             load(root)
+        assert snapshot(tmp_path) == before
         said = str(raised.value)
         assert said.startswith(f"{root}{os.sep}")
         assert re.search(message, said.removeprefix(str(root)))
@@ -219,18 +222,24 @@ def main(folder: str) -> None:
     for name, (form, change, _) in cases.items():
         root = Path(shutil.copytree(models[form], Path(folder) / "case"))
         change(root)
-        before, start = snapshot(Path(folder)), time.process_time()
-        watching = True
-        try:
-            load(root)
-            outcome = "loaded"
-        except BaseException as error:
-            outcome = type(error).__name__
-        watching = False
-        seconds = time.process_time() - start
+        before, seconds = snapshot(Path(folder)), math.inf
+        for _ in range(3):  # where others use the processor, too, the same work takes it longer
+            start = time.process_time()
+            watching = True
+            try:
+                load(root)
+                outcome = "loaded"
+            except BaseException as error:
+                outcome = type(error).__name__
+            watching = False
+            seconds = min(seconds, time.process_time() - start)
+            if seconds <= SECONDS:
+                break
+        else:
+            deeds.append(f"took {seconds:.1f} s")
         if snapshot(Path(folder)) != before:
             deeds.append("changed the folder")
-        report[name] = [outcome, seconds, deeds[:]]
+        report[name] = [outcome, deeds[:]]
         deeds.clear()
         shutil.rmtree(root)
     json.dump(report, sys.stdout)

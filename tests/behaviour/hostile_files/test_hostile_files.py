@@ -22,8 +22,6 @@ import torch
 from flashddpm.checkpoints.weights import INDEX, PICKLED, WEIGHTS
 from flashddpm.io.files import MAX_HEADER, MAX_JSON
 
-SECONDS = 5.0
-
 
 def config(**changes: Any) -> Callable[[Path], None]:
     return edit("unet/config.json", **changes)
@@ -269,5 +267,4 @@ def test_named_cases_cost_little_and_do_nothing(
     report = json.loads(run.stdout)
     assert report.keys() == named_cases.keys()
     assert {name: row[0] for name, row in report.items() if row[0] != "CheckpointError"} == {}
-    assert {name: row[1] for name, row in report.items() if row[1] > SECONDS} == {}
-    assert {name: row[2] for name, row in report.items() if row[2]} == {}
+    assert {name: row[1] for name, row in report.items() if row[1]} == {}
