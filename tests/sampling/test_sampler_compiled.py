@@ -69,7 +69,7 @@ def test_compiled_equals_eager(tiny_sampler):
     assert choice.network(True) is not choice.network(False)
 
 
-def test_compiles_once_for_each_number_of_lanes(tiny_sampler, monkeypatch):
+def test_compiles_once_for_each_number_of_lanes(tiny_sampler, tiny_unet, monkeypatch):
     """Ten buckets are ten compilations, where Dynamo alone would stop at eight.
 
     Left alone ten sizes of batch are five: the powers of two.
@@ -82,13 +82,19 @@ def test_compiles_once_for_each_number_of_lanes(tiny_sampler, monkeypatch):
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode=None, **k: real(f, backend=backend, **k))
-    sampler = tiny_sampler(compile=True)
+
+    def make():
+        level = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        unet = tiny_unet(num_class_embeds=4, block_out_channels=(4,), **level)
+        return tiny_sampler(unet, compile=True)
+
+    sampler = make()
     for _ in range(2):
         for lanes in range(1, 11):
             sampler.sample(range(lanes), 0, num_steps=2, bucket=lanes)
     assert len(compiled) == 10
     torch.compiler.reset()  # code is shared by networks of one shape
-    sampler, compiled[:] = tiny_sampler(compile=True), []
+    sampler, compiled[:] = make(), []
     for _ in range(2):
         for lanes in range(1, 11):
             sampler.sample(range(lanes), 0, num_steps=2)

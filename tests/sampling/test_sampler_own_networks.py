@@ -1,5 +1,7 @@
 """Networks of ours beside the UNet run as it does: compiled, counted, updated, checked."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -20,9 +22,9 @@ CONFIG = RMSUNetConfig(
 
 @pytest.fixture
 def make():
-    def build(**options):
+    def build(config=CONFIG, **options):
         torch.manual_seed(0)
-        network = RMSUNet(CONFIG).requires_grad_(False)
+        network = RMSUNet(config).requires_grad_(False)
         schedule = fd.NoiseSchedule.create("squaredcos_cap_v2", 100)
         options = {"device": "cpu", "shape": (1, 8, 8), **options}
         return fd.Sampler(network, schedule, **options)
@@ -31,9 +33,12 @@ def make():
 
 
 def test_compiled_and_fused_are_near_the_reference(make):
-    want = make(backend="reference").sample(range(3), num_steps=5)
-    assert (make().sample(range(3), num_steps=5) - want).abs().max() <= 1e-4
-    compiled = make(compile=True)
+    """Of one level with linear attention; that of the middle is quadratic."""
+    level = {"dims": (8, 8), "full_attention": (False,), "attention_heads": (2,)}
+    config = dataclasses.replace(CONFIG, **level, attention_head_dim=(4,))
+    want = make(config, backend="reference").sample(range(3), num_steps=5)
+    assert (make(config).sample(range(3), num_steps=5) - want).abs().max() <= 1e-4
+    compiled = make(config, compile=True)
     assert (compiled.sample(range(3), num_steps=5) - want).abs().max() <= 1e-4
     assert compiled.executor.choice.compiled.shapes == {(4, False)}
 
