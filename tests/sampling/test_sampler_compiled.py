@@ -85,7 +85,7 @@ def test_compiles_once_for_each_number_of_lanes(tiny_sampler, tiny_unet, monkeyp
 
     def make():
         level = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-        unet = tiny_unet(num_class_embeds=4, block_out_channels=(4,), **level)
+        unet = tiny_unet(num_class_embeds=4, block_out_channels=(8,), **level)
         return tiny_sampler(unet, compile=True)
 
     sampler = make()
