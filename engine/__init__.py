@@ -1,10 +1,12 @@
 """flashddpm: a performance engine for denoising diffusion probabilistic models.
 
-import flashddpm as fd
+This module holds the public names of the package:
 
-sampler = fd.Sampler.from_pretrained(fd.bundled("fashion-mnist"))
-x = sampler.sample(seeds=range(64), labels=3)
-fd.save_grid(x, "samples.png")
+    import flashddpm as fd
+
+    sampler = fd.Sampler.from_pretrained(fd.bundled("fashion-mnist"))
+    x = sampler.sample(seeds=range(64), labels=3)
+    fd.save_grid(x, "samples.png")
 """
 
 from importlib.metadata import version

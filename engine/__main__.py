@@ -1,4 +1,4 @@
-"""``python -m flashddpm``."""
+"""Run the command line of flashddpm: ``python -m flashddpm``."""
 
 from flashddpm.cli.main import main
 

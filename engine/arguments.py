@@ -1,4 +1,7 @@
-"""Checks of arguments: each refuses with the argument's name, its value and what is allowed."""
+"""Validation of arguments: each check returns the value in its normal form, or raises.
+
+Every error is a ValueError whose text has the argument's name, its value and what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,33 @@ from torch import Tensor
 
 
 def one_of(name: str, value: Any, allowed: Collection[str]) -> str:
-    """Return ``value`` if it is one of ``allowed``."""
+    """Return ``value`` if it is one of the allowed strings.
+
+    Args:
+        name: the name of the argument, for the error's text.
+        value: the argument.
+        allowed: the strings that it may be.
+
+    Raises:
+        ValueError: if the value is no string, or not one of ``allowed``.
+    """
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
     return value
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """Return ``value`` as an int in [low, high]; booleans and fractions are no ints."""
+    """Return ``value`` as an int in [low, high].
+
+    Args:
+        name: the name of the argument, for the error's text.
+        value: an int, a NumPy integer or any other object with ``__index__``, but no bool.
+        low: the smallest number allowed.
+        high: the largest number allowed; None for no limit.
+
+    Raises:
+        ValueError: if the value is a bool, a float or no number, or is outside of the limits.
+    """
     limits = f"at least {low}" if high is None else f"in {low}..{high}"
     try:
         if isinstance(value, bool):
@@ -33,14 +55,32 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def boolean(name: str, value: Any) -> bool:
-    """Return ``value`` if it is True or False; 0, 1 and strings are not."""
+    """Return ``value`` if it is a Python bool, True or False.
+
+    Args:
+        name: the name of the argument, for the error's text.
+        value: the argument.
+
+    Raises:
+        ValueError: if it is anything else, 0, 1, strings and NumPy's booleans included.
+    """
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r}: must be true or false")
     return value
 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """Return ``value`` as a finite float in [low, high]."""
+    """Return ``value`` as a finite float in [low, high].
+
+    Args:
+        name: the name of the argument, for the error's text.
+        value: a number that ``float`` takes, but no bool, str or bytes.
+        low: the smallest number allowed; -inf for no limit.
+        high: the largest number allowed; inf for no limit.
+
+    Raises:
+        ValueError: if the value is no number, NaN or infinite, or outside of the limits.
+    """
     try:
         if isinstance(value, (bool, str, bytes)):
             raise TypeError
@@ -56,7 +96,17 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
 
 
 def seed_list(seeds: int | Iterable[int] | Tensor) -> list[int]:
-    """Return seeds as signed 64-bit ints; any int in [-2^63, 2^64) maps to its low 64 bits."""
+    """Return seeds as a list of signed 64-bit ints, at least one.
+
+    Args:
+        seeds: one integer, several, or a tensor of integers of any shape, which is flattened. Each
+            is in [-2^63, 2^64); one of 2^63 or more becomes the negative number with the same 64
+            bits.
+
+    Raises:
+        ValueError: if there is no seed, if one is a bool or no integer or out of that range, or if
+            a tensor is not of an integer dtype.
+    """
     if isinstance(seeds, Tensor):
         if seeds.is_floating_point() or seeds.is_complex() or seeds.dtype is torch.bool:
             raise ValueError(f"seeds={seeds.dtype} tensor: must hold 64-bit integers")
@@ -86,7 +136,18 @@ def seed_list(seeds: int | Iterable[int] | Tensor) -> list[int]:
 def label_list(
     labels: int | Iterable[int] | Tensor | None, count: int, num_classes: int | None
 ) -> list[int] | None:
-    """Return one label in 0..num_classes-1 for each of ``count`` images, or None for none."""
+    """Return one class label for each of ``count`` images, or None for no labels.
+
+    Args:
+        labels: one label for all images, one for each of them (a sequence, an array or a tensor of
+            integers), or None.
+        count: the number of images.
+        num_classes: the number of classes of the model; None for an unconditional model.
+
+    Raises:
+        ValueError: if labels are given for an unconditional model, if there are not as many of them
+            as images, or if one is no integer in 0..num_classes-1.
+    """
     if labels is None:
         return None
     if num_classes is None:
@@ -102,12 +163,15 @@ def label_list(
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Return the device, by its number; "auto" is CUDA where there is one, else the CPU.
+    """Return the torch.device that a string or device names, a CUDA device always with its number.
 
-    A CUDA device without a number is the current one: other threads may have another.
+    Args:
+        device: "auto" (CUDA where there is a GPU, else the CPU), "cpu", "cuda" or "cuda:N", or a
+            torch.device. A CUDA device without a number becomes this thread's current one, since
+            other threads may have another.
 
     Raises:
-        ValueError: an unknown device, or CUDA where there is none.
+        ValueError: if the device is of another kind, or there is no GPU of that number.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,7 +198,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, default: torch.dtype) -> torch.dtype:
-    """Return the dtype of the network: float32, bfloat16 or float16."""
+    """Return the torch.dtype of the network: float32, bfloat16 or float16.
+
+    Args:
+        dtype: the dtype, its name with or without "torch.", or None for ``default``.
+        default: the dtype that is returned for None, unchecked.
+
+    Raises:
+        ValueError: if it is another dtype, or no dtype.
+    """
     if dtype is None:
         return default
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():

@@ -1,4 +1,4 @@
-"""Several processes that share the work of one run, started by torchrun.
+"""Distributed runs: several processes, started by torchrun, that share the work of one run.
 
 torchrun's environment variables say which process each of them is. In sampling, of N processes
 number r takes the batches r, r + N, r + 2N, ..., which are cut from the list of seeds before they
@@ -25,21 +25,21 @@ from flashddpm.host import ints
 T = TypeVar("T")
 
 LAUNCHED = "TORCHELASTIC_RUN_ID"
-"""Set by torchrun only. RANK and WORLD_SIZE are also set in containers that run one process."""
+"""The environment variable that only torchrun sets (containers of one process may set RANK too)."""
 
 PATIENCE = timedelta(days=365)
-"""Time to wait for a process that has more work; one that has died is noticed at once."""
+"""The timeout of collectives, for a process that still has work; a dead one is noticed at once."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this one is.
+    """The processes of a run, and which of them this one is; by default one process.
 
     Attributes:
-        rank: number of this process among all, 0..size-1.
-        size: number of processes, N.
-        local_rank: number of this process among those on this machine, 0..local_size-1.
-        local_size: number of processes on this machine.
+        rank: the number of this process among all, 0..size-1.
+        size: the number of processes, N.
+        local_rank: the number of this process among those on this machine, 0..local_size-1.
+        local_size: the number of processes on this machine.
     """
 
     rank: int = 0
@@ -49,10 +49,16 @@ class World:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
-        """Return the world that torchrun's variables describe; without them, one process.
+        """Return the world that torchrun's variables describe, or one process without torchrun.
+
+        Args:
+            environment: strings by name, of which TORCHELASTIC_RUN_ID (set by torchrun alone),
+                RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are read; by default the process's
+                own.
 
         Raises:
-            ValueError: a variable is missing, is no integer or is out of its range.
+            ValueError: if torchrun is used, and a variable is missing, is no integer or is out of
+                its range.
         """
         if LAUNCHED not in environment:
             return cls()
@@ -68,14 +74,25 @@ class World:
         )
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
-        """Return the items of this process: every N-th, from number ``rank`` on."""
+        """Return the items that fall to this process: those numbered rank, rank + N, rank + 2N, ...
+
+        Args:
+            items: the items of the whole run, the same in every process.
+        """
         return items[self.rank :: self.size]
 
     def device(self, device: str) -> str:
-        """Return the device of this process: the GPU number ``local_rank``, or the CPU.
+        """Return the name of the device that this process runs on.
+
+        Args:
+            device: "auto", "cpu", "cuda" or, for one process only, "cuda:N".
+
+        Returns:
+            ``device`` itself for one process or the CPU; among several processes "cuda:R", R being
+            ``local_rank``, for "cuda", and for "auto" where CUDA is available.
 
         Raises:
-            ValueError: one GPU is named for several processes.
+            ValueError: if one GPU ("cuda:N") is named for several processes.
         """
         if self.size == 1 or device == "cpu":
             return device
@@ -90,13 +107,18 @@ class World:
 
     @contextmanager
     def joined(self, device: str) -> Iterator[None]:
-        """Join the other processes' group for a block: gloo on the CPU, NCCL on GPUs.
+        """Join the torch.distributed group of all processes for a block (a context manager).
 
-        On the CPU a process takes its share of the machine's threads. torchrun sets
-        OMP_NUM_THREADS to 1 where it is unset; any other number is kept.
+        The group uses gloo on the CPU and, where the device is no CPU and CUDA is available, NCCL
+        for tensors on GPUs, and then makes GPU number ``local_rank`` the current one. On the CPU a
+        process takes its share of the machine's threads: torchrun sets OMP_NUM_THREADS to 1 where
+        it is unset; any other number is kept. With one process nothing is done.
+
+        Args:
+            device: the device of this process, as `device` returns it.
 
         Raises:
-            ConnectionError: not all processes joined.
+            ConnectionError: if not all processes joined.
         """
         if self.size == 1:
             yield
@@ -115,10 +137,13 @@ class World:
         dist.destroy_process_group()
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, in the order of their ranks; all must call it.
+        """Return the values of all processes, as a list by rank; all processes must call it.
+
+        Args:
+            value: an object that can be pickled.
 
         Raises:
-            SystemExit: another process has ended; it, or torchrun, says why.
+            SystemExit: if another process has ended (exit code 2); it, or torchrun, says why.
         """
         if self.size == 1:
             return [value]
@@ -131,10 +156,15 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Run a block that all processes finish, or none goes on from.
+        """Run a block, as a context manager, after which either all processes go on or none does.
 
-        The first process with an error raises it; the others wait for it to end, and end quietly.
-        The block must not communicate.
+        If the block raises an Exception in some processes, the one of them with the lowest rank
+        raises it; the others wait for that process to end. All must run it, and the block must not
+        communicate.
+
+        Raises:
+            SystemExit: if the block failed, in all processes but the one that raises its error
+                (exit code 2).
         """
         failure: Exception | None = None
         try:
@@ -151,7 +181,7 @@ class World:
         raise SystemExit(2)
 
     def any(self, value: bool) -> bool:
-        """Return whether ``value`` is true in any process; all must call it."""
+        """Return whether ``value`` is true in any process, by way of the CPU; all must call it."""
         if self.size == 1:
             return value
         flag = ints(int(value))  # on the CPU, over gloo: no GPU is waited for
@@ -159,21 +189,35 @@ class World:
         return bool(flag)
 
     def minimum_(self, x: Tensor) -> None:
-        """Set ``x`` to the elementwise minimum over all processes; all must call it."""
+        """Set ``x`` to the elementwise minimum over all processes, in place; all must call it.
+
+        Args:
+            x: a tensor of the same shape and dtype in every process.
+        """
         if self.size > 1:
             dist.all_reduce(x, dist.ReduceOp.MIN)
 
     def mean(self, x: Tensor) -> float:
-        """Return the mean of all processes' ``x``, a scalar; all must call it."""
+        """Return the mean of the processes' scalars ``x`` as a float; all must call it.
+
+        Args:
+            x: a tensor of one floating-point number; it stays as it is.
+        """
         if self.size > 1:
             x = x.clone()
             dist.all_reduce(x)
         return float(x) / self.size
 
     def add_up(self, x: Tensor) -> Tensor:
-        """Return, in process 0 only, the sum of ``x`` over all processes; all must call it.
+        """Return, in process 0, the sum of ``x`` over all processes; all must call it.
 
         The sum is exact where all processes but one have 0.
+
+        Args:
+            x: a tensor of the same shape and dtype in every process; it is overwritten.
+
+        Returns:
+            ``x``, which holds the sum in process 0, and nothing of use in the others.
         """
         if self.size > 1:
             dist.reduce(x, 0)

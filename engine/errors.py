@@ -1,4 +1,4 @@
-"""The errors of this project, besides ValueError for bad arguments."""
+"""The exception classes of this project; bad arguments are plain ValueErrors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Portable(Exception):
-    """An error that arrives whole where it is pickled to: with its attributes and its causes."""
+    """The base class of errors that keep their attributes and causes when pickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, vars(self), _causes(self))
@@ -30,7 +30,7 @@ def _rebuild(
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """Return its cause, the cause of that and so on, as far as they do not carry their own."""
+    """Return an error's chain of causes, up to one that carries its own causes."""
     found: list[BaseException] = []
     while error.__cause__ is not None and not (found and isinstance(found[-1], Portable)):
         error = error.__cause__
@@ -39,7 +39,12 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def portable(error: BaseException) -> BaseException:
-    """Return the error, or where it does not come back from a pickle one that says what it was."""
+    """Return an error that can be pickled in place of the given one.
+
+    Returns:
+        The error itself, if pickling and unpickling gives one of the same class and text; otherwise
+        a RuntimeError whose text is the class's name and the error's text.
+    """
     try:
         back = pickle.loads(pickle.dumps(error))
         same = type(back) is type(error) and str(back) == str(error)
@@ -61,7 +66,10 @@ class DataError(Portable, ValueError):
 
 
 class DivergedError(Portable, FloatingPointError):
-    """Training turned NaN or infinite; the run's last save is untouched.
+    """Training turned NaN or infinite; the last save of the run is untouched.
+
+    Args:
+        step: the number of the step, from 1.
 
     Attributes:
         step: the first step, counted from 1, whose loss, gradient or weights were not finite.
@@ -77,7 +85,12 @@ class DivergedError(Portable, FloatingPointError):
 
 
 class NonFiniteError(Portable, FloatingPointError):
-    """A trajectory turned NaN or infinite.
+    """The network's output turned NaN or infinite while an image was sampled.
+
+    Args:
+        seed: the seed of the image's noise.
+        step: the number of the step, from 0.
+        num_steps: the number of steps of the image, for the error's text.
 
     Attributes:
         seed: the seed of the first image concerned.

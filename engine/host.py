@@ -1,7 +1,7 @@
-"""Torch as a plain process has it, whatever the program around us has set.
+"""Isolation from torch's global state: default device and dtype, autocast, inference and grad mode.
 
-The program may have set a default device or dtype, autocast, inference mode or the grad mode, and
-may call us inside of its own ``torch.compile``. Our bits are the same in all of them, because
+The caller's program may have set any of these, and may call us inside of its own
+``torch.compile``. Our bits are the same in all of them, because
 
 * what is made on the host says its device and its dtype (``ints``, ``floats``);
 * networks that we build are built under ``plain_factories``;
@@ -37,25 +37,26 @@ FACTORIES = FLOATS | {torch.arange, torch.full, torch.randint, torch.randperm, t
 
 
 def ints(values: Any) -> Tensor:
-    """Return integers, nested as they are, as an int64 tensor on the CPU."""
+    """Return an integer, or (nested) lists of them, as an int64 tensor on the CPU."""
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def floats(values: Any) -> Tensor:
-    """Return numbers, nested as they are, as a float32 tensor on the CPU, rounded once."""
+    """Return a number, or (nested) lists of them, as a float32 tensor on the CPU."""
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 class plain_factories(TorchFunctionMode):
-    """Within it a tensor that is made is float32, or of integers, and on ``device``, unless told.
+    """A context in which torch's factories make tensors as in a process without global settings.
 
-    That is ``with torch.device(device)`` in a process of no other settings. It holds for this
-    thread only, where torch.set_default_dtype is for all, and torch.device, whose innermost device
-    every compiled function of the process is guarded by, would have others compile anew. So name
-    the device here: a torch.device context inside has no say.
+    In it torch.zeros and the like make tensors on ``device`` unless told another, and of float32
+    where they would be of the default dtype. That is ``with torch.device(device)`` in a plain
+    process, but for this thread only: torch.set_default_dtype is for all threads, and torch.device
+    would have compiled functions of the whole process compile anew, as they are guarded by its
+    innermost device. A torch.device context inside of this one has no effect.
 
     Args:
-        device: of what is made.
+        device: the device of tensors that are made.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
@@ -69,7 +70,7 @@ class plain_factories(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call a function of torch's."""
+        """Call a function of torch, with the device and dtype set if it is a factory."""
         given = dict(kwargs or {})
         if func in FACTORIES:
             if given.get("device") is None:
@@ -81,7 +82,7 @@ class plain_factories(TorchFunctionMode):
 
 
 def _holds_float(value: Any) -> bool:
-    """Return whether a number in lists of lists is a float; NumPy's say their own dtype."""
+    """Return whether (nested) lists hold a Python float; NumPy's have their own dtypes."""
     if isinstance(value, (list, tuple)):
         return any(map(_holds_float, value))
     return type(value) is float
@@ -94,12 +95,18 @@ def isolated(*, grad: bool) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def isolated(function: Any = None, *, grad: bool | None = None) -> Any:
     """Decorate a function to run outside of the caller's inference mode, autocast and compiler.
 
-    What it makes are ordinary tensors, of the dtypes that it says. In a function that the caller
-    compiles, it is where the graph breaks; what it compiles itself, it does as ever.
+    The tensors that it makes are ordinary ones, of the dtypes that its code says. Where the
+    caller's torch.compile meets the function, the graph breaks, and the function runs uncompiled;
+    what it compiles itself is compiled as ever. Use it as ``@isolated`` or
+    ``@isolated(grad=False)``.
 
     Args:
-        function: neither a generator nor async: they would run where they are iterated.
-        grad: whether gradients are recorded; by default as the caller has it.
+        function: the function; neither a generator nor async, since those run where they are
+            iterated.
+        grad: whether gradients are recorded in the function; None for the caller's own setting.
+
+    Returns:
+        A function of the same signature, name and docstring; with ``grad`` alone, a decorator.
     """
     if function is None:
         return functools.partial(_isolated, grad=grad)

@@ -1,4 +1,4 @@
-"""Checkpoints of other projects, written as folders of ours.
+"""Conversion of other projects' checkpoints to model folders of ours.
 
 improved, guided    improved-diffusion's and guided-diffusion's, as a UNet2DModel
 ddpt                denoising-diffusion-pytorch's, as an RMSUNet
@@ -34,19 +34,25 @@ def convert(
     allow_pickle: bool = False,
     **flags: Any,
 ) -> str:
-    """Write a checkpoint of another project as a model folder; return what it is, in words.
+    """Write another project's checkpoint as a model folder, and return a description of the model.
 
     Args:
-        checkpoint: a .safetensors file, or what torch.save wrote.
-        out: the folder; made if it does not exist.
-        source: improved, guided or ddpt.
-        allow_pickle: read a file that is not .safetensors.
-        flags: of that project: the fields of openai_flags.Flags or lucidrains.Flags.
+        checkpoint: a .safetensors file, or one that torch.save wrote.
+        out: the folder to write; made if it does not exist.
+        source: the project of the checkpoint: improved, guided or ddpt.
+        allow_pickle: whether a file that is not .safetensors may be read.
+        flags: the model's flags in that project: the fields of openai_flags.Flags (but ``project``)
+            or lucidrains.Flags; image_size must be given.
+
+    Returns:
+        Two lines of text: the number of parameters, timesteps, schedule, prediction and variance
+        type; and the flags that were taken as given because the weights do not say them.
 
     Raises:
-        CheckpointError: a file missing, broken, of another network, or a pickle not asked for.
-        ValueError: a flag that this project does not have, that is not allowed, or that the
-            weights contradict.
+        CheckpointError: if a file is missing, broken or of another network, or is a pickle that was
+            not allowed.
+        ValueError: if the source is unknown, image_size is missing, or a flag is none of the
+            project's, is not allowed or contradicts the weights.
     """
     arguments.one_of("source", source, SOURCES)
     path = Path(checkpoint)
@@ -84,10 +90,15 @@ def convert(
 
 
 def read_checkpoint(path: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors file or, if asked to, of what torch.save wrote.
+    """Return the tensors of a checkpoint file by name, on the CPU.
+
+    Args:
+        path: a .safetensors file, or one that torch.save wrote; the names of nested dicts are
+            joined by dots.
+        allow_pickle: whether a file that is not .safetensors may be read.
 
     Raises:
-        CheckpointError: missing or broken, or a pickle that was not asked for.
+        CheckpointError: if the file is missing or broken, or is a pickle that was not allowed.
     """
     if path.suffix == ".safetensors":
         return read_tensors(path)

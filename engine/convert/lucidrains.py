@@ -1,4 +1,6 @@
-r"""Checkpoints of denoising-diffusion-pytorch: Unet, GaussianDiffusion, and Trainer's files.
+r"""Conversion of the checkpoints of denoising-diffusion-pytorch, whose network is an RMSUNet.
+
+They are files of Unet, of GaussianDiffusion or of Trainer.
 
 The network keeps its names (RMSUNet). All its settings but theta follow from the names and shapes;
 the schedule and the objective follow from GaussianDiffusion's tables, where the file has them:
@@ -36,15 +38,21 @@ FIRST = "init_conv.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Arguments of Unet and GaussianDiffusion; None is "as the file says, or else the default".
+    """The arguments of Unet and GaussianDiffusion that a checkpoint's file may not say.
+
+    None stands for what the file says, or else the project's default.
 
     Attributes:
-        image_size: of square images.
-        timesteps: T; by default 1000.
-        beta_schedule: linear, cosine or sigmoid, which is the default.
-        objective: pred_noise, pred_x0 or pred_v, which is the default.
-        sinusoidal_pos_emb_theta: of the time embedding.
-        weights: ema or online: which of the two networks in a Trainer's file; by default ema.
+        image_size: the side of the square images, in pixels.
+        timesteps: the number of timesteps T; by default 1000.
+        beta_schedule: linear, cosine or sigmoid; by default sigmoid.
+        objective: what the network predicts: pred_noise, pred_x0 or pred_v; by default pred_v.
+        sinusoidal_pos_emb_theta: the longest period of the timestep's sinusoids over 2 pi.
+        weights: which of the two networks in a Trainer's file: ema (its average) or online; by
+            default ema, where there is one.
+
+    Raises:
+        ValueError: if a flag is out of its range.
     """
 
     image_size: int
@@ -69,11 +77,20 @@ class Flags:
 def convert(
     state: Mapping[str, Tensor], flags: Flags
 ) -> tuple[RMSUNetConfig, dict[str, Tensor], dict[str, Any]]:
-    """Return the network's config, its state dict and the scheduler's config.
+    """Return the config, state dict and scheduler config of such a checkpoint, for a model folder.
+
+    Args:
+        state: the file's tensors by name: those of a Unet, a GaussianDiffusion or a Trainer.
+        flags: what the file may not say.
+
+    Returns:
+        The network's config; its state dict, tensors by name, as they are in the file; and the keys
+        of a scheduler_config.json.
 
     Raises:
-        CheckpointError: not a checkpoint of this project: every tensor out of place is listed.
-        ValueError: flags that are not allowed, or that the file contradicts.
+        CheckpointError: if it is no checkpoint of this project; every tensor out of place is
+            listed.
+        ValueError: if flags are not allowed, or the file contradicts them or needs one more.
     """
     prefix = _network_prefix(state, flags.weights)
     weights = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
@@ -91,7 +108,7 @@ def convert(
 
 
 def _network_prefix(state: Mapping[str, Tensor], which: str | None) -> str:
-    """Return what the names of the wanted network begin with."""
+    """Return the prefix of the names of the wanted network's tensors."""
     found = [key.removesuffix(FIRST) for key in state if key.endswith(FIRST)]
     averaged = [prefix for prefix in found if "ema_model." in prefix]
     online = [prefix for prefix in found if prefix not in averaged]
@@ -109,10 +126,16 @@ def _network_prefix(state: Mapping[str, Tensor], which: str | None) -> str:
 
 
 def unet_config(weights: Mapping[str, Tensor], flags: Flags) -> RMSUNetConfig:
-    """Return the settings of a network from its weights.
+    """Return the settings of a network, read from the names and shapes of its weights.
+
+    Args:
+        weights: the Unet's state dict, by the project's names.
+        flags: the flags, of which image_size and sinusoidal_pos_emb_theta are used.
 
     Raises:
-        CheckpointError: not such a network, or one with an input that no sampler of ours gives.
+        CheckpointError: if it is no such network, or one with learned sinusoids or
+            self-conditioning, which no sampler here gives it.
+        ValueError: if a setting that follows is not allowed.
     """
     if "time_mlp.0.weights" in weights:
         raise CheckpointError(
@@ -189,7 +212,16 @@ def _scheduler(config: RMSUNetConfig, tables: Mapping[str, Table], flags: Flags)
 
 
 def schedule_config(name: str, T: int) -> dict[str, Any]:
-    """Return the keys of a scheduler config for one of their schedules."""
+    """Return the keys of a diffusers scheduler config for one of the project's noise schedules.
+
+    Args:
+        name: linear, cosine or sigmoid.
+        T: the number of timesteps.
+
+    Returns:
+        beta_schedule, with beta_start and beta_end if linear, or trained_betas, a list of T
+        numbers.
+    """
     if name == "linear":
         scale = 1000 / T
         ends = {"beta_start": scale * 0.0001, "beta_end": scale * 0.02}
@@ -200,9 +232,10 @@ def schedule_config(name: str, T: int) -> dict[str, Any]:
 
 
 def sigmoid_betas(T: int) -> Table:
-    """Return betas of abar(u) = (s(3) - s(6 u - 3)) / (s(3) - s(-3)), u = 0..1, s the logistic.
+    """Return the betas of the project's sigmoid schedule, float64 [T] (Jabri et al. 2022).
 
-    Jabri et al. 2022, at most 0.999.
+    They are at most 0.999, and otherwise those of abar(u) = (s(3) - s(6 u - 3)) / (s(3) - s(-3)), u
+    = 0..1, s the logistic.
     """
     u = np.linspace(0, T, T + 1) / T
     # s(3) in float32, as there: abar ends at the difference instead of at 0.
@@ -226,7 +259,7 @@ def _schedule(betas: Table | None, T: int, name: str | None) -> dict[str, Any]:
 
 
 def _objective(schedule: Mapping[str, Any], weight: Table | None, flags: Flags) -> str:
-    """Return the objective that the loss weights tell, or that the flags say."""
+    """Return the objective that the file's loss weights show, or else that of the flags."""
     if weight is None:
         return flags.objective or "pred_v"
     snr = NoiseSchedule.from_config({"num_train_timesteps": len(weight), **schedule}).snr

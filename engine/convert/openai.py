@@ -1,4 +1,4 @@
-r"""The U-Net of improved-diffusion and guided-diffusion as a UNet2DModel: the same function.
+r"""Conversion of the U-Net of improved-diffusion and guided-diffusion to a UNet2DModel.
 
     theirs                              ours
     time_embed.{0,2}                    time_embedding.linear_{1,2}
@@ -47,18 +47,18 @@ ENDS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """What the names and shapes of a checkpoint say of its network.
+    """The structure of a checkpoint's network, as the names and shapes of its tensors say it.
 
     Attributes:
-        in_channels, out_channels: of images and of the output.
-        num_channels: of the sinusoids.
-        time_dim: of the time embedding.
-        num_classes: None for an unconditional network.
-        num_res_blocks: of a level on the way down.
-        channels: of each level.
+        in_channels, out_channels: the number of channels of the images and of the output.
+        num_channels: the number of channels of the timestep's sinusoids.
+        time_dim: the width of the time embedding.
+        num_classes: the number of class labels; None for an unconditional network.
+        num_res_blocks: the number of residual blocks of a level on the way down.
+        channels: the number of channels of each level, finest first.
         attention: whether each level has attention.
-        scale_shift: whether the time embedding scales, besides shifting.
-        updown: whether residual blocks change the size.
+        scale_shift: whether the time embedding scales features, besides shifting them.
+        updown: whether the size is changed in residual blocks, not in convolutions.
     """
 
     in_channels: int
@@ -74,10 +74,13 @@ class Layout:
 
 
 def read_layout(state: Mapping[str, Tensor]) -> Layout:
-    """Return the layout of a state dict.
+    """Return the layout of a U-Net's state dict, by its names and shapes.
+
+    Args:
+        state: tensors by name, by the names of improved-diffusion and guided-diffusion.
 
     Raises:
-        CheckpointError: it is not one of a U-Net of these projects.
+        CheckpointError: if it is no state dict of a U-Net of these projects.
     """
     outputs = _count(state, "output_blocks.{}.0.in_layers.0.weight")
     ends = [
@@ -136,17 +139,18 @@ def unet_config(
     rescaled_from: int | None = None,
     dropout: float = 0.0,
 ) -> UNetConfig:
-    """Return the UNet2DModel of a layout.
+    """Return the settings of the UNet2DModel that a layout describes.
 
     Args:
-        layout: of the checkpoint.
-        image_size: H and W.
-        head_dims: channels of an attention head at each level.
-        rescaled_from: T, if the network is told timesteps times 1000 / T.
-        dropout: for training it further.
+        layout: the layout of the checkpoint.
+        image_size: the side of the square images, in pixels.
+        head_dims: the number of channels of an attention head at each level.
+        rescaled_from: the number of timesteps T, if the network is told timesteps times 1000 / T,
+            else None.
+        dropout: the probability of dropout, for further training.
 
     Raises:
-        ValueError: no such network can be built.
+        ValueError: if no such network can be built.
     """
     first, last = layout.channels[0], len(layout.channels) - 1
     used = {dim for i, dim in enumerate(head_dims) if layout.attention[i] or i == last}
@@ -182,16 +186,20 @@ def unet_config(
 def convert_state(
     state: Mapping[str, Tensor], layout: Layout, head_dims: tuple[int, ...], new_order: bool
 ) -> dict[str, Tensor]:
-    """Return the state dict under our names, q, k and v apart.
+    """Return the state dict under the names of a UNet2DModel, with q, k and v apart.
 
     Args:
-        state: theirs.
-        layout: of it.
-        head_dims: channels of an attention head at each level.
-        new_order: whether q of all heads come first.
+        state: the checkpoint's tensors by the project's names.
+        layout: the layout of the checkpoint.
+        head_dims: the number of channels of an attention head at each level.
+        new_order: whether q, k and v are in the "new order": q of all heads first, then k, then v.
+
+    Returns:
+        Tensors by name, in their dtypes; weights of attention are two-dimensional.
 
     Raises:
-        CheckpointError: tensors that have no place, or a q, k, v of another shape.
+        CheckpointError: if a tensor has no place, or the rows of q, k and v are not those of whole
+            heads.
     """
     places, packed = dict(ENDS), {}
     for theirs, ours, level in _blocks(layout):
@@ -222,7 +230,7 @@ def convert_state(
 
 
 def _blocks(layout: Layout) -> Iterator[tuple[str, str, int]]:
-    """Yield each block's prefix there and here, and its level; of the convolutions that resize too.
+    """Yield each block's prefix in their names and in ours, and its level; resizing layers too.
 
     Where residual blocks resize, theirs stand between the others and look the same.
     """

@@ -1,4 +1,4 @@
-"""The flags of improved-diffusion's and guided-diffusion's scripts, and the folder they stand for.
+"""The flags of improved-diffusion's and guided-diffusion's scripts, and conversion by them.
 
 Some flags only the user knows; the others are read from the weights, and checked where they are
 given. Flags of training alone (use_kl, rescale_learned_sigmas, ..) have nothing to say here.
@@ -29,24 +29,36 @@ NOISE_SCHEDULES = ("linear", "cosine")
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Flags under their names, with their defaults; None is "as the weights say".
+    """The flags of the projects' scripts, under their names, with their defaults.
 
     Attributes:
-        project: improved or guided.
-        image_size: of square images.
-        num_heads: of every attention.
-        num_head_channels: of a head; -1 for what num_heads says.
+        project: the project: improved or guided.
+        image_size: the side of the square images, in pixels.
+        num_heads: the number of heads of every attention.
+        num_head_channels: the number of channels of a head; -1 for what num_heads says.
         num_heads_upsample: must be -1 or num_heads.
-        use_new_attention_order: q of all heads first.
-        diffusion_steps: T.
-        noise_schedule: linear or cosine.
-        rescale_timesteps: the network is told t * 1000 / T; by default only by improved.
-        predict_xstart: the network predicts x_0.
-        sigma_small: the variance, if not learned, is the posterior's.
-        timestep_respacing: which timesteps it is sampled at.
-        num_channels, num_res_blocks, channel_mult, attention_resolutions, class_cond, learn_sigma,
-            use_scale_shift_norm, resblock_updown: checked against the weights.
-        dropout: for training it further.
+        use_new_attention_order: whether q of all heads come first, then k, then v.
+        diffusion_steps: the number of timesteps T, in 1..100000.
+        noise_schedule: the schedule of the betas: linear or cosine.
+        rescale_timesteps: whether the network is told t * 1000 / T; None for the project's default,
+            which is true for improved only.
+        predict_xstart: whether the network predicts x_0, not epsilon.
+        sigma_small: whether the variance, if not learned, is the posterior's, not beta.
+        timestep_respacing: the timesteps at which the model is sampled, as "250" or "ddim50"; ""
+            for all (`timesteps.respaced`).
+        num_channels, num_res_blocks: two counts of the network; None for what the weights say,
+            against which a given one is checked, as all that follow are.
+        channel_mult: numbers with commas between, each level's channels over num_channels.
+        attention_resolutions: numbers with commas between, the sides, in pixels, of levels with
+            attention.
+        class_cond: whether the network takes class labels.
+        learn_sigma: whether the network learns the variance.
+        use_scale_shift_norm: whether the time embedding scales features, besides shifting them.
+        resblock_updown: whether the size is changed in residual blocks.
+        dropout: the probability of dropout, for further training.
+
+    Raises:
+        ValueError: if a flag is out of its range.
     """
 
     project: str
@@ -87,15 +99,19 @@ class Flags:
 
     @property
     def rescales(self) -> bool:
-        """Whether the network is told timesteps of 1000."""
+        """Whether the network is told timesteps times 1000 / T, a bool."""
         given = self.rescale_timesteps
         return self.project == "improved" if given is None else given
 
     def head_dims(self, layout: Layout) -> tuple[int, ...]:
-        """Return the channels of an attention head at each level, where there is one.
+        """Return the number of channels of an attention head at each level.
+
+        Args:
+            layout: the layout of the checkpoint.
 
         Raises:
-            ValueError: they do not divide a level's channels.
+            ValueError: if num_heads or num_head_channels does not divide the channels of a level
+                with attention.
         """
         last, dims = len(layout.channels) - 1, []
         for i, channels in enumerate(layout.channels):
@@ -110,8 +126,12 @@ class Flags:
     def check(self, layout: Layout) -> None:
         """Refuse flags that the weights contradict.
 
+        Args:
+            layout: the layout of the checkpoint.
+
         Raises:
-            ValueError: such a flag, or a network for super-resolution.
+            ValueError: if a given flag is not what the layout says, or the network is one for
+                super-resolution.
         """
         learns = layout.out_channels == 2 * layout.in_channels
         if layout.in_channels == 6 or not (learns or layout.out_channels == layout.in_channels):
@@ -151,13 +171,14 @@ class Flags:
                 )
 
     def scheduler(self, learns: bool) -> dict[str, Any]:
-        """Return the scheduler's config.
+        """Return the keys of a diffusers scheduler_config.json for these flags.
 
         Args:
             learns: whether the network learns the variance.
 
         Raises:
-            ValueError: no such schedule, or a respacing that no spacing is.
+            ValueError: if the schedule is not allowed, or no spacing of timesteps is that
+                respacing.
         """
         T = self.diffusion_steps
         scale = 1000 / T
@@ -200,11 +221,20 @@ def _numbers(name: str, text: str) -> list[float]:
 def convert(
     state: Mapping[str, Tensor], flags: Flags
 ) -> tuple[UNetConfig, dict[str, Tensor], dict[str, Any]]:
-    """Return the U-Net's config, its state dict and the scheduler's config.
+    """Return the config, state dict and scheduler config of an OpenAI checkpoint.
+
+    Args:
+        state: the checkpoint's tensors by name.
+        flags: the flags of the project's scripts.
+
+    Returns:
+        The U-Net's config; its state dict, tensors by a UNet2DModel's names; and the keys of a
+        scheduler_config.json.
 
     Raises:
-        CheckpointError: not a checkpoint of these projects: every tensor out of place is listed.
-        ValueError: flags that are not allowed, or that the weights contradict.
+        CheckpointError: if it is no checkpoint of these projects; every tensor out of place is
+            listed.
+        ValueError: if flags are not allowed, or the weights contradict them.
     """
     layout = read_layout(state)
     flags.check(layout)
@@ -220,7 +250,7 @@ def convert(
 
 
 def describe(flags: Flags) -> str:
-    """Return what was taken as given, for no weights say it."""
+    """Return the flags that were taken as given, for no weights say them, as one line of text."""
     heads = "num_heads" if flags.num_head_channels == -1 else "num_head_channels"
     names = ("image_size", heads, "use_new_attention_order", "diffusion_steps", "noise_schedule")
     said = [f"{name}={getattr(flags, name)}" for name in (*names, "predict_xstart")]

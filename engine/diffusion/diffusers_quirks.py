@@ -1,4 +1,4 @@
-r"""Quirks of diffusers: where we do otherwise because we hold it for wrong, and how to have it back.
+r"""Quirks of diffusers: deviations that we hold for wrong, and functions that reproduce them.
 
 ``make_plan(..)`` is right in each of these cases (measured against diffusers 0.42);
 ``make_plan(.., match_diffusers=True)`` gives what diffusers gives, or refuses:
@@ -33,29 +33,50 @@ from flashddpm.diffusion.timesteps import Steps, sigma_grid
 Table = NDArray[np.float64]
 
 Quirk = Callable[[NoiseSchedule, Steps, str | None, str | None], tuple[Steps, dict[str, Any]]]
-"""A solver's quirk: from the schedule, the right steps, the spacing of timesteps (None for a list
-of one's own) and that of sigmas (None for none) to diffusers' steps, and keyword arguments with
-which the solver's function does what diffusers does."""
+"""A function that reproduces a quirk (a deviation) of diffusers for a solver.
+
+It is called with the schedule, the right steps, the spacing of timesteps (None for a given list)
+and that of sigmas (None for none), and returns diffusers' steps and the keyword arguments with
+which the solver's function does what diffusers does.
+"""
 
 REFUSED = "match_diffusers=True: must be false"
 SMALLEST_ABAR = 2.0**-24
-"""What diffusers' solvers by sigma put for abar = 0, whose sigma is infinite."""
+"""The abar that diffusers' solvers by sigma take for abar = 0, whose sigma is infinite."""
 
 
 def noise_at_end(
     schedule: NoiseSchedule, steps: Steps, spacing: str | None, sigmas: str | None
 ) -> tuple[Steps, dict[str, Any]]:
-    """The quirk of ddpm: noise in the last step."""
+    """Reproduce the quirk of diffusers' ddpm: noise in the last step.
+
+    Args:
+        schedule, spacing, sigmas: not used.
+        steps: the steps of the plan.
+
+    Returns:
+        The steps as they are, and {"noise_at_end": True} for `solvers.ddpm`.
+    """
     return steps, {"noise_at_end": True}
 
 
 def ends_by_arithmetic(
     schedule: NoiseSchedule, steps: Steps, spacing: str | None, sigmas: str | None
 ) -> tuple[Steps, dict[str, Any]]:
-    """The quirk of ddim: a step from t ends at abar of t - T // num_steps, at 1 below 0.
+    """Reproduce the quirk of diffusers' ddim: a step from t ends at abar of t - T // num_steps.
+
+    Args:
+        schedule: the forward process, T timesteps.
+        steps: the steps of the plan, [S], at whole timesteps.
+        spacing: the spacing of the timesteps; None for a given list.
+        sigmas: not used.
+
+    Returns:
+        The steps as they are, and {"ends": abar} for `solvers.ddim`, float64 [S], 1 below timestep
+        0.
 
     Raises:
-        ValueError: a list of timesteps, which diffusers' DDIMScheduler does not take.
+        ValueError: if timesteps were given as a list, which diffusers' DDIMScheduler does not take.
     """
     if spacing is None:
         raise ValueError(f"{REFUSED} beside timesteps: diffusers' DDIMScheduler takes none")
@@ -67,7 +88,15 @@ def ends_by_arithmetic(
 def abar_above_0(
     schedule: NoiseSchedule, steps: Steps, spacing: str | None, sigmas: str | None
 ) -> tuple[Steps, dict[str, Any]]:
-    """The quirk of solvers by sigma: 2^-24 stands for abar = 0."""
+    """Reproduce the quirk of diffusers' solvers by sigma: 2^-24 stands for abar = 0.
+
+    Args:
+        schedule, spacing, sigmas: not used.
+        steps: the steps of the plan.
+
+    Returns:
+        The steps, with 2^-24 for a first abar of 0, and no keyword arguments ({}).
+    """
     if steps.abar[0] == 0:
         steps = Steps(steps.timesteps, np.append(SMALLEST_ABAR, steps.abar[1:]))
     return steps, {}
@@ -76,10 +105,19 @@ def abar_above_0(
 def cut_timesteps(
     schedule: NoiseSchedule, steps: Steps, spacing: str | None, sigmas: str | None
 ) -> tuple[Steps, dict[str, Any]]:
-    """The quirk of DPM-Solvers: told the whole timesteps below sigmas; and `abar_above_0`.
+    """Reproduce the quirk of diffusers' DPM-Solvers: timesteps of sigmas are cut to whole ones.
 
     Whether the sigma of a whole timestep, such as the first, lies below it is decided by rounding:
     diffusers' table of logarithms is float32.
+
+    Args:
+        schedule: the forward process.
+        steps: the steps of the plan.
+        spacing: not used.
+        sigmas: the spacing of sigmas; the timesteps are cut to whole ones for exponential and beta.
+
+    Returns:
+        The steps, also changed by `abar_above_0`, and no keyword arguments ({}).
     """
     if sigmas in ("exponential", "beta"):
         abar = schedule.alphas_cumprod.astype(np.float32)
@@ -91,16 +129,17 @@ def cut_timesteps(
 
 
 def refuse_unmatched(T: int, n: int, spacing: str | None, variance_type: str | None) -> None:
-    """Raise where no solver's plan is that of diffusers.
+    """Raise where no plan of a solver matches diffusers.
 
     Args:
-        T: number of timesteps of the schedule.
-        n: number of steps.
-        spacing: of the timesteps; None for a list of one's own.
-        variance_type: of a solver that takes one.
+        T: the number of timesteps of the schedule.
+        n: the number of steps.
+        spacing: the spacing of timesteps; None for a given list.
+        variance_type: the variance type of a solver that takes one; None for others.
 
     Raises:
-        ValueError: learned variance, or trailing spacing where rounding adds a point.
+        ValueError: if the variance type is learned, or if spacing is trailing where rounding adds a
+            point.
     """
     if variance_type == "learned":
         raise ValueError(

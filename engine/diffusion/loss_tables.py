@@ -1,4 +1,4 @@
-r"""Tables of the losses, a row a timestep: targets, weights, hybrid loss and variational bound.
+r"""Tables of the losses, one row a timestep: targets, weights, hybrid loss and variational bound.
 
 The training target is affine in (x_0, eps), the weight of its penalty is a function of the
 signal-to-noise ratio (S7), and a term of the bound (S10) is one divergence of two normals. All in
@@ -41,11 +41,11 @@ def loss_weights(
     gamma: float | None = None,
     k: float | None = None,
 ) -> Table:
-    r"""Weight of the penalty on the network's own target, float64 [T]   (S7).
+    r"""Return the weight of the loss at each timestep, float64 [T]   (S7).
 
-    An error e of x_0 is the error -(a/b) e of eps and -(1/b) e of v. So with S = SNR the squares
-    of the errors of (eps, x_0, v) are as S : 1 : S + 1, and a weight of the error of x_0 is divided
-    by these for the network's own error:
+    It multiplies the penalty on the network's own target. An error e of x_0 is the error -(a/b) e
+    of eps and -(1/b) e of v. So with S = SNR the squares of the errors of (eps, x_0, v) are as S :
+    1 : S + 1, and a weight of the error of x_0 is divided by these for the network's own error:
 
         min_snr        min(S, gamma) (1/S, 1, 1/(S + 1))           Hang et al. 2023
         truncated_snr  max(S, 1) (1/S, 1, 1/(S + 1))               Salimans & Ho 2022
@@ -54,15 +54,18 @@ def loss_weights(
     constant is 1 for every target (Ho et al. 2020, eq. 14).
 
     Args:
-        schedule: the forward process.
+        schedule: the forward process, T timesteps.
         prediction_type: epsilon, sample or v_prediction.
-        weighting: constant, min_snr, truncated_snr, p2, or the weights themselves: T finite
-            numbers, none negative.
-        gamma: of min_snr, by default 5, and of p2, by default 1; at least 0.
-        k: of p2, by default 1; at least 0.
+        weighting: constant, min_snr, truncated_snr, p2, or the weights themselves: T numbers,
+            finite in float32 and none negative.
+        gamma: the gamma of min_snr, above 0, by default 5, or of p2, at least 0, by default 1; None
+            for the default, and for all other weightings.
+        k: the k of p2, at least 0, by default 1; None for the default, and for all other
+            weightings.
 
     Raises:
-        ValueError: an argument out of its range, or no finite weight where S = 0.
+        ValueError: if an argument is out of its range, if gamma or k is given for a weighting that
+            has none, or if a weight is not finite (epsilon where S = 0, say).
 
     Warns:
         UserWarning: the last timestep has no weight, for its S is 0.
@@ -142,10 +145,21 @@ def target_rows(
     gamma: float | None = None,
     k: float | None = None,
 ) -> Table:
-    """Coefficients (of x_0, of eps) in the training target, and the loss weight   (S7).
+    """Return the table of ``diffusion_loss``: coefficients of the target, and loss weights   (S7).
 
-    The table of ``diffusion_loss``, float64 [T, 3]. Arguments and errors are those of
-    `loss_weights`.
+    Args:
+        schedule: the forward process, T timesteps.
+        prediction_type: epsilon, sample or v_prediction.
+        weighting, gamma, k: the loss weighting, as for `loss_weights`.
+
+    Returns:
+        float64 [T, 3]: the coefficients of x_0 and of eps in the training target, and the weight.
+
+    Raises:
+        ValueError: if an argument is out of its range, as for `loss_weights`.
+
+    Warns:
+        UserWarning: the last timestep has no weight, for its SNR is 0.
     """
     weights = loss_weights(schedule, prediction_type, weighting, gamma, k)
     return np.column_stack([out_rows(schedule.alphas_cumprod, prediction_type), weights])
@@ -160,10 +174,10 @@ def hybrid_rows(
     k: float | None = None,
     bound_weight: float | None = None,
 ) -> Table:
-    r"""The table of ``hybrid_loss``: a learned variance's loss; float64 [T, len(LossColumn)].
+    r"""Return the table of ``hybrid_loss``, for training with a learned variance (S10).
 
-    Nichol & Dhariwal 2021, section 3.1; S10. The first C channels of the output predict as ever;
-    the second C are v, and with beta~ the posterior's variance (S5) the logarithm of the model's is
+    Nichol & Dhariwal 2021, section 3.1. The first C channels of the output predict as ever; the
+    second C are v, and with beta~ the posterior's variance (S5) the logarithm of the model's is
 
         learned_range   (v + 1)/2 log beta_t + (1 - v)/2 log beta~_t    (eq. 15, its v in [0, 1])
         learned         v
@@ -175,15 +189,22 @@ def hybrid_rows(
     predicted (c_x0 = 1) and whose bins are those of 8-bit pixels, 2/255 wide.
 
     Args:
-        schedule: the forward process, of at least 2 timesteps.
-        prediction_type, weighting, gamma, k: as for `loss_weights`.
+        schedule: the forward process, of T >= 2 timesteps.
+        prediction_type: epsilon, sample or v_prediction.
         variance_type: learned_range or learned.
-        bound_weight: lambda T / ln 2 of the mean of a term over elements, in nats. By default
-            lambda = 0.001 (eq. 16 there): the bound is the sum of T terms, in bits, of which a
-            step of training draws one.
+        weighting, gamma, k: the weighting of the squared error, as for `loss_weights`.
+        bound_weight: the weight, at least 0, of the bound's term, which is a mean over elements, in
+            nats: lambda T / ln 2. None for lambda = 0.001 (eq. 16 there): the bound is the sum of T
+            terms, in bits, of which a step of training draws one.
+
+    Returns:
+        float64 [T, len(LossColumn)], with the columns of kernels.tables.LossColumn.
 
     Raises:
-        ValueError: an argument out of its range, or epsilon where abar = 0.
+        ValueError: if an argument is out of its range, or for epsilon where abar = 0.
+
+    Warns:
+        UserWarning: the last timestep has no weight, for its SNR is 0.
     """
     arguments.one_of("variance_type", variance_type, LEARNED_VARIANCES)
     T, variance = len(schedule), _posterior_variance(schedule)
@@ -235,7 +256,7 @@ def vlb_rows(
     variance_type: str = "fixed_small",
     clip: float = 0.0,
 ) -> Table:
-    r"""The table of ``vlb_terms``: L_0, .., L_{T-1}, L_T; float64 [T + 1, len(VlbColumn)]   (S10).
+    r"""Return the table of ``vlb_terms``: a row for each of L_0, .., L_{T-1}, L_T   (S10).
 
     Row t is of the step from t: at t = 0 the decoder's, whose mean is x_0 as predicted and whose
     bins are those of 8-bit pixels, 2/255 wide; at t >= 1 the divergence of S5's posterior from the
@@ -247,13 +268,16 @@ def vlb_rows(
     divergence, of a network that says x_0 = 0 where c_x0 = a and beta~ = b^2.
 
     Args:
-        schedule: the forward process, of at least 2 timesteps.
+        schedule: the forward process, of T >= 2 timesteps.
         prediction_type: epsilon, sample or v_prediction.
         variance_type: fixed_small (beta~_t), fixed_large (beta_t), learned_range or learned.
-        clip: bound of the predicted x_0, 0 for none.
+        clip: the bound of the predicted |x_0|; 0 for none.
+
+    Returns:
+        float64 [T + 1, len(VlbColumn)], with the columns of kernels.tables.VlbColumn.
 
     Raises:
-        ValueError: an argument out of its range, or epsilon where abar = 0.
+        ValueError: if an argument is out of its range, or for epsilon where abar = 0.
     """
     arguments.one_of("variance_type", variance_type, VARIANCE_TYPES)
     T, deviation = len(schedule), np.sqrt(_posterior_variance(schedule))

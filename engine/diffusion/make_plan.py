@@ -1,4 +1,4 @@
-"""From a solver's name and options to its `Plan`: steps, rows, and what holds for every solver."""
+"""`make_plan`: the `Plan` of a solver's name and options, the table that a sampler follows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flashddpm.host import isolated
 from flashddpm.kernels.tables import Column
 
 OPTIONS = {"eta": 0.0, "variance_type": "fixed_small", "use_clipped_model_output": False}
-"""Options that some solvers take (`Solver.options`), and what the others may be given for them."""
+"""Options that only some solvers take (`Solver.options`), and the value that turns each off."""
 
 
 @isolated(grad=False)
@@ -42,19 +42,40 @@ def make_plan(
     guidance_interval: tuple[float, float] | None = None,
     match_diffusers: bool = False,
 ) -> Plan:
-    """Return the plan of a named solver over ``num_steps`` timesteps of the given spacing.
+    """Return the plan of a named solver: the table of coefficients, one row a step, for an image.
 
     Args:
-        schedule: the forward process.
-        solver: a name of solvers.SOLVERS.
-        num_steps: the number of steps, in 1..T; of no effect beside ``timesteps``.
-        prediction_type: epsilon, sample or v_prediction.
-        spacing, steps_offset, sigmas, timesteps, clip, eta, use_clipped_model_output,
-            variance_type, threshold, guidance_rescale, guidance_interval, match_diffusers: as
-            `plan_options.PlanOptions` says, but a list of timesteps is a list of numbers.
+        schedule: the forward process, T timesteps.
+        solver: ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, euler or euler_ancestral.
+        num_steps: the number of steps S, in 1..T; of no effect beside ``timesteps``.
+        prediction_type: what the network predicts: epsilon, sample or v_prediction.
+        spacing: the spacing of timesteps: leading, linspace or trailing (Lin et al. 2023, table 2).
+        steps_offset: an integer added to leading timesteps.
+        sigmas: karras, exponential or beta: noise levels of that spacing between the ends of the
+            timesteps' (of the schedule, for the DPM-Solvers); None for those of the timesteps.
+        timesteps: the timesteps themselves, [S] whole or fractional numbers, strictly decreasing
+            within 0..T-1; None for those of ``spacing``.
+        clip: the bound of |x0|, 0 for none; beside a threshold, the largest threshold, at least 1.
+        eta: the noise of ddim, in [0, 1]: 0 is deterministic, 1 as noisy as ddpm.
+        use_clipped_model_output: whether ddim derives eps again from the clipped x0.
+        variance_type: the variance of ddpm: fixed_small, fixed_large, or learned and learned_range
+            for a network of 2C output channels.
+        threshold: the quantile, in [0, 1], of each image's |x0| for dynamic thresholding (Saharia
+            et al. 2022, section 2.3); 0 for none.
+        guidance_rescale: how far a guided output is rescaled to the standard deviation of the
+            conditional one, in [0, 1] (Lin et al. 2023, section 3.4); 0 for not at all.
+        guidance_interval: (low, high): guide only where low < sigma <= high, with
+            sigma = sqrt((1 - abar) / abar); high may be infinite; None for everywhere.
+        match_diffusers: whether to reproduce the quirks of diffusers (diffusers_quirks), which are
+            otherwise corrected.
+
+    Returns:
+        A plan of S rows, float64 [S, len(Column)], that ends at x_0.
 
     Raises:
-        ValueError: an argument out of its range, or one that the solver has no use for.
+        ValueError: if an argument is out of its range or is an option that the solver does not
+            take, for epsilon prediction where abar = 0, for sigmas that would begin there or stand
+            beside timesteps, or if diffusers is to be matched where no plan matches it.
     """
     record = SOLVERS[arguments.one_of("solver", solver, SOLVERS)]
     arguments.one_of("spacing", spacing, SPACINGS)
@@ -79,7 +100,7 @@ def make_plan(
 
 
 def _own_options(solver: Solver, **given: Any) -> dict[str, Any]:
-    """Return those of OPTIONS that the solver's function takes; the others must say nothing."""
+    """Return those of OPTIONS that the solver's function takes; refuse others that are not off."""
     for name, value in given.items():
         off = OPTIONS[name]
         if name not in solver.options and value != off:
@@ -119,7 +140,7 @@ def _adjusted(
     rescale: float,
     interval: tuple[float, float] | None,
 ) -> Plan:
-    """Return the plan with what holds for every solver: threshold, guidance rescale, interval."""
+    """Return the plan with threshold, guidance rescale and interval, as for every solver."""
     threshold = arguments.number("threshold", threshold, 0, 1)
     rescale = arguments.number("guidance_rescale", rescale, 0, 1)
     if threshold and clip < 1:

@@ -1,9 +1,10 @@
-r"""What the network predicts (S7): epsilon, sample (x_0) or v_prediction, and perhaps a variance.
+r"""Prediction types (S7): what x_0, eps and a network's output are of one another, as coefficients.
 
-With a = sqrt(abar_t) and b = sqrt(1 - abar_t), x_t = a x_0 + b eps (S4) and
-v = a eps - b x_0 (Salimans & Ho 2022, section 4 and appendix D). So each of x_0 and eps is affine
-in (x_t, out), and both x_t and the training target, which is what out should be, are affine in
-(x_0, eps): four tables of two coefficients, float64 [len(abar), 2].
+A network predicts epsilon, sample (x_0) or v_prediction, and perhaps a variance. With
+a = sqrt(abar_t) and b = sqrt(1 - abar_t), x_t = a x_0 + b eps (S4) and v = a eps - b x_0 (Salimans
+& Ho 2022, section 4 and appendix D). So each of x_0 and eps is affine in (x_t, out), and both x_t
+and the training target, which is what out should be, are affine in (x_0, eps): four tables of two
+coefficients, float64 [len(abar), 2].
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Table = NDArray[np.float64]
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 LEARNED_VARIANCES = ("learned", "learned_range")
-"""Variance types of networks of 2C channels, the second C of which say the variance."""
+"""The variance types of networks of 2C output channels, the second C of which are the variance."""
 VARIANCE_TYPES = ("fixed_small", "fixed_large", *LEARNED_VARIANCES)
 
 
@@ -28,11 +29,19 @@ def _signal_noise(abar: ArrayLike) -> tuple[Table, Table]:
 
 
 def x0_rows(abar: ArrayLike, prediction_type: str) -> Table:
-    """Coefficients (of x_t, of out) in x_0.
+    """Return the coefficients (of x_t, of the network's output) that make x_0   (S7).
+
+    Args:
+        abar: numbers in [0, 1), [N].
+        prediction_type: epsilon, sample or v_prediction.
+
+    Returns:
+        float64 [N, 2].
 
     Raises:
-        ValueError: an unknown prediction type, or epsilon where abar = 0: x_t then is pure noise,
-            and no x_0 follows from it (zero-terminal-SNR schedules need v_prediction or sample).
+        ValueError: if the prediction type is unknown, or is epsilon where abar = 0: x_t then is
+            pure noise, and no x_0 follows from it (zero-terminal-SNR schedules need v_prediction or
+            sample).
     """
     arguments.one_of("prediction_type", prediction_type, PREDICTION_TYPES)
     a, b = _signal_noise(abar)
@@ -49,7 +58,18 @@ def x0_rows(abar: ArrayLike, prediction_type: str) -> Table:
 
 
 def eps_rows(abar: ArrayLike, prediction_type: str) -> Table:
-    """Coefficients (of x_t, of out) in eps."""
+    """Return the coefficients (of x_t, of the network's output) that make eps   (S7).
+
+    Args:
+        abar: numbers in [0, 1), [N].
+        prediction_type: epsilon, sample or v_prediction.
+
+    Returns:
+        float64 [N, 2].
+
+    Raises:
+        ValueError: if the prediction type is unknown.
+    """
     arguments.one_of("prediction_type", prediction_type, PREDICTION_TYPES)
     a, b = _signal_noise(abar)
     if prediction_type == "epsilon":
@@ -60,7 +80,18 @@ def eps_rows(abar: ArrayLike, prediction_type: str) -> Table:
 
 
 def out_rows(abar: ArrayLike, prediction_type: str) -> Table:
-    """Coefficients (of x_0, of eps) in out, as a perfect network has it   (S7)."""
+    """Return the coefficients (of x_0, of eps) that make the output of a perfect network   (S7).
+
+    Args:
+        abar: numbers in [0, 1], [N].
+        prediction_type: epsilon, sample or v_prediction.
+
+    Returns:
+        float64 [N, 2].
+
+    Raises:
+        ValueError: if the prediction type is unknown.
+    """
     arguments.one_of("prediction_type", prediction_type, PREDICTION_TYPES)
     a, b = _signal_noise(abar)
     if prediction_type == "epsilon":
@@ -71,14 +102,27 @@ def out_rows(abar: ArrayLike, prediction_type: str) -> Table:
 
 
 def squared_error(snr: Table, prediction_type: str) -> Table:
-    """Squared error of out where that of x_0 is 1, for each SNR_t; float64, shaped as ``snr``.
+    """Return the squared error of the network's output where that of x_0 is 1   (S7).
 
     An error e of x_0 is the error -(a/b) e of eps and -(1/b) e of v.
+
+    Args:
+        snr: the signal-to-noise ratios abar / (1 - abar), float64 of any shape.
+        prediction_type: epsilon (the result is SNR), sample (1) or v_prediction (SNR + 1).
+
+    Returns:
+        float64, of the shape of ``snr``.
+
+    Raises:
+        ValueError: if the prediction type is unknown.
     """
     arguments.one_of("prediction_type", prediction_type, PREDICTION_TYPES)
     return {"epsilon": snr, "sample": np.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
 
 
 def noising_rows(schedule: NoiseSchedule) -> Table:
-    """Coefficients (of x_0, of eps) in x_t, float64 [T, 2]: the table of ``add_noise``   (S4)."""
+    """Return the coefficients (of x_0, of eps) in x_t at each timestep, float64 [T, 2]   (S4).
+
+    It is the table that the kernel ``add_noise`` takes, there as float32.
+    """
     return np.stack(_signal_noise(schedule.alphas_cumprod), -1)

@@ -1,4 +1,4 @@
-"""A trajectory as a table: one row of numbers a step (kernels/tables.py), and how it begins."""
+"""`Plan`: the steps of one image as a table of coefficients (kernels/tables.py), one row a step."""
 
 from __future__ import annotations
 
@@ -21,21 +21,26 @@ SHARES = (Column.THRESHOLD, Column.RESCALE)
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A trajectory from its first timestep to x_0: rows in the order in which they are applied.
+    """The steps of one image, down to x_0, as a table of coefficients: one row a step.
 
-    It begins at initial[0] image + initial[1] z, where z has Purpose.INITIAL and noise key 0.
+    Rows are in the order in which they are applied. The image begins at initial[0] image +
+    initial[1] z, with z normal noise of Purpose.INITIAL and noise key 0.
 
     Attributes:
-        rows: float64 [S, len(Column)], read-only.
-        noise_keys: int64 [S], read-only; the noise key of each row's z.
-        initial: what the image and z are multiplied by; (0, 1), pure noise, needs no image.
-        abar: float64 [S], read-only: how noisy each row's x_t is; None where that is not known.
+        rows: float64 [S, len(Column)], read-only; the columns are those of kernels.tables.Column.
+        noise_keys: int64 [S], read-only, at least 0, all different: the key (a word of the noise's
+            counter) of each row's z.
+        initial: two numbers, at least 0, by which the image and z are multiplied; (0, 1), pure
+            noise, needs no image.
+        abar: float64 [S], read-only, in [0, 1): the share of the signal's variance in each row's
+            x_t; None where that is not known.
 
     Raises:
-        ValueError: wrong shapes, a number that is not finite in float32 (in which kernels read it),
-            a negative sigma or clip, a threshold or rescale outside [0, 1], a threshold beside a
-            clip below 1, an unguided that is neither 0 nor 1, a first row that reads history, noise
-            keys that are negative, not integers, or repeat, or an abar outside [0, 1).
+        ValueError: if a shape is wrong, a number is not finite in float32 (in which kernels read
+            it), sigma or clip is negative, threshold or rescale is outside of [0, 1], clip is below
+            1 beside a threshold, unguided is neither 0 nor 1, the first row reads history, noise
+            keys are negative, not integers, or repeat, initial is no two numbers of at least 0, or
+            abar is outside of [0, 1).
     """
 
     rows: Table
@@ -75,51 +80,52 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
-        """Number of steps, and of evaluations of the network."""
+        """The number of steps S, an int, which is also that of calls of the network."""
         return len(self)
 
     @property
     def timesteps(self) -> Table:
-        """What the network is told at each step, float64 [S]; may be fractional, and may repeat."""
+        """The timesteps that the network is told, float64 [S]; may be fractional, may repeat."""
         return self.rows[:, Column.TIMESTEP]
 
     @cached_property
     def fractional(self) -> bool:
-        """Whether some timestep lies between the integers."""
+        """Whether some timestep lies between the integers, a bool."""
         return bool((self.timesteps != self.timesteps.round()).any())
 
     @cached_property
     def content(self) -> bytes:
-        """What tells its steps from those of another plan."""
+        """The bytes of rows and noise keys, which are equal for plans of equal steps."""
         return self.rows.tobytes() + self.noise_keys.tobytes()
 
     @property
     def needs_image(self) -> bool:
-        """Whether it begins at a noised image, which must be given."""
+        """Whether the plan begins at a noised image, which must be given, a bool."""
         return self.initial[0] != 0
 
     @cached_property
     def needs_stats(self) -> bool:
-        """Whether some row asks for ``sample_stats``: has a threshold, or rescales."""
+        """Whether some row has a threshold or rescales (``sample_stats`` must run), a bool."""
         return bool(self.rows[:, SHARES].any())
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the network must have 2C channels, the second C of them for the variance."""
+        """Whether the network must have 2C outputs, the second C for the variance; a bool."""
         return bool(self.rows[:, Column.LOG_SIGMA].any())
 
     def from_image(self, strength: float) -> Plan:
-        """Return the plan that begins at an image (SDEdit, Meng et al. 2022).
+        """Return the plan that begins at an image, noised (SDEdit, Meng et al. 2022).
 
-        The last int(strength S) rows of this plan, as in diffusers' img2img, from the image noised
-        to the first of them: x_t = sqrt(abar_t) image + sqrt(1 - abar_t) z (S4).
+        It has the last int(strength S) rows of this plan, as in diffusers' img2img, and begins at
+        the image noised to the first of them: x_t = sqrt(abar_t) image + sqrt(1 - abar_t) z (S4).
 
         Args:
-            strength: in (0, 1]; at 1 all rows are applied, yet to a noised image still.
+            strength: the share of the steps that is taken, in (0, 1]; at 1 all rows are applied,
+                yet still to a noised image.
 
         Raises:
-            ValueError: a strength out of its range, or too small for one step, or a plan that does
-                not know its abar.
+            ValueError: if the strength is out of its range, or too small for one step, or the
+                plan's abar is None.
         """
         n = len(self)
         strength = arguments.number("strength", strength, 0, 1)
@@ -132,10 +138,16 @@ class Plan:
 
     @isolated(grad=False)
     def begin_at(self, row: int) -> Plan:
-        """Return the plan that begins at ``row``, in 0..S-1, from an image noised to its timestep.
+        """Return the plan that begins at a row of this one, from an image noised to its timestep.
 
         Rows keep their noise keys. The first has no previous x0 and takes its own instead
         (c_x0 + c_hist), which makes multistep solvers of first order there, as at any start.
+
+        Args:
+            row: the number of the row, in 0..S-1.
+
+        Raises:
+            ValueError: if the row is out of its range, or the plan's abar is None.
         """
         row = arguments.integer("row", row, 0, len(self) - 1)
         if self.abar is None:

@@ -1,5 +1,6 @@
-r"""The forward process: q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I)   (S1, S2).
+r"""Noise schedules: the betas of the forward process, and the tables that follow from them.
 
+The process is q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I)   (S1, S2), with
 alpha_t = 1 - beta_t, abar_t = prod_{s<=t} alpha_s, t = 0..T-1 (Ho et al. 2020, section 2).
 The posterior q(x_{t-1} | x_t, x_0) (S5; eq. 6-7 there) has the mean
 sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0 + sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t
@@ -34,31 +35,50 @@ TABLES = ("float64", "diffusers")
 
 
 def linear(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
-    """Betas evenly spaced (Ho et al. 2020, section 4)."""
+    """Return T betas evenly spaced from ``start`` to ``end``, float64 (Ho et al. 2020)."""
     return np.linspace(start, end, T)
 
 
 def scaled_linear(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
-    """sqrt(beta) evenly spaced (Rombach et al. 2022)."""
+    """Return betas whose roots are evenly spaced, float64 [T] (Rombach et al. 2022).
+
+    Args:
+        T: the number of timesteps.
+        start: the first beta.
+        end: the last beta.
+    """
     return np.linspace(math.sqrt(start), math.sqrt(end), T) ** 2
 
 
 def squaredcos_cap_v2(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
-    """Abar = cos^2((t/T + 0.008) / 1.008 pi/2), beta capped at 0.999 (Nichol & Dhariwal 2021).
+    """Return the betas of the cosine schedule, float64 [T] (Nichol & Dhariwal 2021, eq. 17).
 
-    ``start`` and ``end`` do not enter.
+    They are at most 0.999, and otherwise those of abar = cos^2((t/T + 0.008) / 1.008 pi/2);
+    ``start`` and ``end`` are not used.
     """
     abar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
     return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
 
 
 def sigmoid(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
-    """Beta follows a logistic curve over [-6, 6] (GeoDiff, Xu et al. 2022), as diffusers has it."""
+    """Return betas on a logistic curve from ``start`` to ``end``, over [-6, 6]; float64 [T].
+
+    As diffusers has it (GeoDiff, Xu et al. 2022); beta only comes near to the two ends.
+    """
     return 1 / (1 + np.exp(-np.linspace(-6, 6, T))) * (end - start) + start
 
 
 def rescale_zero_terminal_snr(betas: ArrayLike) -> Table:
-    """Shift and scale sqrt(abar): the first stays, the last becomes 0 (Lin et al. 2023, alg. 1)."""
+    """Return betas whose last abar is 0, so that x_T is noise alone (Lin et al. 2023, algorithm 1).
+
+    sqrt(abar) is shifted and scaled: the first stays as it is, and the last becomes 0.
+
+    Args:
+        betas: numbers in (0, 1), [T], with T of at least 2.
+
+    Returns:
+        The new betas, float64 [T], the last of which is 1.
+    """
     root = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     abar = root**2
@@ -92,11 +112,16 @@ def _float32_abar(betas: Tensor, rescale: bool) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """The tables of a forward process, from its ``betas``, float64 [T].
+    """The noise schedule of a forward process: tables of one number a timestep, from its betas.
+
+    Attributes:
+        betas: float64 [T], read-only, in (0, 1), but the last may be 1; given as any list of
+            numbers.
 
     Raises:
-        ValueError: not 1 <= T <= 100000, a beta that is not finite or not in (0, 1], or 1 before
-            the last, or betas so small that abar does not strictly decrease in float64.
+        ValueError: if betas are no row of 1 to 100000 numbers, if one is not finite or not in (0,
+            1] or is 1 before the last, or if they are so small that abar does not strictly decrease
+            in float64.
     """
 
     betas: Table
@@ -139,10 +164,22 @@ class NoiseSchedule:
         rescale_betas_zero_snr: bool = False,
         tables: str = "float64",
     ) -> NoiseSchedule:
-        """Return one of the named schedules, under diffusers' names and defaults.
+        """Return a schedule by its name, with diffusers' names and defaults.
 
-        With ``tables="diffusers"``, ``alphas_cumprod`` rounded to float32 is diffusers' table, bit
-        for bit, and betas are 1 - abar_t / abar_{t-1}, as its DDPMScheduler takes them.
+        Args:
+            beta_schedule: linear, scaled_linear, squaredcos_cap_v2 (cosine) or sigmoid.
+            num_train_timesteps: the number of timesteps T, in 1..100000.
+            beta_start: the first beta, in [0, 1]; not used by squaredcos_cap_v2.
+            beta_end: the last beta, in [0, 1]; not used by squaredcos_cap_v2.
+            rescale_betas_zero_snr: whether the betas are rescaled so that the last abar is 0
+                (`rescale_zero_terminal_snr`).
+            tables: "float64", or "diffusers" for betas of which ``alphas_cumprod``, rounded to
+                float32, is diffusers' table, bit for bit: 1 - abar_t / abar_{t-1}, as its
+                DDPMScheduler takes them.
+
+        Raises:
+            ValueError: if an argument is out of its range, if the betas are not allowed
+                (`NoiseSchedule`), or if there is only one timestep to rescale.
         """
         arguments.one_of("beta_schedule", beta_schedule, BETA_SCHEDULES)
         T = arguments.integer("num_train_timesteps", num_train_timesteps, 1, MAX_TIMESTEPS)
@@ -165,8 +202,16 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any], tables: str = "float64") -> NoiseSchedule:
         """Return the schedule that a diffusers scheduler_config.json describes.
 
-        Keys read: num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas,
-        rescale_betas_zero_snr. ``tables`` is as for `create`.
+        Args:
+            config: a mapping, of which the keys num_train_timesteps, beta_start, beta_end,
+                beta_schedule, trained_betas (T numbers, in place of all these) and
+                rescale_betas_zero_snr are read; a key that is missing has the default of `create`.
+            tables: "float64", or "diffusers" for its values of betas and abar, which are computed
+                in float32.
+
+        Raises:
+            ValueError: if a setting is out of its range, or the betas are not allowed
+                (`NoiseSchedule`).
         """
         rescale = arguments.boolean(
             "rescale_betas_zero_snr", config.get("rescale_betas_zero_snr") or False
@@ -209,35 +254,35 @@ class NoiseSchedule:
 
     @cached_property
     def alphas(self) -> Table:
-        """alpha_t = 1 - beta_t   (S1)."""
+        """The table alpha_t = 1 - beta_t, float64 [T]   (S1)."""
         return 1 - self.betas
 
     @cached_property
     def alphas_cumprod(self) -> Table:
-        """abar_t = prod_{s<=t} alpha_s   (S3, S4)."""
+        """The table abar_t = prod_{s<=t} alpha_s, float64 [T], decreasing   (S3, S4)."""
         return np.cumprod(self.alphas, dtype=np.float64)
 
     @cached_property
     def alphas_cumprod_prev(self) -> Table:
-        """abar_{t-1}, with abar_{-1} = 1."""
+        """The table abar_{t-1}, float64 [T], with abar_{-1} = 1."""
         return np.concatenate([[1.0], self.alphas_cumprod[:-1]])
 
     @cached_property
     def snr(self) -> Table:
-        """SNR_t = abar_t / (1 - abar_t)."""
+        """The signal-to-noise ratios SNR_t = abar_t / (1 - abar_t), float64 [T]."""
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
     @cached_property
     def posterior_mean_coef_x0(self) -> Table:
-        """Coefficient of x_0 in the posterior's mean   (S5)."""
+        """The coefficient of x_0 in the mean of q(x_{t-1} | x_t, x_0), float64 [T]   (S5)."""
         return np.sqrt(self.alphas_cumprod_prev) * self.betas / (1 - self.alphas_cumprod)
 
     @cached_property
     def posterior_mean_coef_xt(self) -> Table:
-        """Coefficient of x_t in the posterior's mean   (S5)."""
+        """The coefficient of x_t in the mean of q(x_{t-1} | x_t, x_0), float64 [T]   (S5)."""
         return np.sqrt(self.alphas) * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
 
     @cached_property
     def posterior_variance(self) -> Table:
-        """beta~_t, the posterior's variance   (S5); 0 at t = 0."""
+        """The variance beta~_t of q(x_{t-1} | x_t, x_0), float64 [T]; 0 at t = 0   (S5)."""
         return (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod) * self.betas

@@ -1,4 +1,4 @@
-"""How a model is sampled unless ``sample`` is told otherwise: what its scheduler config says."""
+"""`SamplingDefaults`: how a model is sampled by default, read from its scheduler config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flashddpm.diffusion.solvers import SOLVERS
 from flashddpm.diffusion.timesteps import SIGMA_SPACINGS, SPACINGS, respaced
 
 DEFAULTED = "_use_default_values"
-"""In a live config of diffusers, the keys that nobody has set: another class takes its own."""
+"""The key of a live diffusers config that lists the keys which nobody has set."""
 
 _SHARED = {
     "num_train_timesteps": 1000,
@@ -82,27 +82,32 @@ KEYS: dict[str, dict[str, Any]] = {
     "EulerDiscreteScheduler": {**_SHARED, **_LINSPACE, **_SIGMAS, **_EULER_ONLY},
     "EulerAncestralDiscreteScheduler": {**_SHARED, **_LINSPACE},
 }
-"""The settings that each class has, and its defaults; it ignores all others in a config."""
+"""The settings that each diffusers class has, with its defaults; a class ignores all other keys."""
 
 SCHEDULERS = tuple(KEYS)
-"""diffusers' classes that can be read; records of solvers.SOLVERS say which solver each means."""
+"""The diffusers classes that can be read; solvers.SOLVERS says which solver each means."""
 
 ONLY = ("set_alpha_to_one", *(_MULTISTEP_ONLY | _EULER_ONLY))
-"""Settings of which we have rows for the default only."""
+"""The settings for which only the default has rows here; another value is refused."""
 
 
 def settings_of(config: Mapping[str, Any], scheduler: str | None = None) -> dict[str, Any]:
-    """Return what a class of diffusers reads of a config: each of its KEYS, and ``_class_name``.
+    """Return the settings that a diffusers scheduler class reads of a config, as a dict.
 
     A config keeps the keys of every class that it went through, for a later one to find; and a key
     that nobody has set, in a live one, is the default of its own class only.
 
     Args:
-        config: with diffusers' keys; without ``_class_name`` it is DDPMScheduler's.
-        scheduler: the class; by default the config's own.
+        config: a mapping with diffusers' keys; without ``_class_name`` it is DDPMScheduler's.
+        scheduler: the class that reads it, one of `SCHEDULERS`; None for the config's own.
+
+    Returns:
+        The class's keys (`KEYS`) with the config's values or else the defaults, and
+        ``_class_name``.
 
     Raises:
-        ValueError: a class that we have no solver of.
+        ValueError: if the config's own class has no solver here.
+        KeyError: if ``scheduler`` is not one of `SCHEDULERS`.
     """
     own = arguments.one_of("_class_name", config.get("_class_name", "DDPMScheduler"), SCHEDULERS)
     name = scheduler or own
@@ -116,7 +121,17 @@ def settings_of(config: Mapping[str, Any], scheduler: str | None = None) -> dict
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What a scheduler config says of sampling; arguments of ``sample`` override it."""
+    """How a model is sampled where ``sample`` is not told otherwise: its scheduler config.
+
+    Attributes:
+        spacing: the spacing of timesteps: leading, linspace or trailing.
+        steps_offset: an integer added to leading timesteps.
+        clip: the bound of |x0|, 0 for none; beside a threshold, the largest threshold.
+        variance_type: the variance of ddpm: fixed_small, fixed_large, learned or learned_range.
+        threshold: the quantile of dynamic thresholding, in [0, 1]; 0 for none.
+        solver: the name of the solver, of solvers.SOLVERS.
+        sigmas: the spacing of sigmas: karras, exponential or beta; None for those of the timesteps.
+    """
 
     spacing: str = "leading"
     steps_offset: int = 0
@@ -130,10 +145,17 @@ class SamplingDefaults:
     def from_config(
         cls, config: Mapping[str, Any], scheduler: str | None = None
     ) -> SamplingDefaults:
-        """Read the keys of diffusers that `settings_of` finds; arguments are its own.
+        """Read the defaults from a diffusers scheduler config.
+
+        Args:
+            config: a mapping with diffusers' keys; without ``_class_name`` it is DDPMScheduler's.
+            scheduler: the diffusers class that reads it, one of `SCHEDULERS`; None for the config's
+                own.
 
         Raises:
-            ValueError: a class or a setting that we have no rows for.
+            ValueError: if the class has no solver here, or a setting has a value that is not
+                supported.
+            KeyError: if ``scheduler`` is not one of `SCHEDULERS`.
         """
         settings = settings_of(config, scheduler)
         name = settings["_class_name"]
@@ -161,10 +183,20 @@ class SamplingDefaults:
         num_steps: int,
         options: PlanOptions,
     ) -> Plan:
-        """Return the plan of `make_plan`, told by options and, where they are silent, by these.
+        """Return the plan of `make_plan` by the given options, and else by these defaults.
+
+        The sigmas of the defaults hold only for their own solver, and not beside given timesteps.
+
+        Args:
+            schedule: the forward process, T timesteps.
+            prediction_type: epsilon, sample or v_prediction.
+            solver: the name of the solver, of solvers.SOLVERS.
+            num_steps: the number of steps, in 1..T.
+            options: the options that are given (`PlanOptions`); None is the same as left out.
 
         Raises:
-            ValueError: an argument that is not allowed.
+            ValueError: if an argument or option is not allowed, or a threshold is given without
+                clip where the model's own clip is at most 1.
         """
         given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
         if isinstance(given.get("timesteps"), str):
@@ -218,7 +250,7 @@ def _variance_type(value: Any, solver: str) -> str:
 
 
 def _sigmas(settings: Mapping[str, Any]) -> str | None:
-    """Return the one spacing of sigmas that is asked for, or None."""
+    """Return the spacing of sigmas that diffusers' use_X_sigmas settings ask for, or None."""
     keys = {f"use_{name}_sigmas": name for name in SIGMA_SPACINGS}
     asked = [key for key in keys if arguments.boolean(key, settings.get(key) or False)]
     if len(asked) > 1:

@@ -1,17 +1,13 @@
-r"""Solvers: from a schedule and a list of timesteps to a `Plan`, one row of numbers a step.
+r"""Solvers (samplers): each turns a schedule and timesteps into a `Plan`, one table row a step.
 
-Every solver here is affine in what a step has at hand, so a step is a row (kernels/tables.py):
+Every solver here is affine in what a step has at hand, so a step is a row of coefficients
+(kernels/tables.py), with out the network's output, z normal noise and v the learned variance:
 
     x0     = x0_xt x_t + x0_out out, then clipped                              (S7)
     x_next = c_x0 x0 + c_xt x_t + c_out out + c_hist (previous x0) + sigma e^(log_sigma v) z
 
 Throughout, t is a step's timestep, s the next entry of the list (past its end abar_s = 1),
 a = sqrt(abar) and b = sqrt(1 - abar), so that x_t = a_t x_0 + b_t eps (S4). All in float64.
-
-Every solver takes the schedule, its timesteps (integers, [S], strictly decreasing, or `Steps` of
-any noise levels), the prediction type (epsilon, sample or v_prediction) and the bound ``clip`` of
-x0 (0 for none), and raises ValueError for an argument out of its range, or for epsilon prediction
-where abar = 0.
 
 To add one: write the function and its record, by which make_plan, the command line, scheduler
 configs and pipelines know it, and test its rows in tests/diffusion/test_solvers_diffusers.py.
@@ -70,10 +66,10 @@ def ddpm(
     variance_type: str = "fixed_small",
     noise_at_end: bool = False,
 ) -> Plan:
-    r"""Ancestral sampling: x_s ~ N(mu~(x_t, x_0), variance) (S5, S6; Ho et al. 2020, eq. 6-7).
+    r"""Return the plan (a row of coefficients a step) of ancestral sampling, DDPM.
 
-    A step from t to s is one step of the process whose alpha is alpha = abar_t / abar_s, so with
-    beta = 1 - alpha
+    A step draws x_s ~ N(mu~(x_t, x_0), variance) (S5, S6; Ho et al. 2020, eq. 6-7). From t to s it
+    is one step of the process whose alpha is alpha = abar_t / abar_s, so with beta = 1 - alpha
 
         c_x0 = a_s beta / (1 - abar_t),   c_xt = sqrt(alpha) (1 - abar_s) / (1 - abar_t).
 
@@ -85,10 +81,20 @@ def ddpm(
         learned_range   beta^((1 + v)/2) beta~^((1 - v)/2)             (Nichol & Dhariwal, eq. 15)
         learned         e^v
 
-    so for learned_range sigma = (beta beta~)^(1/4) e^(log(beta / beta~) v / 4). (Of learned, v is
-    the logarithm as in Nichol & Dhariwal; diffusers takes v for the variance itself.) The last step
-    adds no noise, at whatever timestep it is; it is the only one where beta~ = 0. With
-    ``noise_at_end`` it does, above timestep 0, as in diffusers: then beta~ = 1e-20 stands for 0.
+    so for learned_range sigma = (beta beta~)^(1/4) e^(log(beta / beta~) v / 4). (diffusers takes v
+    of learned for the variance itself, not its logarithm.)
+
+    Args:
+        schedule: the forward process of T timesteps.
+        steps: integer timesteps [S], strictly decreasing in 0..T-1, or `Steps` of any noise levels.
+        prediction_type: what the network predicts: epsilon, sample or v_prediction.
+        clip: the bound of |x0|; 0 for none.
+        variance_type: fixed_small, fixed_large, learned_range or learned, as above.
+        noise_at_end: whether the last step adds noise if it is above timestep 0, as in diffusers,
+            1e-20 then standing for beta~ = 0; otherwise it adds none.
+
+    Raises:
+        ValueError: if an argument is out of its range, or for epsilon where abar = 0.
     """
     arguments.one_of("variance_type", variance_type, VARIANCE_TYPES)
     rows, abar, abar_s = _begin(schedule, steps, prediction_type, clip)
@@ -119,18 +125,25 @@ def ddim(
     use_clipped_model_output: bool = False,
     ends: Table | None = None,
 ) -> Plan:
-    r"""x_s = a_s x_0 + sqrt(1 - abar_s - sigma^2) eps + sigma z (Song et al. 2021, eq. 12 and 16).
+    r"""Return the plan of DDIM (Song et al. 2021, eq. 12 and 16).
 
-    sigma^2 = eta^2 (1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s): eta = 0 is deterministic and
-    eta = 1 is ddpm, fixed_small. eps comes from the raw output, clipped or not, as in diffusers; it
-    is affine in (x_t, out), whence c_xt and c_out; with ``use_clipped_model_output`` it is
-    (x_t - a_t x_0) / b_t of the x_0 that was clipped. The root is taken of a sum without
-    cancellation:
+    A step is x_s = a_s x_0 + sqrt(1 - abar_s - sigma^2) eps + sigma z, with
+    sigma^2 = eta^2 (1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s). eps is affine in (x_t, out),
+    whence c_xt and c_out. The root is taken of a sum without cancellation:
 
         1 - abar_s - sigma^2 = (1 - abar_s) (1 - eta^2 + eta^2 q),
         q = abar_t (1 - abar_s) / (abar_s (1 - abar_t)).
 
-    ``ends`` are the abar_s, where they are not those of the next timesteps.
+    Args:
+        schedule, steps, prediction_type, clip: as for `ddpm`: the forward process, [S] decreasing
+            integers or `Steps`, epsilon, sample or v_prediction, and the bound of |x0| (0: none).
+        eta: in [0, 1]: 0 is deterministic, 1 has the noise of `ddpm` with fixed_small.
+        use_clipped_model_output: take eps = (x_t - a_t x_0) / b_t of the clipped x_0; otherwise eps
+            is that of the raw output, whether x_0 is clipped or not, as in diffusers.
+        ends: float64 [S], the abar_s that each step ends at; None for those of the next timesteps.
+
+    Raises:
+        ValueError: if an argument is out of its range, or for epsilon where abar = 0.
     """
     eta = arguments.number("eta", eta, 0, 1)
     arguments.boolean("use_clipped_model_output", use_clipped_model_output)
@@ -155,7 +168,7 @@ def dpmpp_2m(
     prediction_type: str = "epsilon",
     clip: float = 0.0,
 ) -> Plan:
-    r"""DPM-Solver++(2M), midpoint form (Lu et al. 2022b, algorithm 2).
+    r"""Return the plan of DPM-Solver++(2M), midpoint form (Lu et al. 2022b, algorithm 2).
 
     With lambda = log(a / b), h = lambda_s - lambda_t, and r = h_previous / h,
 
@@ -165,6 +178,13 @@ def dpmpp_2m(
     previous x0 and the last has infinite h: there 1 / 2r = 0 (first order; diffusers'
     final_sigmas_type zero). So it is after a step from abar = 0, where h_previous is infinite;
     diffusers puts 2^-24 for that abar.
+
+    Args:
+        schedule, steps, prediction_type, clip: as for `ddpm`: the forward process, [S] decreasing
+            integers or `Steps`, epsilon, sample or v_prediction, and the bound of |x0| (0: none).
+
+    Raises:
+        ValueError: if an argument is out of its range, or for epsilon where abar = 0.
     """
     rows, abar, abar_s = _begin(schedule, steps, prediction_type, clip)
     b_ratio = np.sqrt((1 - abar_s) / (1 - abar))
@@ -181,7 +201,7 @@ def dpmpp_2m_sde(
     prediction_type: str = "epsilon",
     clip: float = 0.0,
 ) -> Plan:
-    r"""SDE-DPM-Solver++(2M), midpoint form (Lu et al. 2022b).
+    r"""Return the plan of SDE-DPM-Solver++(2M), midpoint form (Lu et al. 2022b).
 
     The reverse SDE over a step, with D of `dpmpp_2m` for x0 and its first and last steps:
 
@@ -193,6 +213,13 @@ def dpmpp_2m_sde(
 
     the rows of `ddpm`, with D for x0, which lifts the order of the spread from 1 to 2 (measured on
     Gaussian data). diffusers names it sde-dpmsolver++, and puts 2^-24 for abar = 0.
+
+    Args:
+        schedule, steps, prediction_type, clip: as for `ddpm`: the forward process, [S] decreasing
+            integers or `Steps`, epsilon, sample or v_prediction, and the bound of |x0| (0: none).
+
+    Raises:
+        ValueError: if an argument is out of its range, or for epsilon where abar = 0.
     """
     rows, abar, abar_s = _begin(schedule, steps, prediction_type, clip)
     beta = (abar_s - abar) / abar_s
@@ -220,15 +247,24 @@ def euler(
     clip: float = 0.0,
     noise_alone: bool = True,
 ) -> Plan:
-    r"""Euler's method for dx~/dsigma = (x~ - x0) / sigma (Karras et al. 2022, eq. 4).
+    r"""Return the plan of Euler's method (Karras et al. 2022, eq. 4).
 
-    There x~ = x / a = x_0 + sigma eps and sigma = b / a, so a step to sigma_s is
+    It solves dx~/dsigma = (x~ - x0) / sigma. There x~ = x / a = x_0 + sigma eps and sigma = b / a,
+    so a step to sigma_s is
 
         x~_s = x~_t + (sigma_s - sigma_t) (x~_t - x0) / sigma_t = x0 + sigma_s eps,
 
-    and times a_s it is `ddim` with eta = 0. It starts from x~_T = sigma_T z, without the signal's
-    share: x_T = b_T z. diffusers does so for linspace and trailing spacing (``noise_alone``); for
-    leading spacing from sqrt(1 + sigma_T^2) z, which is x_T = z.
+    and times a_s it is `ddim` with eta = 0.
+
+    Args:
+        schedule, steps, prediction_type, clip: as for `ddpm`: the forward process, [S] decreasing
+            integers or `Steps`, epsilon, sample or v_prediction, and the bound of |x0| (0: none).
+        noise_alone: whether to start from x_T = b_T z (x~_T = sigma_T z, without the signal's
+            share), as diffusers does for linspace and trailing spacing; if false, from x_T = z, as
+            for leading.
+
+    Raises:
+        ValueError: if an argument is out of its range, or for epsilon where abar = 0.
     """
     plan = ddim(schedule, steps, prediction_type=prediction_type, clip=clip)
     return _start_alone(plan) if noise_alone else plan
@@ -242,11 +278,19 @@ def euler_ancestral(
     clip: float = 0.0,
     noise_alone: bool = True,
 ) -> Plan:
-    r"""Euler's method down to sigma_down, then noise up to sigma_s (Karras et al.; k-diffusion).
+    r"""Return the plan of ancestral Euler: a step down to sigma_down, then noise up to sigma_s.
 
-    sigma_up^2 = sigma_s^2 (1 - sigma_s^2 / sigma_t^2) and sigma_down^2 = sigma_s^2 - sigma_up^2.
-    Times a_s^2, sigma_up^2 is (1 - abar_s) (1 - q) with q = sigma_s^2 / sigma_t^2, the variance of
-    `ddim` with eta = 1; the rest is as in `euler`, the start too.
+    As in k-diffusion, sigma_up^2 = sigma_s^2 (1 - sigma_s^2 / sigma_t^2) is the noise's variance
+    and sigma_down^2 = sigma_s^2 - sigma_up^2. Times a_s^2, sigma_up^2 is (1 - abar_s) (1 - q) with
+    q = sigma_s^2 / sigma_t^2, the variance of `ddim` with eta = 1, whose steps these are.
+
+    Args:
+        schedule, steps, prediction_type, clip: as for `ddpm`: the forward process, [S] decreasing
+            integers or `Steps`, epsilon, sample or v_prediction, and the bound of |x0| (0: none).
+        noise_alone: whether to start from x_T = b_T z, as for `euler`; if false, from x_T = z.
+
+    Raises:
+        ValueError: if an argument is out of its range, or for epsilon where abar = 0.
     """
     plan = ddim(schedule, steps, prediction_type=prediction_type, clip=clip, eta=1.0)
     return _start_alone(plan) if noise_alone else plan
@@ -259,21 +303,24 @@ def _start_alone(plan: Plan) -> Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """All that others know of a solver.
+    """The record of a solver: all that make_plan, command line, configs and pipelines know of it.
 
     Attributes:
-        name: what ``solver=`` calls it.
-        rows: its function, from schedule and steps to a Plan.
-        options: which of make_plan.OPTIONS the function takes; the others are refused.
-        default_steps: the number of steps where nothing is said.
-        drop_last: its timesteps are num_steps + 1 points less the last.
-        fractional: its network is told timesteps as they fall, not the nearest whole ones.
-        noise_alone: its function takes ``noise_alone``, false for leading spacing (see `euler`).
-        scheduler_class: diffusers' class for it, one of scheduler_config.KEYS; None for none.
-        algorithm_type: the class's setting of that name, where it has several solvers.
-        quirk: what diffusers does that make_plan does only if asked to match it.
-        draws: whether diffusers draws noise at (timestep, eta), which it may do and add none.
-        draws_float32: whether it draws in float32, not in the network's dtype.
+        name: the name that ``solver=`` has for it.
+        rows: its function, called with (schedule, steps, prediction_type=, clip=) and its options
+            as keywords; returns a `Plan`.
+        options: the names in make_plan.OPTIONS that the function takes; the others are refused.
+        default_steps: the number of steps where none is given.
+        drop_last: whether its timesteps are num_steps + 1 points less the last.
+        fractional: whether its network is told fractional timesteps, not the nearest whole ones.
+        noise_alone: whether its function takes ``noise_alone``, false for leading spacing
+            (`euler`).
+        scheduler_class: the diffusers class for it, one of scheduler_config.KEYS; None for none.
+        algorithm_type: the value of that setting of the class, where it has several solvers.
+        quirk: what diffusers does otherwise, done where match_diffusers is asked; None for nothing.
+        draws: called with (timestep, eta), returns whether diffusers draws noise at such a step,
+            even if it then adds none.
+        draws_float32: whether diffusers draws in float32, not in the network's dtype.
     """
 
     name: str
@@ -346,4 +393,4 @@ _RECORDS = (
     ),
 )
 SOLVERS = {solver.name: solver for solver in _RECORDS}
-"""Every solver by its name."""
+"""The records of all solvers by name."""

@@ -1,4 +1,4 @@
-r"""Which noise levels a plan visits: spacings of timesteps, spacings of sigma, lists of one's own.
+r"""Timesteps and noise levels of a plan: spacings of timesteps, spacings of sigma, and lists.
 
 A noise level is abar, or sigma = sqrt((1 - abar) / abar), x_t then being a (x_0 + sigma eps). A
 whole timestep has the abar of the schedule. Between two whole timesteps sigma is linear in t, and
@@ -37,15 +37,16 @@ def timesteps(
     Leading and linspace spacing begin a single step at timestep 0, as diffusers does.
 
     Args:
-        num_steps: number of timesteps, in 1..num_train_timesteps.
-        num_train_timesteps: T of the schedule.
+        num_steps: the number of timesteps, in 1..num_train_timesteps.
+        num_train_timesteps: the number of timesteps T of the schedule.
         spacing: leading, linspace or trailing.
-        steps_offset: added to leading timesteps; the other spacings have no use for it.
-        drop_last: take num_steps + 1 points and drop the last, as DPM-Solver does; trailing
-            spacing, which has no point to drop, stays as it is.
+        steps_offset: an integer, at least 0, added to leading timesteps; not used by other
+            spacings.
+        drop_last: whether to take num_steps + 1 points and drop the last, as DPM-Solver does;
+            trailing spacing, which has no point to drop, stays as it is.
 
     Raises:
-        ValueError: an argument out of its range, or timesteps that would repeat or pass T - 1.
+        ValueError: if an argument is out of its range, or timesteps would repeat or pass T - 1.
     """
     T = arguments.integer("num_train_timesteps", num_train_timesteps, 1)
     n = arguments.integer("num_steps", num_steps, 1, T)
@@ -74,7 +75,7 @@ def timesteps(
 
 
 def respaced(respacing: str, num_train_timesteps: int = 1000) -> Ints:
-    """Return the timesteps of a respacing string of OpenAI's, int64 [S], decreasing.
+    """Return the timesteps of one of OpenAI's respacing strings, int64 [S], decreasing.
 
         "ddim50"    every k-th from 0 on, with the smallest k that makes 50 of them
         "10,20,30"  as many in each of three equal sections (the first ones a timestep longer if
@@ -82,8 +83,13 @@ def respaced(respacing: str, num_train_timesteps: int = 1000) -> Ints:
         "250"       the same with one section
         ""          all
 
+    Args:
+        respacing: such a string.
+        num_train_timesteps: the number of timesteps T of the schedule.
+
     Raises:
-        ValueError: no such string, or more timesteps than there are, or a k that does not exist.
+        ValueError: if the string is no respacing, or asks for no timestep, for more than a section
+            has, or for a number that no k makes.
     """
     T = arguments.integer("num_train_timesteps", num_train_timesteps, 1)
     allowed = "must be a number of steps, several with commas between, or ddim and a number"
@@ -131,7 +137,7 @@ def _strided(respacing: str, n: int, T: int) -> Ints:
 
 
 def sigma_grid(spacing: str, high: float, low: float, num_steps: int) -> Table:
-    r"""Return sigmas from ``high`` to ``low``, float64 [num_steps]; one alone is ``high``.
+    r"""Return sigmas from ``high`` down to ``low``, float64 [num_steps]; a single one is ``high``.
 
     With u = 0 .. 1 in even steps,
 
@@ -139,6 +145,15 @@ def sigma_grid(spacing: str, high: float, low: float, num_steps: int) -> Table:
         exponential  high (low / high)^u
         beta         low + (high - low) B(1 - u),  B the quantile function of Beta(0.6, 0.6)
                      (Lee et al. 2024)
+
+    Args:
+        spacing: karras, exponential or beta.
+        high: the first sigma, finite.
+        low: the last sigma, above 0.
+        num_steps: the number of sigmas, at least 1.
+
+    Raises:
+        ValueError: if the spacing is unknown.
     """
     arguments.one_of("sigmas", spacing, SIGMA_SPACINGS)
     u = np.linspace(0, 1, num_steps)
@@ -167,7 +182,14 @@ def _beta_quantile(p: Table, a: float = 0.6) -> Table:
 
 
 def noise_keys(timesteps: ArrayLike) -> Ints:
-    """Return floor(t) + 2^32 (number of earlier entries with that floor), int64 [S]."""
+    """Return the key of each timestep's noise, int64 [S], all different.
+
+    The key is a word of the noise's counter: floor(t) + 2^32 (the number of earlier entries with
+    that floor).
+
+    Args:
+        timesteps: numbers, [S], at least 0, whole or fractional.
+    """
     floor = np.floor(np.asarray(timesteps, np.float64)).astype(np.int64)
     order = np.argsort(floor, kind="stable")
     repeats = np.empty_like(floor)
@@ -180,9 +202,12 @@ class Steps:
     """The noise levels that a plan visits, and what the network is told of each.
 
     Attributes:
-        timesteps: float64 [S], each a float32 number, as the network takes it; may repeat where
-            they are sigmas' nearest.
-        abar: float64 [S], strictly increasing in [0, 1).
+        timesteps: float64 [S], not rising: what the network is told, each a float32 number, as it
+            takes them; they may repeat where they are the ones nearest to sigmas.
+        abar: float64 [S], strictly increasing in [0, 1): the share of the signal's variance in x_t.
+
+    Raises:
+        ValueError: if the shapes differ, timesteps rise or abar does not rise strictly.
     """
 
     timesteps: Table
@@ -195,10 +220,15 @@ class Steps:
 
     @classmethod
     def at(cls, schedule: NoiseSchedule, timesteps: ArrayLike) -> Steps:
-        """Return the steps at these timesteps, whole or fractional, strictly decreasing.
+        """Return the steps at given timesteps; abar between whole ones is interpolated.
+
+        Args:
+            schedule: the forward process, T timesteps.
+            timesteps: numbers, [S], whole or fractional, strictly decreasing within 0..T-1.
 
         Raises:
-            ValueError: not such a list, or not within 0..T-1, or a fraction next to abar = 0.
+            ValueError: if the timesteps are not such numbers, or one is fractional and next to abar
+                = 0.
         """
         try:
             given = np.asarray(timesteps)
@@ -213,11 +243,18 @@ class Steps:
 
     @classmethod
     def of_sigmas(cls, schedule: NoiseSchedule, sigmas: Table, *, whole: bool = False) -> Steps:
-        """Return the steps at strictly decreasing sigmas within the schedule's.
+        """Return the steps at given noise levels; the timesteps are interpolated in log sigma.
 
-        ``whole`` tells the network the nearest whole timestep; x is as noisy as sigma says. There
-        diffusers, whose DPM-Solver does so for Karras sigmas, cuts the fraction off for the other
-        spacings, and for every spacing of the cosine schedule: up to one timestep too few.
+        Args:
+            schedule: the forward process.
+            sigmas: float64 [S], strictly decreasing, finite, within the sigmas of the schedule.
+            whole: whether the network is told the nearest whole timestep; x is as noisy as sigma
+                says. There diffusers, whose DPM-Solver does so for Karras sigmas, cuts the fraction
+                off for the other spacings, and for every spacing of the cosine schedule: up to one
+                timestep too few.
+
+        Raises:
+            ValueError: if sigmas do not strictly decrease.
         """
         t = np.interp(np.log(sigmas), np.log(_sigmas(schedule)), np.arange(len(schedule)))
         return cls(_float32(t.round() if whole else t), 1 / (1 + sigmas**2))
@@ -236,13 +273,18 @@ def spaced(
     """Return the steps of a spacing of timesteps, or of a spacing of sigmas between its ends.
 
     Args:
-        schedule: says abar.
-        num_steps, spacing, steps_offset, drop_last: as for `timesteps`.
-        sigmas: None, karras, exponential or beta; beside ``drop_last`` they span the schedule.
-        fractional: leave timesteps of linspace spacing, and those of sigmas, unrounded.
+        schedule: the forward process, T timesteps, which says abar.
+        num_steps: the number of steps, in 1..T.
+        spacing: the spacing of timesteps: leading, linspace or trailing.
+        steps_offset: an integer added to leading timesteps.
+        sigmas: the spacing of sigmas: karras, exponential or beta; None for those of the timesteps.
+            Beside ``drop_last`` they span the whole schedule.
+        drop_last: whether to take num_steps + 1 timesteps and drop the last; see `timesteps`.
+        fractional: whether timesteps of linspace spacing, and those of sigmas, stay unrounded.
 
     Raises:
-        ValueError: an argument out of its range, or sigmas that would begin at abar = 0.
+        ValueError: if an argument is out of its range, timesteps would repeat or pass T - 1, or
+            sigmas would begin at abar = 0.
     """
     T = len(schedule)
     if sigmas is not None and drop_last:

@@ -1,1 +1,1 @@
-"""Files, images and HTML pages."""
+"""Input and output: files, images and HTML pages."""

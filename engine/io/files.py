@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read with caps, whoever made them."""
+"""Files: atomic writing, and reading of JSON and safetensors with limits, for files of anyone."""
 
 from __future__ import annotations
 
@@ -19,11 +19,22 @@ MAX_DEPTH = 16
 MAX_HEADER = 4 << 20
 
 UNBOUNDED = {"lambda_min_clipped"}
-"""Where diffusers writes -Infinity, which is no JSON: its way to say that nothing is clipped."""
+"""Keys for which diffusers writes -Infinity (which is no JSON): nothing is clipped."""
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a kill at any moment leaves the old or the new one, whole."""
+    """Write a file so that a kill at any moment leaves the old content or the new, never a part.
+
+    The bytes go to a temporary file in the same folder, which then replaces the file and is on disk
+    when this returns. The folder is made if it is missing.
+
+    Args:
+        path: the file to write.
+        content: all of its bytes.
+
+    Raises:
+        OSError: if the folder or the file cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -43,15 +54,25 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
+    """Write a value as indented JSON, atomically: see `write_atomic`.
+
+    Args:
+        path: the file to write; its folder is made if it is missing.
+        value: what the json module can write.
+
+    Raises:
+        TypeError: if the value holds an object that JSON has no form for.
+        OSError: if the folder or the file cannot be written.
+    """
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def require_file(path: Path) -> None:
-    """Refuse what is no plain file: to read a pipe or a device may never end.
+    """Raise unless the path is a plain file: reading a pipe or a device might never end.
 
     Raises:
-        CheckpointError: missing, or a folder, pipe, socket or device.
+        CheckpointError: if it is missing, a folder, pipe, socket or device, or no name a file can
+            have.
     """
     try:
         plain = path.is_file()
@@ -65,11 +86,12 @@ def require_file(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object.
+    """Return the JSON object in a file as a dict.
 
     Raises:
-        CheckpointError: missing, larger than 1 MiB, nested more than 16 deep, not JSON, not an
-            object, with a key twice, or with NaN or an infinity (but diffusers' own -Infinity).
+        CheckpointError: if the file is missing or no plain file, larger than 1 MiB, not JSON, or
+            not an object; if it is nested more than 16 deep, has a key twice in one object, or has
+            NaN or an infinity (but -Infinity where diffusers writes it, for "lambda_min_clipped").
     """
     require_file(path)
     try:
@@ -96,7 +118,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_values(key: str, value: Any, depth: int) -> None:
-    """Refuse numbers that are not finite, and more than ``depth`` levels."""
+    """Refuse numbers that are not finite, and values nested more than ``depth`` levels deep."""
     if isinstance(value, float) and not math.isfinite(value):
         if key not in UNBOUNDED or value != -math.inf:
             raise ValueError(f"{key}={value}: must be finite")
@@ -108,10 +130,15 @@ def _check_values(key: str, value: Any, depth: int) -> None:
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file.
+    """Return the tensors of a safetensors file by name, in their stored shapes and dtypes.
+
+    Args:
+        path: the file.
+        device: the device that the tensors are put on.
 
     Raises:
-        CheckpointError: missing, broken, or with a header larger than 4 MiB.
+        CheckpointError: if the file is missing or no plain file, is broken, has a header larger
+            than 4 MiB, or has a dtype that torch lacks.
     """
     require_file(path)
     try:

@@ -1,4 +1,4 @@
-"""One HTML page that needs no other file: its look, tables, and pictures within the page."""
+"""HTML pages that need no other file: their style, tables and embedded pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ pre { overflow: auto; font-size: 12px; background: #f6f6f6; padding: 1em; }
 
 
 def page(title: str, body: str) -> str:
-    """Return the page of a title, which is text, and a body, which is HTML."""
+    """Return an HTML page, from doctype to end, with the project's style and a heading.
+
+    Args:
+        title: plain text, which is escaped; it is the page's title and heading.
+        body: HTML, which is taken as it is.
+    """
     title = html.escape(title)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -31,20 +36,25 @@ def page(title: str, body: str) -> str:
 
 
 def picture(png: bytes, title: str) -> str:
-    """Return an img that holds its own PNG."""
+    """Return an HTML img element that holds a PNG in its own text (a data URL).
+
+    Args:
+        png: the bytes of a PNG file.
+        title: plain text, which is escaped: what stands for the picture where it is not shown.
+    """
     data = base64.b64encode(png).decode("ascii")
     return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
 
 
 def png_of(figure: Figure) -> bytes:
-    """Return a figure as a PNG."""
+    """Return a matplotlib figure as the bytes of a PNG file."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of text as a table; the first is its head."""
+    """Return rows of plain text, which is escaped, as an HTML table; the first row is its head."""
     lines = [
         "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
         for row, tag in zip(rows, ["th", *["td"] * len(rows)], strict=False)

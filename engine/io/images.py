@@ -1,4 +1,4 @@
-"""Pictures: samples to 8 bits, labelled grids, and animations of a trajectory."""
+"""Images: samples as 8-bit tensors, PIL images, captioned grids, folders of PNGs and animations."""
 
 from __future__ import annotations
 
@@ -20,26 +20,36 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CHANNELS = (1, 2, 3, 4)
-"""Those of a picture: grey (L), grey and alpha (LA), RGB, or RGBA."""
+"""The numbers of channels of a picture: grey (L), grey and alpha (LA), RGB, or RGBA."""
 MARGIN = 2
 FONT_SIZE = 12
 
 
 @isolated(grad=False)
 def to_uint8(x: Tensor) -> Tensor:
-    """Return round(clamp(x / 2 + 0.5, 0, 1) 255), as diffusers does, uint8 of the same shape."""
+    """Return images as 8-bit numbers, round(255 clamp(x / 2 + 0.5, 0, 1)), as in diffusers.
+
+    Args:
+        x: floating-point, of any shape; -1 becomes 0 and 1 becomes 255, also what lies beyond.
+
+    Returns:
+        uint8, of the same shape and on the same device.
+    """
     return ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 @isolated(grad=False)
 def to_pil(x: Tensor) -> list[Image]:
-    """Return one picture for each image of [B, 1..4, H, W] in [-1, 1], as diffusers does.
+    """Return a batch of images as a list of PIL images, as diffusers does.
+
+    Args:
+        x: floating-point [B, C, H, W], C in 1..4, in [-1, 1]; what lies beyond is clamped.
 
     Returns:
-        Of mode L, LA, RGB or RGBA, by the number of channels.
+        B images of 8 bits, of mode L, LA, RGB or RGBA for C = 1, 2, 3, 4.
 
     Raises:
-        ValueError: another number of channels.
+        ValueError: if x is not of four dimensions, or has another number of channels.
     """
     from PIL import Image
 
@@ -53,18 +63,21 @@ def to_pil(x: Tensor) -> list[Image]:
 def make_grid(
     x: Tensor, columns: int | None = None, captions: Sequence[str] | None = None, zoom: int = 2
 ) -> Image:
-    """Return the images of [B, 1..4, H, W] in a grid, row by row.
+    """Return a batch of images as one PIL image: a grid, filled row by row from the top left.
 
-    The grid is RGB and white; where an image has alpha, the white shows through.
+    The grid is RGB and white; where an image has alpha, the white shows through. There is a margin
+    of 2 pixels around every image.
 
     Args:
-        x: in [-1, 1].
-        columns: by default as many as make the grid about square.
-        captions: a line of text under each image.
-        zoom: side of the square that a pixel becomes.
+        x: floating-point [B, C, H, W], B at least 1, C in 1..4, in [-1, 1]; what lies beyond is
+            clamped.
+        columns: the number of columns; None for the square root of B, rounded up.
+        captions: B lines of text, each drawn above its image and cut to its width; None for none.
+        zoom: the side, in pixels, of the square that a pixel becomes.
 
     Raises:
-        ValueError: no image, a wrong shape, or another number of captions than of images.
+        ValueError: if x holds no image or is of a wrong shape, if there are not as many captions as
+            images, or if columns or zoom is no integer of at least 1.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -105,10 +118,19 @@ def save_grid(
     captions: Sequence[str] | None = None,
     zoom: int = 2,
 ) -> None:
-    """Write the images as one picture; arguments as for ``make_grid``.
+    """Write a batch of images as one picture file, the grid of `make_grid`.
+
+    Args:
+        x: floating-point [B, C, H, W], B at least 1, C in 1..4, in [-1, 1].
+        path: the file, whose suffix names the picture format; its folder is made if it is missing.
+        columns: the number of columns; None for the square root of B, rounded up.
+        captions: B lines of text, each drawn above its image; None for none.
+        zoom: the side, in pixels, of the square that a pixel becomes.
 
     Raises:
-        ValueError: as for ``make_grid``, or a suffix that names no picture format.
+        ValueError: as for `make_grid`: x holds no image or is of a wrong shape, or another argument
+            is out of its range; or if the suffix names no picture format.
+        OSError: if the file cannot be written.
     """
     grid = make_grid(x, columns, captions, zoom)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -117,13 +139,20 @@ def save_grid(
 
 @isolated(grad=False)
 def save_folder(x: Tensor, folder: str | PathLike[str], seeds: Sequence[int]) -> int:
-    """Write each image as FOLDER/SEED.png, whole or not at all; a file that is there stays.
+    """Write each image of a batch as FOLDER/SEED.png, atomically; a file that exists is kept.
+
+    Args:
+        x: floating-point [B, C, H, W], C in 1..4, in [-1, 1]; what lies beyond is clamped.
+        folder: the folder, which is made if it is missing.
+        seeds: the seeds of the B images, all different.
 
     Returns:
-        How many were written.
+        The number of files written.
 
     Raises:
-        ValueError: a seed stands twice, or another number of seeds than of images.
+        ValueError: if a seed occurs twice, if there are not as many seeds as images, or if x is of
+            a wrong shape.
+        OSError: if a file cannot be written.
     """
     if len(set(seeds)) != len(seeds):
         raise ValueError("seeds: some stand twice, and a folder has one file a seed")
@@ -141,7 +170,17 @@ def save_folder(x: Tensor, folder: str | PathLike[str], seeds: Sequence[int]) ->
 
 
 def save_gif(frames: Sequence[Image], path: str | PathLike[str], milliseconds: int = 80) -> None:
-    """Write frames as an animation that rests on its last one."""
+    """Write frames as an animation that repeats for ever and rests 1.5 seconds on its last frame.
+
+    Args:
+        frames: PIL images, at least one, all of one size.
+        path: the file, whose suffix names the format, as .gif; its folder is made if it is missing.
+        milliseconds: how long each frame but the last is shown.
+
+    Raises:
+        IndexError: if there is no frame.
+        ValueError: if the suffix names no picture format.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     times = [milliseconds] * (len(frames) - 1) + [1500]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0)

@@ -1,4 +1,4 @@
-"""The labels that a class-conditional network takes."""
+"""`Conditioning`: the class labels that a class-conditional network takes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The labels that a network takes: 0..num_classes-1, and null_label for "no label".
+    """The class labels that a network takes: 0..num_classes-1, and null_label for "no label".
 
     Attributes:
         num_classes: the number of classes; None for an unconditional network.
-        null_label: the label of the unconditional prediction, by which guidance is possible (Ho &
-            Salimans 2022); None for a network that was trained without it.
-        class_names: a name for each class, if they have any.
+        null_label: the label of the unconditional prediction, an int, by which classifier-free
+            guidance is possible (Ho & Salimans 2022); None for a network that was trained without
+            it.
+        class_names: the name of each class, num_classes strings; None where they have no names.
     """
 
     num_classes: int | None = None

@@ -1,4 +1,4 @@
-"""Whether a module does what its class and settings say, or the program has changed it.
+"""Checks whether a module does what its class and settings say, or the program has changed it.
 
 Hooks, a forward of the instance's own, another class, another activation: what runs a network in
 its own way, from its weights and config, must know that there is none of these.
@@ -19,11 +19,14 @@ HOOKS = (
     "_backward_hooks",
 )
 WITHOUT_EFFECT = ("training", "gradient_checkpointing")
-"""Attributes that change no output in evaluation."""
+"""The attributes of a module that change no output in evaluation."""
 
 
 def walk(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module and all that it holds: nn.Module.modules without names, in a quarter of it."""
+    """Yield a module and all modules in it; one that is used twice comes twice.
+
+    That is nn.Module.modules without its names and its set of duplicates, in a quarter of its time.
+    """
     left = [module]
     while left:
         module = left.pop()
@@ -32,17 +35,20 @@ def walk(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters of a module and of all that it holds."""
+    """Yield the parameters of a module and of all modules in it."""
     for one in walk(module):
         yield from (p for p in one._parameters.values() if p is not None)
 
 
 def touched(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Return what stands between a call of the module and its class's forward; None for nothing.
+    """Return what stands between a call of a module and the forward of its class, in words.
 
     Args:
-        module: it alone, not what it holds.
+        module: the module; what it holds is not looked at.
         kind: the class that it must be of, no subclass.
+
+    Returns:
+        "is a X" for another class X, "has a forward of its own", "has hooks", or None for nothing.
     """
     if type(module) is not kind:
         return f"is a {type(module).__name__}"
@@ -52,15 +58,19 @@ def touched(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether hooks run with the module's own forward or backward."""
+    """Return whether a module itself has forward or backward hooks, or pre-hooks of them."""
     return any(getattr(module, name) for name in HOOKS)
 
 
 def hanging(network: Any) -> frozenset[tuple[str, str, int]]:
-    """Return every hook and forward of an instance's own in a network, by module, kind and number.
+    """Return every hook, and every forward set on an instance, in a network, to compare later.
 
     Args:
-        network: a module with all that it holds; on anything else nothing hangs.
+        network: a module, looked at with all that it holds; anything else has none.
+
+    Returns:
+        Triples of the module's name, the kind (one of `HOOKS`, or "forward") and a number, which is
+        the hook's id or the id() of the forward.
     """
     if not isinstance(network, nn.Module):
         return frozenset()
@@ -73,13 +83,17 @@ def hanging(network: Any) -> frozenset[tuple[str, str, int]]:
 
 
 def altered(module: nn.Module, built: nn.Module) -> str | None:
-    """Return the first difference of a module from one that was built of its class and settings.
+    """Return the first difference of a module from one built anew of its class and settings.
 
-    Weights are not compared, and only those attributes that the built one has.
+    Compared are the modules in both, their classes, hooks and forwards, and their settings; weights
+    and attributes that the built one does not have are not.
 
     Args:
-        module: with all that it holds.
-        built: anew; its weights may be on the meta device.
+        module: the module, looked at with all that it holds.
+        built: the one that was built anew; its weights may be on the meta device.
+
+    Returns:
+        The difference in words, which begin with the name of the module that differs, or None.
     """
     found, wanted = dict(module.named_modules()), dict(built.named_modules())
     if found.keys() != wanted.keys():

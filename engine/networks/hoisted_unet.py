@@ -1,4 +1,4 @@
-"""The network as the sampler calls it: the time half of our U-Net hoisted out of the loop."""
+"""`HoistedUNet`: our U-Net as samplers run it, its time embeddings computed outside of the loop."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from flashddpm.networks.unet_blocks import TimestepEmbedding
 
 
 class HoistedUNet(nn.Module):
-    """A U-Net that is given time embeddings, and whose time projections are one product.
+    """A U-Net that takes time embeddings for timesteps, and packs all its time projections as one.
 
-    The embeddings are computed once for the rows of a plan (`embed`), not once a step. The packed
-    projections are copies of the U-Net's: call `refresh` before the first use, and after any change
-    of `sources`.
+    The embeddings are computed once for the rows (steps) of a plan by `embed`, not once a step, and
+    the time projections of all residual blocks are one matrix product. The packed weights are
+    copies of the U-Net's: call `refresh` before the first use, and after any change of `sources`.
 
     Args:
+        unet: the network, which is used, not copied.
+
+    Attributes:
         unet: the network.
+        weight: [P, E], the packed weights, in the U-Net's dtype; P is the sum of the projections'
+            outputs and E the width of the time embedding.
+        bias: [P], the packed biases.
     """
 
     weight: Tensor
@@ -44,21 +50,35 @@ class HoistedUNet(nn.Module):
             yield from block.time_emb_proj.parameters()
 
     def refresh(self) -> None:
-        """Pack the projections again, in place."""
+        """Copy the U-Net's time projections into the packed ones again, in place."""
         weight, bias = self.unet.packed_projection()
         self.weight.copy_(weight)
         self.bias.copy_(bias)
 
     def embed(self, t: Tensor) -> Tensor:
-        """Return the time embedding of integer or fractional timesteps, [B] -> [B, E]."""
+        """Return the time embeddings of timesteps.
+
+        Args:
+            t: integer or floating-point [B], in 0..T-1.
+
+        Returns:
+            [B, E], in the dtype of the U-Net's weights.
+        """
         return self.unet.embed_time(t)
 
     def forward(
         self, x_t: Tensor, emb: Tensor, labels: Tensor | None, index: Tensor | None = None
     ) -> Tensor:
-        """[L, C, H, W], [L, E] from `embed`, int64 [L] or None -> [L, C or 2C, H, W].
+        """Predict from noisy images and time embeddings; L is the number of lanes (evaluations).
 
-        The images' places among those that were asked for, ``index``, are of no use to it.
+        Args:
+            x_t: the noisy images, [L, C, H, W], in the dtype of the U-Net's weights.
+            emb: the time embeddings from `embed`, [L, E].
+            labels: int64 [L], class labels for a class-conditional network; None for others.
+            index: not used: the images' places among those that were asked for.
+
+        Returns:
+            What the model was trained to predict, [L, C or 2C, H, W].
         """
         if labels is not None:
             emb = emb + self.unet.class_embedding(labels)
@@ -66,7 +86,11 @@ class HoistedUNet(nn.Module):
 
 
 def unhoistable(unet: UNet) -> str | None:
-    """Return what a `HoistedUNet` would skip of a U-Net: a hook, say; None for nothing."""
+    """Return what a `HoistedUNet` would skip of this U-Net, in words; None for nothing.
+
+    That is the first module, of those that it goes around, which has a hook or a forward of its own
+    or is of another class than the U-Net's own.
+    """
     bypassed: list[tuple[str, nn.Module, type[nn.Module]]] = [("the U-Net", unet, UNet)]
     if type(unet) is UNet:
         mlp = unet.time_embedding
@@ -81,7 +105,18 @@ def unhoistable(unet: UNet) -> str | None:
 
 
 def flops_per_image(config: NetworkConfig, shape: tuple[int, int, int]) -> int:
-    """Return the floating-point operations of one evaluation of one image, counted by PyTorch."""
+    """Return the floating-point operations of one evaluation of one image, as PyTorch counts them.
+
+    Nothing is computed: the network is built on the meta device. Matrix products and convolutions
+    are counted, a multiplication and addition as two.
+
+    Args:
+        config: the settings of the network.
+        shape: (C, H, W) of the image.
+
+    Raises:
+        ValueError: if the network cannot be built, or takes no images of that shape.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     network = on_meta(config)

@@ -1,4 +1,4 @@
-"""The networks that a model folder may hold, by the _class_name of unet/config.json."""
+"""The network classes that a model folder may hold, by the _class_name of unet/config.json."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ NetworkConfig = UNetConfig | RMSUNetConfig
 CLASSES: tuple[type[Network], ...] = (UNet, RMSUNet)
 
 LIBRARIES = {"UNet2DModel": "diffusers", "RMSUNet": "flashddpm"}
-"""Each class, and the library that model_index.json says it is of."""
+"""The names of the classes, and the library that model_index.json names for each."""
 
 
 def read_config(value: Mapping[str, Any]) -> NetworkConfig:
-    """Return the settings in a config.json; without a class they are UNet2DModel's.
+    """Return the settings that a unet/config.json holds, as the config class of its network.
+
+    Args:
+        value: the JSON object; without "_class_name" it is UNet2DModel's.
+
+    Returns:
+        A `UNetConfig` for UNet2DModel, an `RMSUNetConfig` for RMSUNet.
 
     Raises:
-        ValueError: an unknown class, or settings that are not allowed.
+        ValueError: if the class is unknown, or a key or value is not allowed.
     """
     name = value.get("_class_name", "UNet2DModel")
     if arguments.one_of("_class_name", name, LIBRARIES) == "RMSUNet":
@@ -33,10 +39,10 @@ def read_config(value: Mapping[str, Any]) -> NetworkConfig:
 
 
 def on_meta(config: NetworkConfig) -> Network:
-    """Return the network without memory for its weights.
+    """Return the network of a config on the meta device: float32, without memory for its weights.
 
     Raises:
-        ValueError: it cannot be built.
+        ValueError: if it cannot be built.
     """
     with plain_factories("meta"):
         return RMSUNet(config) if isinstance(config, RMSUNetConfig) else UNet(config)

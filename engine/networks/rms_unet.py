@@ -26,18 +26,25 @@ from flashddpm import arguments
 
 @dataclass(frozen=True)
 class RMSUNetConfig:
-    """The network's settings.
+    """The settings of an `RMSUNet`, checked when it is made.
 
     Attributes:
-        sample_size: H and W.
-        in_channels, out_channels: of images and of the output.
-        dim: channels of the sinusoids; the time embedding has four times as many.
-        dims: channels at the beginning and after each level, at least two.
-        full_attention: for each level, whether its attention is quadratic; in the middle it is.
-        attention_heads, attention_head_dim: for each level; the middle has the last ones.
-        num_mem_kv: learned keys and values of each head.
-        theta: the sinusoids' longest period over 2 pi.
-        dropout: in a block's first half.
+        sample_size: the side of square images, or (H, W), in pixels.
+        in_channels, out_channels: the number of channels of the images and of the output.
+        dim: the number of channels of the timestep's sinusoids, even, at least 4; the time
+            embedding has four times as many.
+        dims: the number of channels at the beginning and after each level, 2 to 11 numbers.
+        full_attention: for each level, whether its attention is quadratic, not linear; in the
+            middle it always is.
+        attention_heads, attention_head_dim: for each level, the number of attention heads and the
+            channels of one; the middle has those of the last level.
+        num_mem_kv: the number of learned keys and values of each head.
+        theta: the longest period of the sinusoids over 2 pi, at least 1.
+        dropout: the probability of dropout in a residual block's first half.
+
+    Raises:
+        ValueError: if a setting is out of its range, or a list does not have an entry for each
+            level.
     """
 
     sample_size: int | tuple[int, int]
@@ -87,20 +94,22 @@ class RMSUNetConfig:
 
     @property
     def multiple(self) -> int:
-        """Of which the sides of images must be multiples."""
+        """The number, in pixels, of which both sides of images must be multiples."""
         return 2 ** (len(self.dims) - 2)
 
     @property
     def num_class_embeds(self) -> None:
-        """No such network takes labels."""
+        """None, for no such network takes labels."""
         return None
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> RMSUNetConfig:
-        """Read what ``to_dict`` returns.
+        """Read the settings from a dict such as ``to_dict`` returns.
+
+        Keys that start with an underscore are skipped.
 
         Raises:
-            ValueError: a key unknown or missing, or a value that is not allowed.
+            ValueError: if a key is unknown or missing, or a value is not allowed.
         """
         values = {key: value for key, value in config.items() if not key.startswith("_")}
         fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -113,12 +122,20 @@ class RMSUNetConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings and the class's name."""
+        """Return the settings by name, with "_class_name", as config.json holds them."""
         return {"_class_name": "RMSUNet", **dataclasses.asdict(self)}
 
 
 class RMSNorm(nn.Module):
-    """g sqrt(C) x / |x|, |x| over the C channels of a pixel."""
+    """RMS normalization over the C channels of a pixel: g sqrt(C) x / |x|.
+
+    Args:
+        channels: the number of channels C.
+
+    Attributes:
+        g: the learned factors, [1, C, 1, 1].
+        scale: sqrt(C).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -126,12 +143,17 @@ class RMSNorm(nn.Module):
         self.g = nn.Parameter(torch.ones(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> the same."""
+        """Return ``x``, floating-point [B, C, H, W], normalized, in the same shape."""
         return F.normalize(x, dim=1) * self.g * self.scale
 
 
 class Block(nn.Module):
-    """Convolution, norm, scale and shift if given, SiLU."""
+    """A 3 x 3 convolution, RMS norm, scale and shift if given, SiLU and dropout.
+
+    Args:
+        c_in, c_out: the number of channels before and after.
+        dropout: the probability of dropout.
+    """
 
     def __init__(self, c_in: int, c_out: int, dropout: float) -> None:
         super().__init__()
@@ -140,7 +162,13 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
-        """[B, c_in, H, W], [B, 2 c_out, 1, 1] or None -> [B, c_out, H, W]."""
+        """Return the block's output, [B, c_out, H, W].
+
+        Args:
+            x: floating-point [B, c_in, H, W].
+            scale_shift: [B, 2 c_out, 1, 1], c_out scales and c_out shifts: h (scale + 1) + shift;
+                None for neither.
+        """
         x = self.norm(self.proj(x))
         if scale_shift is not None:
             scale, shift = scale_shift.chunk(2, 1)
@@ -149,7 +177,13 @@ class Block(nn.Module):
 
 
 class RMSResnetBlock(nn.Module):
-    """Two blocks and a shortcut; the time embedding scales and shifts in the first."""
+    """A residual block: two `Block` layers and a shortcut; the first takes the embedding.
+
+    Args:
+        c_in, c_out: the number of channels before and after.
+        width: the width of the time embedding.
+        dropout: the probability of dropout in the first block.
+    """
 
     def __init__(self, c_in: int, c_out: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -159,13 +193,25 @@ class RMSResnetBlock(nn.Module):
         self.res_conv = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """[B, c_in, H, W], [B, width] -> [B, c_out, H, W]."""
+        """Return the block's output, [B, c_out, H, W].
+
+        Args:
+            x: floating-point [B, c_in, H, W].
+            emb: the time embeddings, [B, width].
+        """
         h = self.block1(x, self.mlp(emb)[:, :, None, None])
         return self.block2(h) + self.res_conv(x)
 
 
 class FullAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v over pixels and the learned keys and values."""
+    """Quadratic self-attention over pixels and learned keys and values: softmax(q k^T / sqrt(d)) v.
+
+    Args:
+        channels: the number of channels C of the input.
+        heads: the number of attention heads.
+        head_dim: the number of channels d of a head.
+        memories: the number of learned keys and values of each head.
+    """
 
     def __init__(self, channels: int, heads: int, head_dim: int, memories: int) -> None:
         super().__init__()
@@ -176,7 +222,7 @@ class FullAttention(nn.Module):
         self.to_out = nn.Conv2d(inner, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> the same, to be added to x."""
+        """Return what is to be added to ``x``, floating-point [B, C, H, W], in the same shape."""
         B, _, H, W = x.shape
         qkv = self.to_qkv(self.norm(x)).reshape(B, 3, self.heads, -1, H * W)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # [B, heads, pixels, d]
@@ -187,7 +233,16 @@ class FullAttention(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """v softmax(k)^T softmax(q) / sqrt(d): q's softmax over channels, k's over pixels."""
+    """Linear self-attention (Shen et al. 2021): v softmax(k)^T softmax(q) / sqrt(d).
+
+    The softmax of q is over channels, that of k over the pixels and the learned keys.
+
+    Args:
+        channels: the number of channels C of the input.
+        heads: the number of attention heads.
+        head_dim: the number of channels d of a head.
+        memories: the number of learned keys and values of each head.
+    """
 
     def __init__(self, channels: int, heads: int, head_dim: int, memories: int) -> None:
         super().__init__()
@@ -198,7 +253,7 @@ class LinearAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Conv2d(inner, channels, 1), RMSNorm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> the same, to be added to x."""
+        """Return what is to be added to ``x``, floating-point [B, C, H, W], in the same shape."""
         B, _, H, W = x.shape
         qkv = self.to_qkv(self.norm(x)).reshape(B, 3, self.heads, -1, H * W)
         q, k, v = qkv.unbind(1)  # [B, heads, d, pixels]
@@ -210,10 +265,15 @@ class LinearAttention(nn.Module):
 
 
 class RMSUNet(nn.Module):
-    """The U-Net. ``unet(x_t, t)`` predicts what the model was trained to predict.
+    """The U-Net of denoising-diffusion-pytorch, which is unconditional.
 
-    Raises:
-        ValueError: an input of a wrong shape.
+    ``unet(x_t, t)`` predicts what the model was trained to predict.
+
+    Args:
+        config: the settings.
+
+    Attributes:
+        config: the settings.
     """
 
     def __init__(self, config: RMSUNetConfig) -> None:
@@ -255,7 +315,14 @@ class RMSUNet(nn.Module):
         self.final_conv = nn.Conv2d(dims[0], config.out_channels, 1)
 
     def embed_time(self, t: Tensor) -> Tensor:
-        """[B] -> [B, 4 dim]."""
+        """Return the time embeddings of timesteps.
+
+        Args:
+            t: integer or floating-point [B].
+
+        Returns:
+            [B, 4 dim], in the dtype of the network's weights.
+        """
         half = self.config.dim // 2
         step = math.log(self.config.theta) / (half - 1)
         exponent = torch.arange(half, dtype=torch.float32, device=t.device) * -step
@@ -264,15 +331,19 @@ class RMSUNet(nn.Module):
         return self.time_mlp(waves.to(self.final_conv.weight.dtype))
 
     def forward(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Tensor:
-        """Predict from the noisy image.
+        """Predict from noisy images what the model was trained to predict.
 
         Args:
-            x_t: [B, C_in, H, W].
+            x_t: the noisy images, [B, C_in, H, W], in the dtype of the weights; H and W multiples
+                of ``config.multiple``.
             t: [B] or one timestep, integer or float.
             labels: must be None.
 
         Returns:
             [B, C_out, H, W].
+
+        Raises:
+            ValueError: if x_t or t is of a wrong shape, or labels are given.
         """
         dtype = torch.float32 if isinstance(t, float) else None
         t = torch.as_tensor(t, dtype=dtype, device=x_t.device)

@@ -1,4 +1,4 @@
-"""State dicts: whether one is a network's, key by key."""
+"""State dicts: a check, key by key, that one has the weights of a network."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def mismatches(
     unet: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> list[str]:
-    """Return all that keeps a state dict from being this U-Net's, in words; [] if nothing does.
+    """Return the reasons why a state dict is not this network's, a list of texts; [] if it is.
 
     Args:
-        unet: only its keys and shapes are read, and its dtype if none is given.
-        state: keys, shapes and finiteness are checked.
-        dtype: in which the numbers must be finite.
+        unet: the network, of which only keys and shapes are read, and the dtype if none is given.
+        state: tensors by name; their keys, shapes, dtypes (`STORED`) and finiteness are checked.
+        dtype: the dtype in which all numbers must be finite; None for the network's own.
     """
     dtype = dtype or next(unet.parameters()).dtype
     expected = {key: tuple(value.shape) for key, value in unet.state_dict().items()}

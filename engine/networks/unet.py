@@ -6,7 +6,8 @@ The forward pass is split at the time embedding, since that half depends on (t, 
     projections = silu(emb) W + b, all residual blocks' projections packed   [B, P]
     out         = body(x_t, projections)                                     [B, C_out, H, W]
 
-so a sampler computes ``emb`` once for the rows of a plan, and does one matrix product a step.
+so a sampler computes ``emb`` once for the rows (steps) of a plan, and does one matrix product a
+step.
 """
 
 from __future__ import annotations
@@ -34,15 +35,18 @@ from flashddpm.networks.unet_config import NETWORK_T, UNetConfig
 
 
 class UNet(nn.Module):
-    """The U-Net. ``unet(x_t, t, labels)`` predicts what the model was trained to predict.
+    """The DDPM U-Net. ``unet(x_t, t, labels)`` predicts what the model was trained to predict.
+
+    Args:
+        config: the settings.
 
     Attributes:
+        config: the settings.
         checkpoint_activations: whether the backward pass computes the inside of every block again,
-            which saves the memory of it.
+            which saves the memory of it; False when the network is made.
 
     Raises:
-        ValueError: a config that cannot be built, labels given to an unconditional network or
-            missing for a conditional one, or an input of a wrong shape.
+        ValueError: if the network of the config cannot be built.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -105,12 +109,19 @@ class UNet(nn.Module):
             self.up_blocks.append(Level(resnets, attentions, up=up))
 
     def resnets(self) -> Iterator[ResnetBlock]:
-        """Residual blocks in the order in which the forward pass meets them."""
+        """Yield the residual blocks in the order in which the forward pass meets them."""
         for block in cast(Iterable[Level], [*self.down_blocks, self.mid_block, *self.up_blocks]):
             yield from block.residual()
 
     def embed_time(self, t: Tensor) -> Tensor:
-        """[B] -> [B, E]."""
+        """Return the time embeddings of timesteps, without those of class labels.
+
+        Args:
+            t: integer or floating-point [B].
+
+        Returns:
+            [B, E], in the dtype of the network's weights.
+        """
         config = self.config
         if config.time_embedding_type == "rescaled":
             t = t.float() * (NETWORK_T / cast(int, config.num_train_timesteps))
@@ -118,19 +129,37 @@ class UNet(nn.Module):
         return self.time_embedding(waves.to(self.conv_in.weight.dtype))
 
     def packed_projection(self) -> tuple[Tensor, Tensor]:
-        """Return the weight [P, E] and bias [P] of all residual blocks' time projections."""
+        """Return the weight [P, E] and bias [P] of all residual blocks' time projections.
+
+        They are concatenated in the order of `resnets`, in the dtype of the network's weights.
+        """
         layers = [block.time_emb_proj for block in self.resnets()]
         return torch.cat([m.weight for m in layers]), torch.cat([m.bias for m in layers])
 
     def project(self, emb: Tensor) -> Tensor:
-        """Return all residual blocks' time projections, [B, E] -> [B, P]."""
+        """Return the time projections of all residual blocks, concatenated.
+
+        Args:
+            emb: the embeddings of time and label, floating-point [B, E].
+
+        Returns:
+            [B, P], in the dtype of ``emb`` and in the order of `resnets`.
+        """
         emb, layers = F.silu(emb), [block.time_emb_proj for block in self.resnets()]
         if any(touched(layer, nn.Linear) for layer in layers):  # hooks, say, which are to run
             return torch.cat([layer(emb) for layer in layers], 1)
         return F.linear(emb, *self.packed_projection())
 
     def body(self, x: Tensor, projections: Tensor) -> Tensor:
-        """The convolutional half: [B, C_in, H, W], [B, P] -> [B, C_out, H, W]."""
+        """Return the network's output, from the noisy images and the time projections.
+
+        Args:
+            x: the noisy images, floating-point [B, C_in, H, W].
+            projections: [B, P], as `project` returns them.
+
+        Returns:
+            [B, C_out, H, W].
+        """
         sizes = [block.time_emb_proj.out_features for block in self.resnets()]
         rows = iter(projections.split(sizes, dim=1))
         if self.config.center_input_sample:
@@ -165,15 +194,20 @@ class UNet(nn.Module):
         )
 
     def forward(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Tensor:
-        """Predict from the noisy image.
+        """Predict from noisy images what the model was trained to predict.
 
         Args:
-            x_t: [B, C_in, H, W].
+            x_t: the noisy images, [B, C_in, H, W], in the dtype of the weights; H and W multiples
+                of ``config.multiple``.
             t: [B] or one timestep, integer or float.
-            labels: int64 [B] for a class-conditional network, else None.
+            labels: int64 [B], in 0..num_class_embeds-1, for a class-conditional network, else None.
 
         Returns:
             [B, C_out, H, W].
+
+        Raises:
+            ValueError: if x_t, t or labels is of a wrong shape, or labels are given to an
+                unconditional network or missing for a conditional one.
         """
         dtype = torch.float32 if isinstance(t, float) else None
         t = torch.as_tensor(t, dtype=dtype, device=x_t.device)
@@ -207,7 +241,7 @@ class UNet(nn.Module):
 def _layers(
     config: UNetConfig, width: int, pairs: list[tuple[int, int]], level: int, kind: str
 ) -> tuple[list[ResnetBlock], list[Attention]]:
-    """Return a level's residual blocks, of these channels in and out, and its attentions."""
+    """Return a level's residual blocks, of these pairs of channels, and its attentions."""
     resnets = [ResnetBlock(a, b, config, width) for a, b in pairs]
     if not kind.startswith("Attn"):
         return resnets, []

@@ -1,4 +1,4 @@
-"""The blocks of the DDPM U-Net, keyed like diffusers' own."""
+"""The building blocks of the DDPM U-Net, keyed like those of diffusers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from flashddpm.networks.unet_config import UNetConfig
 
 
 def sinusoids(t: Tensor, channels: int, freq_shift: int, flip_sin_to_cos: bool) -> Tensor:
-    """Return [sin, cos] of t 10^(-4 i / (half - freq_shift)), float32 [B, channels].
+    """Return the sinusoidal embeddings of timesteps, float32 [B, channels].
+
+    They are [sin, cos] of t 10^(-4 i / (half - freq_shift)), i = 0..half-1.
 
     Args:
-        t: [B], integer or float.
-        channels: twice ``half``; if odd, the last column is 0.
-        freq_shift: 0 or, in the DDPM paper's code, 1.
-        flip_sin_to_cos: return [cos, sin].
+        t: integer or floating-point [B].
+        channels: the number of columns, twice ``half``; if odd, the last column is 0.
+        freq_shift: 0 or, in the DDPM paper's code, 1; must be below half.
+        flip_sin_to_cos: whether to return [cos, sin].
     """
     half = channels // 2
     # In diffusers' order of operations: any other moves the angles at t = 999 by up to 6e-5.
@@ -31,7 +33,12 @@ def sinusoids(t: Tensor, channels: int, freq_shift: int, flip_sin_to_cos: bool) 
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers with a SiLU between."""
+    """The time embedding's network: two linear layers with a SiLU between them.
+
+    Args:
+        channels: the number of channels of the sinusoids.
+        width: the width of the time embedding.
+    """
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -39,23 +46,29 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, channels] -> [B, width]."""
+        """Return time embeddings, [B, width], of sinusoids ``x``, float [B, channels]."""
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, the time embedding's projection, norm, SiLU, conv, + shortcut.
+    """A residual block: norm, SiLU, conv, time projection, norm, SiLU, conv, plus a shortcut.
 
     With resnet_time_scale_shift "default" the projection is a shift before the second norm; with
     "scale_shift" it is a scale and a shift after it: norm(h) (1 + scale) + shift.
 
     Args:
-        c_in, c_out: channels.
-        config: of the network.
-        width: of the time embedding.
-        scale: by which the sum is divided.
-        resize: "down" or "up": a half or twice the size, before the first convolution and in the
-            shortcut, by means of 2 x 2 pixels or by repeating pixels.
+        c_in, c_out: the number of channels before and after.
+        config: the settings of the network.
+        width: the width of the time embedding.
+        scale: the number by which the sum of block and shortcut is divided.
+        resize: "down" or "up" for half or twice the size, before the first convolution and in the
+            shortcut, by means of 2 x 2 pixels or by repeating pixels; None for the same size.
+
+    Attributes:
+        time_emb_proj: the linear layer whose output `forward` takes; the network calls it.
+        c_in, c_out, scale: as given.
+        scale_shift: whether resnet_time_scale_shift is "scale_shift".
+        resize: the function that changes the size, `halve` or `double`, or None.
     """
 
     def __init__(
@@ -82,7 +95,16 @@ class ResnetBlock(nn.Module):
         zero_(self.conv2)
 
     def forward(self, x: Tensor, projection: Tensor) -> Tensor:
-        """[B, c_in, H, W], [B, c_out or 2 c_out] -> [B, c_out, H, W or half or twice]."""
+        """Return the block's output.
+
+        Args:
+            x: floating-point [B, c_in, H, W].
+            projection: the output of ``time_emb_proj``, [B, c_out], or [B, 2 c_out], scales before
+                shifts, with scale_shift.
+
+        Returns:
+            [B, c_out, H, W], with half or twice H and W where the block changes the size.
+        """
         h = F.silu(self.norm1(x))
         if self.resize is not None:
             x, h = self.resize(x), self.resize(h)
@@ -99,14 +121,19 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over pixels; q, k and v are one packed projection, three in the state dict.
+    """Self-attention over pixels with a shortcut; q, k and v are one packed layer.
+
+    The state dict has them as three, to_q, to_k and to_v, as diffusers does.
 
     Args:
-        channels: C.
-        head_dim: channels of a head; None for one head.
-        groups: of the norm before; None for no norm.
-        eps: of the norm.
-        scale: by which the sum is divided.
+        channels: the number of channels C.
+        head_dim: the number of channels of a head; None for one head.
+        groups: the groups of the group norm before the attention; None for no norm.
+        eps: the epsilon of the norm.
+        scale: the number by which the sum of attention and shortcut is divided.
+
+    Raises:
+        ValueError: if head_dim or groups does not divide the channels.
     """
 
     def __init__(
@@ -132,7 +159,7 @@ class Attention(nn.Module):
         self.register_load_state_dict_pre_hook(_pack_qkv)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> the same."""
+        """Return (x + its attention) / scale, of the shape of ``x``, float [B, C, H, W]."""
         B, C, H, W = x.shape
         h = self.group_norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)
         qkv = self.to_qkv(h).reshape(B, H * W, 3, self.heads, C // self.heads)
@@ -158,46 +185,62 @@ def _pack_qkv(module: nn.Module, state: dict, prefix: str, *_: Any) -> None:
 
 
 def halve(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, C, H/2, W/2], means of 2 x 2 pixels."""
+    """Return images of half the size, means of 2 x 2 pixels: [B, C, H, W] -> [B, C, H/2, W/2]."""
     return F.avg_pool2d(x, 2)
 
 
 def double(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, C, 2 H, 2 W], every pixel four times."""
+    """Return images of twice the size, every pixel four times: [B, C, H, W] -> [B, C, 2 H, 2 W]."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Downsample(nn.Module):
-    """A stride-2 convolution; padding 0 means one row and column at the far edges."""
+    """A 3 x 3 convolution of stride 2, which halves the size.
+
+    Args:
+        channels: the number of channels before and after.
+        padding: 1 for zeros at all four sides, 0 for one row below and one column to the right.
+    """
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H/2, W/2]."""
+        """Return ``x``, floating-point [B, C, H, W] with even H and W, as [B, C, H/2, W/2]."""
         return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour times 2, then a convolution."""
+    """Every pixel repeated 2 x 2 times, then a 3 x 3 convolution.
+
+    Args:
+        channels: the number of channels before and after.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, 2 H, 2 W]."""
+        """Return ``x``, floating-point [B, C, H, W], as [B, C, 2 H, 2 W]."""
         return self.conv(double(x))
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, attention after each if asked, then a change of size.
+    """One resolution of the U-Net: residual blocks, attention after each or none, a change of size.
 
     Args:
         resnets: the residual blocks.
-        attentions: as many, or none.
-        down, up: what changes the size, a convolution or a residual block of its own; or neither.
+        attentions: as many attentions, or an empty list, or, in the middle, one between two
+            blocks.
+        down: what halves the size at the end, a `Downsample` or a `ResnetBlock`; None for nothing.
+        up: what doubles the size at the end, an `Upsample` or a `ResnetBlock`; None for nothing.
+
+    Attributes:
+        resnets: the residual blocks, a ModuleList.
+        attentions: the attentions, a ModuleList, or None.
+        downsamplers, upsamplers: a ModuleList of ``down`` or of ``up`` alone, or None.
     """
 
     def __init__(
@@ -215,23 +258,41 @@ class Level(nn.Module):
 
     @property
     def resize(self) -> nn.Module | None:
-        """What changes the size, if anything does."""
+        """The module that changes the size at the end of the level; None where nothing does."""
         layers = self.downsamplers or self.upsamplers
         return layers[0] if layers is not None else None
 
     def residual(self) -> Iterator[ResnetBlock]:
-        """Residual blocks in the order in which the forward pass meets them."""
+        """Yield the residual blocks in the order in which the forward pass meets them."""
         yield from cast(Iterable[ResnetBlock], self.resnets)
         if isinstance(self.resize, ResnetBlock):
             yield self.resize
 
     def layer(self, i: int, x: Tensor, projection: Tensor) -> Tensor:
-        """Residual block i and its attention."""
+        """Return the output of residual block number i and of its attention, if there is one.
+
+        Args:
+            i: the number of the block, from 0.
+            x: floating-point [B, C_in, H, W].
+            projection: the block's time projection, [B, C_out or 2 C_out].
+
+        Returns:
+            [B, C_out, H, W].
+        """
         x = self.resnets[i](x, projection)
         return self.attentions[i](x) if self.attentions is not None else x
 
     def resized(self, x: Tensor, rows: Iterator[Tensor]) -> Tensor:
-        """Change the size; a residual block takes its projection from ``rows``."""
+        """Return ``x`` in its new size, by the level's `resize`, which must not be None.
+
+        Args:
+            x: floating-point [B, C, H, W].
+            rows: an iterator over the time projections that are left; a residual block takes the
+                next, [B, C or 2C].
+
+        Returns:
+            [B, C, H/2, W/2] or [B, C, 2 H, 2 W].
+        """
         assert self.resize is not None
         return (
             self.resize(x, next(rows)) if isinstance(self.resize, ResnetBlock) else (self.resize(x))
@@ -239,7 +300,7 @@ class Level(nn.Module):
 
 
 def zero_(module: nn.Conv2d | nn.Linear) -> None:
-    """Zero a layer, so that its block starts as the identity (Ho et al. 2020's code)."""
+    """Zero a layer's weight and bias, so that its block begins as the identity (Ho et al. 2020)."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -1,4 +1,4 @@
-"""The U-Net's settings: diffusers' config keys, checked before anything is built."""
+"""`UNetConfig`: the U-Net's settings, diffusers' config keys, checked before anything is built."""
 
 from __future__ import annotations
 
@@ -21,18 +21,56 @@ FIXED: dict[str, tuple[Any, ...]] = {
 
 
 NETWORK_T = 1000
-"""A "rescaled" network is told t * NETWORK_T / num_train_timesteps."""
+"""A "rescaled" network is told the timestep t NETWORK_T / num_train_timesteps."""
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The keys of diffusers' UNet2DModel that may vary, with its defaults.
+    """The settings of a `UNet`: the keys of diffusers' UNet2DModel that may vary, and defaults.
 
-    Three settings are ours, for networks of other projects. diffusers stops at each with an error:
+    Three are extended for networks of other projects, and diffusers stops at each with an error:
+    the time_embedding_type "rescaled", an attention_head_dim for each level, and
+    time_embedding_channels.
 
-        time_embedding_type="rescaled"  timesteps times 1000 / num_train_timesteps, not whole
-        attention_head_dim=[..]         one for each of block_out_channels
-        time_embedding_channels         of the sinusoids, where not block_out_channels[0]
+    Attributes:
+        sample_size: the side of square images, or (H, W), in pixels; None for not known.
+        in_channels, out_channels: the number of channels of the images and of the output, 1..1024.
+        center_input_sample: whether the input x is replaced by 2 x - 1.
+        time_embedding_type: "positional", or "rescaled" for timesteps times 1000 /
+            num_train_timesteps, not rounded.
+        time_embedding_dim: the width E of the time embedding; None for 4 block_out_channels[0].
+        time_embedding_channels: the number of channels of the sinusoids; None for
+            block_out_channels[0].
+        num_train_timesteps: the number of timesteps T of the training, 1..100000; must be given for
+            "rescaled".
+        freq_shift: what is subtracted from half of the sinusoids' channels in their frequencies.
+        flip_sin_to_cos: whether the sinusoids are [cos, sin], not [sin, cos].
+        down_block_types: the type of each level on the way down, one of `DOWN_BLOCKS`.
+        up_block_types: the type of each level on the way up, coarsest first, one of `UP_BLOCKS`.
+        block_out_channels: the number of channels of each level, finest first, 1 to 10 multiples of
+            norm_num_groups.
+        layers_per_block: the number of residual blocks of a level on the way down, 1..16; on the
+            way up there is one more.
+        mid_block_scale_factor: the number by which the sums in the middle are divided; not 0.
+        downsample_padding: the padding of downsampling convolutions: 1, or 0 for one row below and
+            one column to the right.
+        downsample_type, upsample_type: what changes the size in levels with attention: "conv" or
+            "resnet".
+        dropout: the probability of dropout in residual blocks.
+        attention_head_dim: the number of channels of an attention head, one for all levels or one
+            for each; None for one head.
+        norm_num_groups: the number of groups of group norms.
+        attn_norm_num_groups: the number of groups of the norm before the middle's attention; None
+            as `mid_groups` says.
+        norm_eps: the epsilon of group norms.
+        resnet_time_scale_shift: "default" or "scale_shift": whether the time embedding shifts
+            features, or scales and shifts them.
+        add_attention: whether the middle has attention.
+        num_class_embeds: the number of class labels, that for "no label" included; None for an
+            unconditional network.
+
+    Raises:
+        ValueError: if a setting is out of its range, or settings contradict one another.
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -159,39 +197,54 @@ class UNetConfig:
 
     @property
     def multiple(self) -> int:
-        """Of which the sides of images must be multiples."""
+        """The number, in pixels, of which both sides of images must be multiples."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @property
     def time_channels(self) -> int:
-        """Channels of the sinusoids."""
+        """The number of channels of the timestep's sinusoids."""
         return self.time_embedding_channels or self.block_out_channels[0]
 
     @property
     def mid_groups(self) -> int | None:
-        """Groups of the norm before the middle attention; diffusers has none with scale_shift."""
+        """The groups of the norm before the middle's attention; None for no norm.
+
+        It is attn_norm_num_groups, or else norm_num_groups, but none with scale_shift, as in
+        diffusers.
+        """
         plain = self.resnet_time_scale_shift == "default"
         return self.attn_norm_num_groups or (self.norm_num_groups if plain else None)
 
     def head_dim(self, level: int) -> int | None:
-        """Channels of an attention head at a level; None for one head."""
+        """Return the number of channels of an attention head at a level; None for one head.
+
+        Args:
+            level: the number of the level, 0 for the finest; -1 for the last one and the middle.
+        """
         dims = self.attention_head_dim
         return dims[level] if isinstance(dims, tuple) else dims
 
     def resizes_in_resnet(self, kind: str) -> bool:
-        """Whether a block of this type changes the size in a residual block.
+        """Return whether a level of this type changes the size in a residual block.
 
-        As in diffusers, downsample_type and upsample_type speak of blocks with attention only.
+        As in diffusers, downsample_type and upsample_type decide it for types with attention only.
+
+        Args:
+            kind: the type of a level, one of `DOWN_BLOCKS` or `UP_BLOCKS`.
         """
         own = {"AttnDownBlock2D": self.downsample_type, "AttnUpBlock2D": self.upsample_type}
         return kind.startswith("Resnet") or own.get(kind) == "resnet"
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
-        """Read a diffusers config; keys that start with an underscore are its own notes.
+        """Read the settings from a diffusers config of UNet2DModel.
+
+        Args:
+            config: the settings by name; those left out have diffusers' defaults, and keys that
+                start with an underscore, diffusers' own notes, are skipped.
 
         Raises:
-            ValueError: an unknown key, or a value that this network does not have.
+            ValueError: if a key is unknown, or a value is not one that this network can have.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         known = {}
@@ -207,7 +260,7 @@ class UNetConfig:
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as diffusers writes it."""
+        """Return the settings by name, with "_class_name", as diffusers' config.json has them."""
         fixed = {key: values[0] for key, values in FIXED.items()}
         settings = dataclasses.asdict(self)
         if self.time_embedding_channels is None:  # ours, so only where it says something
