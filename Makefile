@@ -13,7 +13,7 @@ NEEDS_GPU = $(BIN)/python -c "import sys, torch; \
 	sys.exit(None if torch.cuda.is_available() else '$@ needs an NVIDIA GPU: torch sees none')"
 
 .DEFAULT_GOAL := help
-.PHONY: help sample test test-slow test-long test-gpu lint bench bench-gpu clean
+.PHONY: help sample test test-slow test-gpu lint bench bench-gpu clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -35,13 +35,10 @@ sample: $(VENV)/installed-base ## draw samples.png with the bundled model
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 test: $(VENV)/installed-test ## install and run the suite (no GPU needed)
-	$(PYTEST) -m "not gpu and not slow and not long" $(ARGS)
+	$(PYTEST) -m "not gpu and not slow" $(ARGS)
 
 test-slow: $(VENV)/installed-test ## what takes minutes (no GPU needed)
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
-
-test-long: $(VENV)/installed-test ## what takes an hour (no GPU needed)
-	$(PYTEST) -m "long and not gpu" $(ARGS)
 
 test-gpu: $(VENV)/installed-test ## the suite on an NVIDIA GPU, gpu-marked tests included
 	@$(NEEDS_GPU)

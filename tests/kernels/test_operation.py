@@ -191,7 +191,7 @@ def test_battery(op, blocks):
     assert 2 in seen or not seen
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @each_op
 def test_battery_on_many_cases(op, blocks):

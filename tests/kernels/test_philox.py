@@ -221,7 +221,7 @@ def test_accuracy_of_the_transform():
 
 @pytest.mark.parametrize(
     "count",
-    [pytest.param(4, id="4 seeds"), pytest.param(40, id="40 seeds", marks=pytest.mark.long)],
+    [pytest.param(4, id="4 seeds"), pytest.param(40, id="40 seeds", marks=pytest.mark.slow)],
 )
 def test_statistics(count):
     """Moments, distribution and correlations, each within 5 standard errors (D: 2.5 / sqrt N).
