@@ -1,4 +1,4 @@
-"""``python -m flashddpm.benchmarks``: the same as ``flashddpm bench``."""
+"""Run the benchmarks: ``python -m flashddpm.benchmarks`` does the same as ``flashddpm bench``."""
 
 import sys
 

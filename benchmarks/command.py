@@ -1,4 +1,4 @@
-"""The command ``flashddpm bench``: measure, compare two runs, merge runs, or draw a report."""
+"""The command ``flashddpm bench``, which runs benchmarks, or compares, merges or reports runs."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ def bench(
     ] = False,
     html: Annotated[Path | None, Option(help="The page to write, for --report.")] = None,
 ) -> None:
-    """Time flashddpm against its peers, the most telling cases first; let nothing else run.
+    """Time flashddpm against its peers (other implementations), the most telling cases first.
 
-    Both sides must give the same before any time is shown. Each result is written as it ends. The
-    exit code is 1 if a case failed, or with --compare if one is slower beyond the noise.
+    Let nothing else run on the machine meanwhile. Both sides must give the same result before
+    either is timed; each measurement is written to the file as soon as it is done. The exit code is
+    1 if a case failed, or, with --compare, if a case failed or is slower beyond the noise.
     """
     paths = files or []
     if compare + merge + report > 1:

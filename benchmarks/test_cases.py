@@ -1,9 +1,10 @@
-"""The sides of the most telling cases, each timed by pytest-benchmark, in a checkout:
+"""Sampling benchmarks for pytest-benchmark: ours and diffusers', each timed by itself.
 
     .venv/bin/pytest benchmarks --benchmark-enable --benchmark-json=out.json
 
-pytest-benchmark times one side after the other, so that a drift of the machine falls on one of
-them: ``flashddpm bench``, which times them in turn, is what figures are quoted from.
+runs them in a checkout. pytest-benchmark times one side after the other, so that a drift of the
+machine falls on one of them: published figures are those of ``flashddpm bench``, which times both
+sides in turn.
 """
 
 from __future__ import annotations
@@ -28,7 +29,19 @@ SETTINGS = [
 @pytest.mark.parametrize("side", ["ours", "best", "eager"])
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 def test_sampling(benchmark: Any, setting: sampling.Setting, side: str) -> None:
-    """A call of one side, compared with the others of its group; the images are checked first."""
+    """Time one call that draws a batch by one side: ours, diffusers at its best or diffusers eager.
+
+    The sides of one setting form a group of the report. A peer (a side of diffusers) is checked
+    first to draw the same images as ours, and is skipped where diffusers is not installed.
+
+    Args:
+        benchmark: the fixture of pytest-benchmark.
+        setting: what is drawn: model, dtype, solver, batch size and number of steps.
+        side: "ours", "best" or "eager".
+
+    Raises:
+        AssertionError: if the peer's images differ from ours.
+    """
     if side == "ours":
         made: Any = sampling.ours(setting, DEVICE)
     else:

@@ -1,1 +1,1 @@
-"""The benchmark cases, and the suites that list them."""
+"""The benchmark cases by subject (sampling, training, serving, ...) and the list of all of them."""

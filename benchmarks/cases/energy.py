@@ -1,9 +1,13 @@
-"""Energy an image on a GPU: the card's counter over windows of ten seconds, idle subtracted.
+"""The benchmark of the energy that one image costs on a GPU, in joules.
+
+The card's energy counter is read before and after a window of ten seconds of sampling, and the
+power of the idle card is subtracted:
 
     energy = (E_window - P_idle t_window) / images
 
-with P_idle the power over an idle window just before. The counter is NVML's total energy, whose
-steps are coarse, so that windows are long; figures are quoted relative to a peer's.
+with P_idle the mean power over an idle window just before. The counter is NVML's total energy,
+which advances in coarse steps: therefore windows are long, and energies are quoted relative to the
+energy of a peer (another implementation that draws the same images).
 """
 
 from __future__ import annotations
@@ -20,12 +24,18 @@ from flashddpm.benchmarks.measure.harness import Measurement
 from flashddpm.benchmarks.measure.runner import Case
 
 WINDOW = 10.0
-"""The least seconds of a window."""
+"""The least length of a window of measurement, in seconds."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """What a window took: joules, seconds, and how often the work was done."""
+    """The energy and the time that one window of measurement took.
+
+    Attributes:
+        joules: the energy that the card consumed during the window, in joules.
+        seconds: the length of the window, in seconds.
+        calls: how many times the work was done in the window, at least 1.
+    """
 
     joules: float
     seconds: float
@@ -33,12 +43,16 @@ class Window:
 
 
 def window(work: Callable[[], Any], joules: Callable[[], float], least: float) -> Window:
-    """Do the work again and again for ``least`` seconds or more.
+    """Repeat a piece of work for ``least`` seconds or more and measure its energy.
 
     Args:
-        work: is waited for at the end of the window, and after each call.
-        joules: reads the counter.
-        least: seconds.
+        work: called without arguments, at least once; its result is ignored. The GPU is waited for
+            after each call.
+        joules: called without arguments; returns the reading of an energy counter, in joules.
+        least: the least length of the window, in seconds; the call under way is finished.
+
+    Returns:
+        The energy, length and number of calls of the window.
     """
     harness.synchronize()
     start, before, calls = time.perf_counter(), joules(), 0
@@ -52,13 +66,28 @@ def window(work: Callable[[], Any], joules: Callable[[], float], least: float) -
 
 
 def joules_an_image(idle: Window, busy: Window, batch: int) -> float:
-    """Return the energy of an image beyond what the card takes idle."""
+    """Return the energy of one image in joules, beyond what the idle card consumes.
+
+    Args:
+        idle: a window in which the card did nothing; its mean power is subtracted.
+        busy: a window in which each call of the work drew one batch.
+        batch: the number of images of one call, at least 1.
+    """
     power = idle.joules / idle.seconds
     return (busy.joules - power * busy.seconds) / (busy.calls * batch)
 
 
 def energy(setting: Setting, peer: str = "best") -> Case:
-    """Return the case of the energy of an image, ours and a peer's, on CUDA."""
+    """Return the benchmark case that compares our energy of one image with a peer's.
+
+    The case needs CUDA, diffusers and pynvml. It measures joules of one image of our sampler, of
+    the peer, and their ratio. Its ``measure`` raises AssertionError if the two draw different
+    images from the same noise.
+
+    Args:
+        setting: what is drawn: model, dtype, solver, batch size and number of steps.
+        peer: the implementation to compare with, a key of ``sampling.PEERS``.
+    """
     case = f"energy-{setting.name}"
 
     def measure(device: str) -> Iterator[Measurement]:
@@ -83,7 +112,14 @@ def energy(setting: Setting, peer: str = "best") -> Case:
 
 
 def energies(device: str) -> list[Case]:
-    """Return the cases, on CUDA."""
+    """Return the benchmark cases of energy: one for each of the models "cifar10" and "bundled".
+
+    Each draws the largest batch of its model (256 images) in bfloat16 by DDIM, against the peer
+    "best".
+
+    Args:
+        device: "cuda"; for "cpu" the list is empty.
+    """
     if device != "cuda":
         return []
     return [

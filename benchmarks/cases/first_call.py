@@ -1,7 +1,9 @@
-"""What the first images of a process cost, in parts: import, building, compiling, tuning, capture.
+"""The benchmark of the first images of a process, whose time is split into parts.
 
-Each part is timed around the piece itself, in a process of its own; tuning is what torch says of
-Inductor's search, which compiling contains.
+The parts are the import, building the sampler, compiling the network, tuning (Inductor's search for
+the fastest kernels), capturing CUDA graphs, and the rest. A process of its own measures them, each
+around the calls that do it. Compiling contains tuning, whose time is what torch reports of it; it
+is subtracted from compiling.
 """
 
 from __future__ import annotations
@@ -29,18 +31,34 @@ first_call.main(start, imported, *sys.argv[1:])
 """
 PARTS = ("import", "build", "compile", "tune", "capture", "rest")
 TUNING = ("_template_autotuning", "_template_precompiling")
-"""How the entries of torch's compile times end that are Inductor's search for kernels."""
+"""The suffixes of the entries of torch's compile times that are Inductor's search for kernels."""
 
 
 class Watch:
-    """Seconds that calls of methods take; a call within another counts as the other's."""
+    """A stopwatch of methods: adds up the seconds that their calls take, by part.
+
+    While one watched call runs, the time of other watched calls within it counts as the outer
+    call's. It is for one thread.
+
+    Attributes:
+        seconds: the name of a part -> the seconds that its calls have taken so far.
+    """
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._inside = False
 
     def over(self, owner: Any, method: str, part: str) -> None:
-        """Count the calls of a method to a part, from now on."""
+        """Wrap a method so that its calls are timed, from now on until the process ends.
+
+        Args:
+            owner: the class (or object) whose attribute is replaced by a timed version.
+            method: the name of the method.
+            part: the name of the part that the seconds of its calls are added to.
+
+        Raises:
+            AttributeError: if the owner has no such method.
+        """
         original = getattr(owner, method)
 
         def timed(*arguments: Any, **options: Any) -> Any:
@@ -57,21 +75,33 @@ class Watch:
 
 
 def tuning(times: Mapping[str, Sequence[float]]) -> float:
-    """Return the seconds of Inductor's search, of torch's compile times by name."""
+    """Return the seconds that Inductor spent in its search for the fastest kernels.
+
+    Args:
+        times: the name of an entry -> the seconds of each of its occurrences, as in
+            ``torch._dynamo.utils.compilation_time_metrics``. Entries whose name ends with one of
+            TUNING are added up.
+    """
     return sum(sum(values) for name, values in times.items() if name.endswith(TUNING))
 
 
 def split(
     imported: float, build: float, seconds: Mapping[str, float], tune: float, total: float
 ) -> dict[str, float]:
-    """Return the parts of the first call; they add up to the total.
+    """Split the time of a process's first images into parts that add up to the total.
 
     Args:
-        imported: seconds of ``import flashddpm``, torch included.
-        build: of making the sampler, weights included.
-        seconds: of "compile", tuning included, and "capture".
-        tune: of Inductor's search.
-        total: from before the import until the images are there.
+        imported: seconds that ``import flashddpm`` took, torch included.
+        build: seconds that making the sampler took, the weights included.
+        seconds: seconds of the parts "compile" (tuning included) and "capture" (CUDA graphs); a
+            part that is missing took 0.
+        tune: seconds that Inductor's search for kernels took.
+        total: seconds from before the import until the images are there.
+
+    Returns:
+        Seconds under the keys "import_seconds", "build_seconds", "compile_seconds" (without
+        tuning), "tune_seconds", "capture_seconds", "rest_seconds" (what no other part accounts for)
+        and "seconds" (the total).
     """
     parts = {
         "import": imported,
@@ -87,11 +117,26 @@ def split(
 def main(
     start: float, imported: float, name: str, dtype: str, batch: str, device: str, how: str
 ) -> None:
-    """Draw the first images of this process; print what they cost as JSON.
+    """Draw the first images of this process by 2 steps of DDIM and print what they cost as JSON.
+
+    The line printed holds the seconds that ``split`` returns, and "peak_host_memory_mib", the peak
+    resident memory of the process in MiB. SCRIPT calls this with the arguments of its command line.
 
     Args:
-        start, imported: readings of the clock before and after ``import flashddpm``.
-        name, dtype, batch, device, how: as for pipelines.sampler, and images.
+        start, imported: readings of ``time.perf_counter`` before and after ``import flashddpm``, in
+            seconds.
+        name: the model: "bundled", "cifar10" or "pixels256".
+        dtype: the name of the network's dtype: "float32" or "bfloat16".
+        batch: the number of images, as a decimal string, at least "1".
+        device: "cpu" or "cuda".
+        how: how the sampler runs the network: "best" (compiled), "tuned" (compiled by
+            max-autotune), "uncaptured" (compiled, without CUDA graphs), "reference" (plain PyTorch)
+            or "diffusers" (diffusers' U-Net in our loop).
+
+    Raises:
+        KeyError: if there is no such model or no such ``how``.
+        AttributeError: if torch has no dtype of this name.
+        ValueError: if ``batch`` is not a positive integer.
     """
     import torch
 
@@ -116,7 +161,18 @@ def main(
 
 
 def first_call(name: str, dtype: str, batch: int, tune: bool = False) -> Case:
-    """Return the case of the first images of a process, the compile cache empty and then warm."""
+    """Return the benchmark case of the first images of a process, timed in parts.
+
+    It runs ``main`` in two fresh processes, one after the other: the first finds an empty compile
+    cache ("-cold"), the second the cache that the first has left ("-warm"). Its ``measure`` raises
+    RuntimeError if such a process fails.
+
+    Args:
+        name: the model: "bundled", "cifar10" or "pixels256".
+        dtype: the network's dtype: "float32" or "bfloat16".
+        batch: the number of images, at least 1.
+        tune: whether the network is compiled with tuning (max-autotune).
+    """
     case = f"first-call-{name}-{dtype}-batch-{batch}" + ("-tuned" if tune else "")
 
     def measure(device: str) -> Iterator[Measurement]:

@@ -1,9 +1,10 @@
-"""Every operation: the fast path against the reference, on the same arguments.
+"""Benchmarks of each kernel operation: the fast version against the reference, on equal arguments.
 
-On a GPU each kernel's own time (``kernel_time``), forward and gradient apart, stands against the
-bytes it moves, a copy's bandwidth, the bound of its instructions, an empty kernel, and the best
-that a compiler makes of the same work; a call from Python stands against the eager reference.
-On the CPU the fast path of the noise is the compiled reference; the other operations have none.
+An operation is a function of `flashddpm.kernels` with its record, an `Op`. On a GPU the time of its
+kernels (module ``kernel_time``), of the result and of the gradient apart, is compared with its
+bytes at a copy's bandwidth, its instructions, an empty kernel, and the best that a compiler makes
+of the same work; a call from Python is compared with the eager reference. On the CPU only the noise
+has a fast version: the compiled reference.
 """
 
 from __future__ import annotations
@@ -36,11 +37,15 @@ SMALLEST = (1, (3, 32, 32))
 LARGE = ((64, (3, 256, 256)), (256, (3, 256, 256)))
 SIZES = (SMALLEST, (256, (3, 32, 32)), *LARGE)
 DTYPES = (torch.float32, torch.bfloat16)
-OF_BOUND, OF_EMPTY = 0.9, 1.5  # the goals: at large sizes at least, at the smallest at most
+OF_BOUND, OF_EMPTY = 0.9, 1.5  # goals: of_bound at least, hot_of_empty at most
 
 
 def noise_on_the_cpu(device: str) -> Iterator[Measurement]:
-    """Compiled noise against the eager reference, the bits compared first."""
+    """Time the CPU's compiled noise against the reference, for 16 and 800 images of 784 numbers.
+
+    Raises:
+        AssertionError: if the two differ in any bit.
+    """
     draw = CompiledNoise()
     for batch in (16, 800):
         seeds, keys = torch.arange(batch), torch.zeros(batch, dtype=torch.int64)
@@ -56,7 +61,14 @@ def noise_on_the_cpu(device: str) -> Iterator[Measurement]:
 
 
 def arguments_of(op: Op, dtype: torch.dtype, size: Any, device: str) -> Arguments:
-    """Return the operation's example of a size (batch, (C, H, W)), every image on its row."""
+    """Return an operation's example arguments by name, with equal work for every image.
+
+    Every image is given the same row (a line of the table of coefficients): the first that asks for
+    all the work of the operation. The size is (batch, (C, H, W)), the dtype that of the images.
+
+    Raises:
+        ValueError: if no row of the example asks for all the work.
+    """
     batch, shape = size
     arguments = op.example(device, dtype, shape, batch, 0)
     if op.index:
@@ -67,7 +79,11 @@ def arguments_of(op: Op, dtype: torch.dtype, size: Any, device: str) -> Argument
 
 
 def first_row(rows: Tensor, columns: Sequence[int]) -> int:
-    """Return the first row of a table none of whose columns is 0, of those given."""
+    """Return the index of the first row of a table [R, columns] that has no 0 in the given columns.
+
+    Raises:
+        ValueError: if there is no such row.
+    """
     found = (rows[:, list(columns)] != 0).all(1).nonzero().flatten().tolist()
     if not found:
         raise ValueError(
@@ -77,7 +93,12 @@ def first_row(rows: Tensor, columns: Sequence[int]) -> int:
 
 
 def with_gradients(op: Op, function: Callable[..., Any], arguments: Arguments) -> list[Any]:
-    """Return the result, the gradients, and what was changed in place, of copies."""
+    """Call a version of an operation on copies of its arguments and return all that it computes.
+
+    These are the result (None where there is none), the gradients of the arguments that
+    ``op.differentiable`` names, and the arguments that ``op.mutates`` names, as changed by the
+    call.
+    """
     copies = copied(arguments)
     leaves = [copies[name].requires_grad_() for name in op.differentiable]
     result = function(**copies)
@@ -88,20 +109,26 @@ def with_gradients(op: Op, function: Callable[..., Any], arguments: Arguments) -
 
 
 def check(op: Op, arguments: Arguments) -> None:
-    """Refuse to time an operation whose results or gradients are not the reference's."""
+    """Check that an operation's results and gradients are close to those of the reference.
+
+    Raises:
+        AssertionError: if they differ by more than the tolerances of
+            ``torch.testing.assert_close``.
+    """
     fast, slow = (with_gradients(op, function, arguments) for function in (op.fast, op.reference))
     torch.testing.assert_close(fast, slow, equal_nan=True)
 
 
 @dataclass(frozen=True)
 class Card:
-    """What kernels are held against, measured in the same run.
+    """The measured properties of a GPU that kernels are compared with.
 
     Attributes:
-        copy: bytes a second of a large copy, read and written together.
+        copy: bytes a second of a large copy, those read and those written together.
         empty: seconds of an empty kernel.
         cache: bytes of the L2 cache.
-        instructions: kernel and dtype -> clocks of the card for an element's instructions alone.
+        instructions: (name of a kernel, dtype of its images) -> clock cycles that the whole GPU
+            spends on the instructions of one element.
     """
 
     copy: float
@@ -112,7 +139,7 @@ class Card:
 
 @cache
 def this_card() -> Card:
-    """Measure a copy and an empty kernel; count instructions, where they are those of the card."""
+    """Measure the current GPU, once: its copies, its empty kernels, and its instructions."""
     from flashddpm.benchmarks.measure import kernel_time
 
     card = torch.cuda.get_device_properties()
@@ -125,9 +152,11 @@ def this_card() -> Card:
 
 
 def instruction_clocks(arch: int, multiprocessors: int) -> dict[tuple[str, torch.dtype], float]:
-    """Return how many clocks of the card an element takes by each kernel's instructions.
+    """Return the clock cycles of the whole GPU for one element, by each kernel's instructions.
 
-    Nothing on another architecture than the scorecard's, whose pipes it knows.
+    The keys are (name of a kernel, dtype of its images), the values cycles of its busiest pipe;
+    kernels with loops are left out. It is empty if ``arch``, the compute capability times 10, is
+    not 90.
     """
     from flashddpm.kernels.checks import scorecard
     from flashddpm.kernels.checks.compiled import KERNELS
@@ -139,14 +168,15 @@ def instruction_clocks(arch: int, multiprocessors: int) -> dict[tuple[str, torch
     return {
         (entry.kernel, dtypes[entry.dtype]): max(entry.clocks.values()) / multiprocessors
         for entry in scorecard.measure(variants)
-        if entry.clocks  # none where a loop makes them no total
+        if entry.clocks  # there are none where the kernel has a loop
     }
 
 
 def bytes_of(op: Op, arguments: Arguments, backward: bool) -> int:
-    """Return what all passes of a call move, or its gradient's: what it reads, a gradient each.
+    """Return the bytes that a call of an operation, or of its gradient, moves in all its passes.
 
-    The gradient of ``add_noise`` is noising without noise: one image read, and one written.
+    A gradient reads what the operation reads and writes one gradient for each differentiable
+    argument; that of ``add_noise`` reads one image and writes one.
     """
     moved = op.bytes_moved(arguments)
     if not backward:
@@ -156,14 +186,14 @@ def bytes_of(op: Op, arguments: Arguments, backward: bool) -> int:
 
 
 def once_of(op: Op, arguments: Arguments, backward: bool) -> int:
-    """Return what of that memory must move: images that several passes read count once."""
+    """Return the bytes that memory must move for a call: images read repeatedly count once."""
     if op.read_again:
         return sum(arguments[name].nbytes for name in op.read_again)
     return bytes_of(op, arguments, backward)
 
 
 def memory_of(op: Op, arguments: Arguments) -> int:
-    """Return the bytes of the arguments and the result: what a call touches, read often or not."""
+    """Return the bytes of an operation's tensors, arguments and result: each counts once."""
     result = op.fast(**copied(arguments))
     tensors = [value for value in (result, *arguments.values()) if isinstance(value, Tensor)]
     return sum(value.nbytes for value in tensors)
@@ -171,13 +201,14 @@ def memory_of(op: Op, arguments: Arguments) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """What a call does.
+    """The work of one call of an operation or of its gradient.
 
     Attributes:
-        kernel, dtype: as in ``Card.instructions``.
-        elements: of the images.
+        kernel: the name of the kernel, as in ``Card.instructions``.
+        dtype: the dtype of the images.
+        elements: the number of elements of the images.
         once: bytes that memory must move.
-        moved: bytes that all passes move, from caches too.
+        moved: bytes that all passes move, from memory or from caches.
     """
 
     kernel: str
@@ -188,12 +219,11 @@ class Work:
 
 
 def bound_seconds(card: Card, work: Work, clock: float) -> float:
-    """Return the longer of the times of the bytes, at a copy's speed, and of the instructions.
+    """Return the least seconds of a call: of its bytes or of its instructions, whichever is longer.
 
     Args:
-        card: what the call runs on.
-        work: of the call.
-        clock: of the card's multiprocessors, in Hz.
+        card, work: the GPU, whose bytes move at the speed of its copy, and the work of the call.
+        clock: the clock rate of the GPU's multiprocessors, in Hz.
     """
     clocks = card.instructions.get((work.kernel, work.dtype), 0.0) * work.elements
     return max(work.once / card.copy, clocks / clock)
@@ -208,16 +238,22 @@ def figures(
     working_set: int,
     hot: float | None = None,
 ) -> dict[str, float]:
-    """Return a kernel's figures: how fast, and how near to what could be.
+    """Return the figures of one kernel: how fast it is, and how near to its bound.
 
     Args:
-        card: what it ran on.
-        size: of the case, as in SIZES.
-        work: of a call.
-        seconds: of a call, arguments in memory.
-        clock: of the card's multiprocessors, in Hz.
-        working_set: bytes of all arguments and results that calls take in turn.
-        hot: seconds of a call that finds its arguments in the cache, at the smallest size.
+        card, work: the GPU that it ran on, and the work of one call.
+        size: (batch, (C, H, W)), as in SIZES.
+        seconds: the time of one call whose arguments are in memory, in seconds.
+        clock: the clock rate of the GPU's multiprocessors, in Hz.
+        working_set: bytes of all arguments and results that the calls use in turn.
+        hot: the time of one call whose arguments are in the L2 cache, in seconds, or None.
+
+    Returns:
+        "us" (microseconds of a call), "gb_per_s", "of_copy" (fraction of a copy's bandwidth),
+        "of_bound" (the least time of a call over its time), "working_set_mb" and "sm_clock_mhz";
+        "once_mb" and "all_passes_mb" where several passes read the same images; with ``hot``
+        "hot_us", "of_empty" and "hot_of_empty" (times over that of an empty kernel); with it and at
+        the sizes in LARGE "goal_met" (1 or 0).
     """
     found = {
         "us": seconds * 1e6,
@@ -239,7 +275,14 @@ def figures(
 
 
 def note_of(card: Card, work: Work, flushed: bool, sets: int, clock: float | None) -> str:
-    """Return what a kernel's figures mean; ``clock`` is what NVML read, or None."""
+    """Return the text that explains a kernel's figures in reports.
+
+    Args:
+        card, work: the GPU that it ran on, and the work of one call.
+        flushed: whether the sets of arguments are together larger than the L2 cache.
+        sets: the number of sets of arguments that calls use in turn.
+        clock: the clock rate that NVML read, in Hz, or None if it gave none.
+    """
     counted = (work.kernel, work.dtype) in card.instructions
     known = "read by NVML while they ran" if clock else "assumed, for NVML gives none"
     return (
@@ -255,14 +298,22 @@ def note_of(card: Card, work: Work, flushed: bool, sets: int, clock: float | Non
 def measure(
     op: Op, dtype: torch.dtype, size: Any, card: Card, timer: Any, device: str = "cuda"
 ) -> Iterator[Measurement]:
-    """Check an operation, then time it and its gradient at one size against both peers.
+    """Check an operation, then time it and its gradient against the reference and a compiler.
 
     Args:
-        op: the operation.
-        dtype, size: of the images.
-        card: what it runs on.
-        timer: the module ``kernel_time``, or a stand-in.
-        device: of the arguments.
+        op, card: the operation, and the GPU that it runs on.
+        dtype, size: the floating-point dtype of the images, and (batch, (C, H, W)).
+        timer: the module ``kernel_time``, or a stand-in with its functions.
+        device: the device of the arguments: "cuda", or "cpu" with a stand-in.
+
+    Yields:
+        Of the result and of the gradient: the figures, the comparison of kernel times with the
+        compiled peer (no figures without one), and that of calls from Python with the eager
+        reference.
+
+    Raises:
+        AssertionError: if results or gradients are not close to the reference's.
+        ValueError: if no row of the example asks for all the work.
     """
     from flashddpm.kernels.checks.scorecard import CLOCK
 
@@ -310,7 +361,7 @@ def measure(
 
 
 def speed_of_card(device: str) -> Iterator[Measurement]:
-    """What the kernels are held against."""
+    """Yield the current GPU's copy bandwidth, time of an empty kernel, and size of the L2 cache."""
     card = this_card()
     yield Measurement(
         "card",
@@ -321,7 +372,7 @@ def speed_of_card(device: str) -> Iterator[Measurement]:
 
 
 def on_a_gpu(name: str, dtype: torch.dtype, size: Any, device: str) -> Iterator[Measurement]:
-    """One operation at one size."""
+    """Measure one operation, a name in ``flashddpm.kernels.OPS``, as ``measure`` does on CUDA."""
     from flashddpm.benchmarks.measure import kernel_time
     from flashddpm.kernels import OPS
 
@@ -329,7 +380,12 @@ def on_a_gpu(name: str, dtype: torch.dtype, size: Any, device: str) -> Iterator[
 
 
 def operations(device: str) -> list[Case]:
-    """Return every kernel, from one CIFAR image to 256 of 256x256, in float32 and bfloat16."""
+    """Return the benchmark cases of all operations on a device, "cpu" or "cuda".
+
+    On CUDA: the GPU's own speeds, then each operation at each of SIZES (from one 32x32 image to 256
+    of 256x256), in float32 and bfloat16 where its images may have them. On the CPU: the noise
+    alone.
+    """
     if device != "cuda":
         return [Case("noise", "kernels", noise_on_the_cpu)]
     from flashddpm.kernels import OPS

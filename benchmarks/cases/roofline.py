@@ -1,11 +1,12 @@
-r"""The least that a step can take: its operations at the speed of a product, its bytes at a copy's.
+"""The lower bound (roofline) of the time of one sampling step, from measured speeds of the machine.
 
     floor = max(flops / matmul speed, bytes / copy speed)
 
-Operations are counted by torch's FlopCounterMode. Bytes: every weight once a step; for each image,
-what convolutions, linear layers and attentions read and write, once each, as if all between them
-(norms, activations, sums) were done on the way; and x_t of the update, float32, read and written.
-Both speeds are measured on the same machine, in the network's dtype.
+Floating-point operations are counted by torch's FlopCounterMode. Bytes are: every weight once a
+step; for each image, what convolutions, linear layers and attentions read and write, once each, as
+if everything between them (norms, activations, sums) were fused into them; and x_t of the update,
+float32, read and written. The speeds are those of a large matrix product in the network's dtype and
+of a large copy, both measured on the same machine.
 """
 
 from __future__ import annotations
@@ -28,21 +29,27 @@ from flashddpm.benchmarks.peers.models import Model
 from flashddpm.networks.unet import UNet
 
 INPUTS = {torch.conv2d: 1, F.conv2d: 1, F.linear: 1, F.scaled_dot_product_attention: 3}
-"""Functions whose arguments and results are moved, and how many arguments are images."""
+"""A function whose memory traffic is counted -> how many of its first arguments are activations."""
 
-MATMUL = {"cpu": 1024, "cuda": 8192}
-COPIED = {"cpu": 2**25, "cuda": 2**28}  # float32 elements, beyond the caches
+MATMUL = {"cpu": 1024, "cuda": 8192}  # rows and columns of the square matrices
+COPIED = {"cpu": 2**25, "cuda": 2**28}  # float32 elements of the copy, more than caches hold
 ROUNDS = 5
 
 
 class Traffic(TorchFunctionMode):
-    """Counts the elements that the calls of INPUTS read and write, weights left out."""
+    """A torch function mode that counts the elements that the calls of INPUTS read and write.
+
+    Weights and biases are left out.
+
+    Attributes:
+        elements: the number of elements of the activations read and of the results written so far.
+    """
 
     def __init__(self) -> None:
         self.elements = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function and count."""
+        """Call the function and, if it is one of INPUTS, count the elements that it moves."""
         out = func(*args, **(kwargs or {}))
         if func in INPUTS:
             self.elements += out.numel() + sum(x.numel() for x in args[: INPUTS[func]])
@@ -51,7 +58,12 @@ class Traffic(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Work:
-    """What a step of a batch must do: operations, and bytes to and from memory."""
+    """The work of one sampling step of a batch.
+
+    Attributes:
+        flops: floating-point operations; a multiplication with its addition counts as two.
+        bytes: bytes that are read from and written to memory.
+    """
 
     flops: int
     bytes: int
@@ -59,20 +71,34 @@ class Work:
 
 @dataclass(frozen=True)
 class Speed:
-    """What the machine can do: operations and bytes a second."""
+    """The measured speeds of a machine.
+
+    Attributes:
+        flops: floating-point operations a second of a large matrix product.
+        bytes: bytes a second of a large copy, those read and those written together.
+    """
 
     flops: float
     bytes: float
 
     def floor(self, work: Work) -> float:
-        """Return the least seconds that the work can take."""
+        """Return the lower bound of the time of the work, in seconds."""
         return max(work.flops / self.flops, work.bytes / self.bytes)
 
 
 def counted(unet: UNet, shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Return the operations of one evaluation of one image, and the elements that it moves.
+    """Count the operations of one network evaluation of one image, and the elements that it moves.
 
-    Of the convolutional half: the time embedding is not part of a step. Weights are left out.
+    Only the convolutional part of the network is counted: the time embedding is not part of a step,
+    and weights are not among the elements. It runs on the meta device, so that nothing is computed.
+
+    Args:
+        unet: the network, whose config alone is used.
+        shape: (C, H, W) of an image.
+
+    Returns:
+        The number of floating-point operations, and the number of elements of activations that the
+        calls of INPUTS read and write.
     """
     with torch.device("meta"), torch.no_grad():
         twin = UNet(unet.config)
@@ -83,7 +109,13 @@ def counted(unet: UNet, shape: tuple[int, int, int]) -> tuple[int, int]:
 
 
 def work_of(of: Model, dtype: torch.dtype, batch: int) -> Work:
-    """Return the work of one step of so many images."""
+    """Return the work of one sampling step of a batch.
+
+    Args:
+        of: the model, whose network and shape of images are used.
+        dtype: the dtype of the network's weights and activations.
+        batch: the number of images.
+    """
     size = torch.empty((), dtype=dtype).element_size()
     flops, elements = counted(of.unet, of.shape)
     weights = size * sum(parameter.numel() for parameter in of.unet.parameters())
@@ -93,7 +125,18 @@ def work_of(of: Model, dtype: torch.dtype, batch: int) -> Work:
 
 @cache
 def speed(device: str, dtype: torch.dtype) -> Speed:
-    """Measure a large product in this dtype, and a large copy."""
+    """Measure the speed of a large matrix product in this dtype, and of a large copy in float32.
+
+    The result is kept for the process, so that each device and dtype is measured once.
+
+    Args:
+        device: "cpu" or "cuda".
+        dtype: the floating-point dtype of the product's matrices, which are 1024x1024 on the CPU
+            and 8192x8192 on CUDA.
+
+    Raises:
+        KeyError: if the device is neither "cpu" nor "cuda".
+    """
     n = MATMUL[device]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     flops = 2 * n**3 / _least(partial(torch.mm, a, b))
@@ -107,7 +150,7 @@ def speed(device: str, dtype: torch.dtype) -> Speed:
 
 
 def _least(function: Callable[[], Tensor]) -> float:
-    """Return the least seconds of a call, of some that each follow ROUNDS others."""
+    """Return the least mean time of a call in seconds, over ROUNDS runs of ROUNDS calls each."""
     found = []
     for _ in range(ROUNDS):
         synchronize()

@@ -1,6 +1,8 @@
-"""Whole sampling runs against every peer on the same weights.
+"""Benchmarks of whole sampling runs: our sampler against every peer, on the same weights.
 
-Before anything is timed, both sides must draw the same images from the same noise (`agreement`).
+A peer is another implementation that draws the same images: diffusers, or our own loop with another
+network or without compiling. Before anything is timed, both sides must draw the same images from
+the same noise (module `agreement`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from flashddpm.benchmarks.peers import pipelines
 from flashddpm.benchmarks.peers.models import model
 from flashddpm.benchmarks.peers.pipelines import Diffusers, Ours, Side
 
-SEED = 1234  # of the noise that is given to both sides
+SEED = 1234  # the seed of the noise that both sides are given
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PEERS = {
@@ -28,22 +30,23 @@ PEERS = {
     "reference": "our eager reference path",
     "tuned": "ours with tune=True",
 }
-"""The peers, and what they are called."""
+"""The name of a peer, as functions take it -> its description in reports."""
 DIFFUSERS_LOOP = ("graphs", "best", "eager")
 BEST_ON_CUDA = "diffusers, max-autotune, channels_last, fused projections, cudnn.benchmark"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is drawn.
+    """The settings of one sampling benchmark: what is drawn in one call, and how often.
 
     Attributes:
-        model: one of models.MODELS.
-        dtype: "float32" or "bfloat16".
+        model: the model's name, one of models.MODELS: "bundled", "cifar10" or "pixels256".
+        dtype: the network's dtype: "float32" or "bfloat16".
         solver: "ddim" or "ddpm".
-        batch: images a call.
-        steps: of a call: so many that a pair of calls takes some seconds on a CPU, no more.
-        rounds: of the comparison.
+        batch: the number of images of one call.
+        steps: the number of solver steps of one call, chosen so that a call of each side together
+            takes no more than some seconds on a CPU.
+        rounds: the number of rounds of the comparison; each times ours, peer, peer, ours.
     """
 
     model: str
@@ -55,12 +58,12 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The case's name, without the peer."""
+        """The case's name without the peer, a string such as "cifar10-float32-ddim-batch-16"."""
         return f"{self.model}-{self.dtype}-{self.solver}-batch-{self.batch}"
 
     @property
     def note(self) -> str:
-        """What a call does."""
+        """The description for reports of what one call draws, a string."""
         return (
             f"{self.model} configuration, {self.dtype}, {self.steps} steps of {self.solver}, "
             f"{self.batch} images a call; ours compiled"
@@ -68,14 +71,37 @@ class Setting:
 
 
 def ours(setting: Setting, device: str, how: str = "best") -> Ours:
-    """Return our side."""
+    """Return our side of the comparison: our sampler and the batch that it draws.
+
+    Args:
+        setting: what is drawn.
+        device: "cpu" or "cuda".
+        how: how the sampler runs the network: "best" (compiled), "tuned" (compiled by
+            max-autotune), "uncaptured" (compiled, without CUDA graphs), "reference" (plain PyTorch)
+            or "diffusers" (diffusers' U-Net in our loop).
+
+    Raises:
+        KeyError: if the setting's model or dtype or ``how`` is none of those named.
+    """
     dtype = DTYPES[setting.dtype]
     sampler = pipelines.sampler(setting.model, dtype, device, how)
     return Ours(sampler, setting.batch, setting.solver, setting.steps, dtype)
 
 
 def theirs(setting: Setting, peer: str, device: str) -> Side:
-    """Return the side of a peer of PEERS."""
+    """Return the peer's side of the comparison: an implementation and the batch that it draws.
+
+    Args:
+        setting: what is drawn.
+        peer: a key of PEERS; "reference" and "tuned" are samplers of ours, "unet" is diffusers'
+            U-Net in our loop, the others are diffusers as a whole.
+        device: "cpu" or "cuda".
+
+    Raises:
+        KeyError: if the setting's model, dtype or solver is none of those of `Setting`, or, on
+            CUDA, if there is no such peer.
+        ImportError: if the peer needs diffusers and it is not installed.
+    """
     if peer in ("reference", "tuned"):
         return ours(setting, device, peer)
     if peer == "unet":
@@ -87,12 +113,21 @@ def theirs(setting: Setting, peer: str, device: str) -> Side:
 
 
 def agree(setting: Setting, peer: str, device: str) -> None:
-    """Refuse to time sides that draw different images from the same noise.
+    """Check that our sampler and a peer draw the same images from the same noise.
 
-    In bfloat16 over at most agreement.CHAIN steps, the length that its rule is for.
+    In float32 the images may differ by at most 1e-3. In bfloat16 both are compared with the same
+    chain in float32, by the rule of module `agreement`, over at most agreement.CHAIN (10) steps,
+    the length that the rule is made for.
+
+    Args:
+        setting: what is drawn.
+        peer: a key of PEERS.
+        device: "cpu" or "cuda".
 
     Raises:
-        AssertionError: they do.
+        AssertionError: if the images differ by more than is allowed.
+        KeyError: if there is no such model, dtype, solver or peer.
+        ImportError: if the peer needs diffusers and it is not installed.
     """
     if setting.dtype == "bfloat16":
         setting = replace(setting, steps=min(setting.steps, agreement.CHAIN))
@@ -111,15 +146,24 @@ def agree(setting: Setting, peer: str, device: str) -> None:
     agreement.check(ref32, exact32, f"{setting.name}, in float32", PEERS[peer])
     plain = drawn(ours(setting, device, "reference"))
     agreement.check_low(fast, plain, ref32, setting.name)
-    if peer in DIFFUSERS_LOOP:  # whose x is bfloat16 between the steps
+    if peer in DIFFUSERS_LOOP:  # diffusers keeps x in bfloat16 between the steps
         plain = drawn(theirs(setting, "eager", device))
     agreement.check_low(other, plain, ref32, f"{setting.name}, {PEERS[peer]}")
 
 
 def exact(setting: Setting, device: str, peer: str) -> tuple[Side, Side]:
-    """Return plain PyTorch in float32 on the weights as the setting's dtype has them.
+    """Return float32 references: plain PyTorch on the weights rounded to the setting's dtype.
 
-    In our loop, and in the peer's.
+    The references are what the sides of a comparison in bfloat16 are judged against.
+
+    Args:
+        setting: what is drawn.
+        device: "cpu" or "cuda".
+        peer: a key of PEERS.
+
+    Returns:
+        The reference in our loop, and the one in the loop of diffusers; the former twice if the
+        peer does not use the loop of diffusers.
     """
     dtype, of = DTYPES[setting.dtype], model(setting.model)
     call = (setting.batch, setting.solver, setting.steps)
@@ -131,7 +175,14 @@ def exact(setting: Setting, device: str, peer: str) -> tuple[Side, Side]:
 
 
 def versus(setting: Setting, peer: str) -> Case:
-    """Return the case of ours against one peer."""
+    """Return the benchmark case that times our compiled sampler against one peer.
+
+    Its ``measure`` raises AssertionError if the two draw different images.
+
+    Args:
+        setting: what is drawn.
+        peer: a key of PEERS.
+    """
     name = f"{setting.name}-{peer}"
 
     def measure(device: str) -> Iterator[Measurement]:
@@ -145,9 +196,9 @@ def versus(setting: Setting, peer: str) -> Case:
     return Case(name, "sampling", measure, needs)
 
 
-# Steps of a call and rounds. On the CPU a step of the cifar10 configuration takes about 0.1 s at
-# batch 1 and 1 s at 16, one of the bundled model 5 and 50 ms. Steps divide 1000: otherwise
-# diffusers' DDIM steps to other timesteps than the next of its list.
+# Each model's batch size -> (steps of a call, rounds). On the CPU a step of the cifar10 model takes
+# about 0.1 s at batch 1 and 1 s at 16, one of the bundled model 5 and 50 ms. The numbers of steps
+# divide 1000: otherwise diffusers' DDIM steps to other timesteps than the next of its list.
 ON_CPU = {
     "cifar10": {1: (10, 3), 16: (2, 3)},
     "bundled": {1: (50, 5), 16: (20, 3)},
@@ -160,18 +211,36 @@ ON_CUDA = {
 
 
 def settings(device: str, name: str, dtype: str, solver: str) -> list[Setting]:
-    """Return the settings of a model, the smallest batch first."""
+    """Return the settings of a model, the smallest batch first.
+
+    Args:
+        device: "cpu" or "cuda", which decides the batch sizes, steps and rounds.
+        name: the model: "bundled", "cifar10" or, on CUDA only, "pixels256".
+        dtype: the network's dtype: "float32" or "bfloat16".
+        solver: "ddim" or "ddpm".
+
+    Raises:
+        KeyError: if the device has no settings for this model.
+    """
     sizes = (ON_CUDA if device == "cuda" else ON_CPU)[name]
     return [Setting(name, dtype, solver, batch, *sizes[batch]) for batch in sizes]
 
 
 def best(device: str) -> tuple[str, ...]:
-    """Return diffusers' best peers, on CUDA first the one that is quick to compile."""
+    """Return the names of diffusers' fastest configurations, keys of PEERS.
+
+    On CUDA these are "graphs" and "best", the former first, for it compiles quickly; on the CPU
+    "best".
+    """
     return ("graphs", "best") if device == "cuda" else ("best",)
 
 
 def headline(device: str) -> list[Case]:
-    """Return ours against diffusers' best on the cifar10 configuration, the most telling set."""
+    """Return the most telling cases: the cifar10 model against diffusers' fastest configurations.
+
+    They are of DDIM and DDPM at each batch size, on CUDA in bfloat16, on the CPU ("cpu") in float32
+    and bfloat16.
+    """
     dtypes = ("bfloat16",) if device == "cuda" else ("float32", "bfloat16")
     return [
         versus(setting, peer)
@@ -183,7 +252,11 @@ def headline(device: str) -> list[Case]:
 
 
 def other_models(device: str) -> list[Case]:
-    """Return the same on the other models."""
+    """Return the cases of the other models against diffusers' fastest configurations.
+
+    They are of DDIM and DDPM, in float32 and bfloat16, at each batch size of the bundled model and,
+    on CUDA ("cuda"), of the 256x256 model too.
+    """
     names = ("bundled", "pixels256") if device == "cuda" else ("bundled",)
     dtypes = ("bfloat16", "float32") if device == "cuda" else ("float32", "bfloat16")
     return [
@@ -197,7 +270,13 @@ def other_models(device: str) -> list[Case]:
 
 
 def other_peers(device: str) -> list[Case]:
-    """Return every other peer: whence the gain comes. On a CPU eager is what most people run."""
+    """Return the cases against the peers that are not diffusers at its fastest.
+
+    They show where our gain comes from: diffusers' eager pipeline, its U-Net in our loop, our
+    reference path and, on CUDA ("cuda"), our sampler with tuning, on the bundled and the cifar10
+    model. On the CPU ("cpu") the eager pipeline, which most people run there, is also compared in
+    bfloat16 and by DDPM.
+    """
     dtype = "bfloat16" if device == "cuda" else "float32"
     peers = ["eager", "unet", "reference", *(["tuned"] if device == "cuda" else [])]
     cases = [

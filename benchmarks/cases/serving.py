@@ -1,9 +1,11 @@
-"""Serving under load: in-flight batching against one at a time and full static batches.
+"""Benchmarks of serving under load: in-flight batching against one at a time and static batches.
 
-Requests arrive by a Poisson process, at shares (loads) of the capacity: the images a second of
-full static batches, measured first, so that a load of 1 is what that policy can just do. Latency
-is from when a request was due to arrive until its image was there. Every policy sees the same
-arrivals, and before anything is timed all must draw the same images.
+In-flight batching (the Engine) lets requests enter and leave the running batch between steps; a
+static batch waits until it is full. Requests arrive by a Poisson process. A load is their rate as a
+fraction of the capacity, which is the images a second of full static batches, measured first, so
+that a load of 1 is what static batches can just do. Latency is the time from when a request was due
+to arrive until its image was there. Every policy (way to serve) sees the same arrivals, and before
+anything is timed all must draw the same images.
 """
 
 from __future__ import annotations
@@ -34,22 +36,24 @@ MIXES: dict[str, tuple[Kind, ...]] = {
     "uniform": (("ddim", 10, 1.0),),
     "mixed": (("ddim", 5, 1.0), ("dpmpp_2m", 8, 1.0), ("ddim", 8, 2.0), ("ddpm", 16, 1.0)),
 }
-"""The kinds of requests: as many of each, in random order."""
+"""A mix's name -> kinds of requests (solver, steps, guidance): as many of each, in random order."""
 
-CLASSES = 10  # of the bundled model
+CLASSES = 10  # the number of classes of the bundled model
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How much is measured.
+    """The size of a serving benchmark.
 
     Attributes:
-        max_batch: images at a time, of the engine and of static batches.
-        requests: of one run; a multiple of max_batch for each kind lets all static batches fill.
-        loads: arrivals a second over capacity.
-        repeats: runs of each policy at each load, each with arrivals of its own.
-        rounds: of the comparison in which all requests are there at once.
-        buckets: of the engine, where the network is compiled; None for its own.
+        max_batch: the number of images at a time, of the engine and of static batches.
+        requests: the number of requests of one run; a multiple of max_batch for each kind of
+            request lets all static batches fill.
+        loads: arrivals a second, as fractions of the capacity.
+        repeats: the number of runs of each policy at each load, each with other arrivals.
+        rounds: the number of rounds of the comparison in which all requests arrive at once.
+        buckets: the engine's buckets (numbers of network evaluations in one call that the network
+            is compiled for), or None for the engine's default.
     """
 
     max_batch: int
@@ -60,19 +64,20 @@ class Setting:
     buckets: tuple[int, ...] | None = None
 
 
-# A spare lane costs a CPU as much as one in use, so there are many buckets.
+# A spare lane (network evaluation) costs a CPU as much as one in use: hence many buckets.
 ON_CPU = Setting(max_batch=16, requests=64, buckets=(1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28))
 ON_CUDA = Setting(max_batch=64, requests=1024)
 
 
 @dataclass(frozen=True)
 class Served:
-    """One run of one policy.
+    """The outcome of one run of one policy.
 
     Attributes:
-        latencies: seconds [n], from when a request was due until its image was there.
-        seconds: from the first arrival to the last image.
-        images: float32 [n, C, H, W], on the CPU.
+        latencies: float64 [n], the seconds from when each request was due until its image was
+            there.
+        seconds: the seconds from the first arrival to the last image.
+        images: float32 [n, C, H, W] in about [-1, 1], on the CPU, in the order of the requests.
     """
 
     latencies: NDArray[np.float64]
@@ -81,7 +86,11 @@ class Served:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Throughput, and the percentiles of latency."""
+        """The throughput and latency of the run, a dictionary.
+
+        Its keys are "throughput_per_second" (images a second), "p50_seconds" and "p99_seconds" (the
+        50th and 99th percentile of latency).
+        """
         p50, p99 = np.percentile(self.latencies, (50, 99)).tolist()
         return {
             "throughput_per_second": len(self.latencies) / self.seconds,
@@ -91,12 +100,38 @@ class Served:
 
 
 def arrivals(rate: float, count: int, seed: int) -> NDArray[np.float64]:
-    """Return when the requests of a Poisson process arrive: seconds [count], ``rate`` a second."""
+    """Draw the arrival times of the requests of a Poisson process.
+
+    Args:
+        rate: the mean number of arrivals a second, above 0.
+        count: the number of requests.
+        seed: the seed of the random numbers, at least 0.
+
+    Returns:
+        float64 [count], seconds from the start, ascending.
+
+    Raises:
+        ZeroDivisionError: if the rate is 0.
+        ValueError: if the rate, the count or the seed is negative.
+    """
     return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))
 
 
 def make_requests(kinds: Sequence[Kind], count: int, seed: int) -> list[Request]:
-    """Return as many requests of each kind, in random order; request i has seed i."""
+    """Make requests of several kinds in random order, as many of each kind as of every other.
+
+    Request i has seed i and label i modulo 10, the number of classes of the bundled model.
+
+    Args:
+        kinds: (solver, number of steps, guidance scale w) of each kind, at least one.
+        count: the number of requests; if no multiple of the number of kinds, the first kinds have
+            one request more.
+        seed: the seed of the order, at least 0.
+
+    Raises:
+        ValueError: if the seed is negative.
+        IndexError: if there are no kinds.
+    """
     order = np.random.default_rng(seed).permutation(count) % len(kinds)
     requests = []
     for i, kind in enumerate(order.tolist()):
@@ -114,10 +149,19 @@ def make_requests(kinds: Sequence[Kind], count: int, seed: int) -> list[Request]
 
 
 def serve(policy: Policy, requests: Sequence[Request], due: NDArray[np.float64]) -> Served:
-    """Submit each request when it is due, in seconds from now; close, and wait for all images.
+    """Submit each request to a policy when it is due, then wait for all images.
+
+    Args:
+        policy: the way to serve; it is closed at the end.
+        requests: the requests, in the order in which they are submitted.
+        due: float64 [n], ascending: when each request arrives, in seconds from now.
+
+    Returns:
+        The latencies, the length of the run, and the images.
 
     Raises:
-        whatever a future raises.
+        ValueError: if there are not as many arrival times as requests.
+        Exception: whatever the policy raises at submission, or as the outcome of a request.
     """
     ends: SimpleQueue[tuple[int, float]] = SimpleQueue()
 
@@ -140,10 +184,17 @@ def serve(policy: Policy, requests: Sequence[Request], due: NDArray[np.float64])
 
 
 class Case:
-    """One mix on one sampler: its policies, its capacity, and its runs.
+    """A serving benchmark of one mix of requests: its policies, its capacity and its runs.
+
+    Args:
+        sampler: draws the images of the policies "one-at-a-time" and "static".
+        engine: serves the policy "in-flight".
+        kinds: (solver, number of steps, guidance scale w) of each kind of request.
+        setting: how much is measured.
 
     Attributes:
-        policies: makes each policy anew, for one run.
+        policies: the name of a policy ("in-flight", "one-at-a-time" or "static") -> a function
+            without arguments that makes the policy anew, for one run.
     """
 
     def __init__(
@@ -157,10 +208,10 @@ class Case:
         }
 
     def check(self) -> None:
-        """Refuse to time policies that draw different images.
+        """Check that all policies draw the same images for the same requests, before any is timed.
 
         Raises:
-            AssertionError: they do.
+            AssertionError: if the images of two policies differ by more than 1e-3.
         """
         count = self.setting.max_batch * len(self.kinds)
         requests = make_requests(self.kinds, count, 0)
@@ -172,7 +223,7 @@ class Case:
             check(images, drawn["one-at-a-time"], f"serving, {name}", "one at a time")
 
     def capacity(self) -> float:
-        """Return how many images a second full static batches give, over all kinds."""
+        """Measure how many images a second full static batches give, over all kinds of requests."""
         size = self.setting.max_batch
         seconds = []
         for kind in self.kinds:
@@ -182,7 +233,21 @@ class Case:
         return size / statistics.mean(seconds)
 
     def run(self, name: str, rate: float | None, repeat: int) -> dict[str, float]:
-        """Serve once, all at once for a rate of None; return the figures."""
+        """Serve the requests of one run by one policy and return its figures.
+
+        Args:
+            name: the policy: "in-flight", "one-at-a-time" or "static".
+            rate: the mean number of arrivals a second, above 0, or None if all arrive at once.
+            repeat: the number of the run, from 0: the seed of its arrivals and of its requests'
+                order.
+
+        Returns:
+            The figures of `Served`, and of in-flight batching "occupancy", the mean fraction (0..1)
+            of the engine's slots (places for one image) in use in a step.
+
+        Raises:
+            KeyError: if there is no such policy.
+        """
         count = self.setting.requests
         requests = make_requests(self.kinds, count, repeat)
         due = np.zeros(count) if rate is None else arrivals(rate, count, repeat)
@@ -195,7 +260,15 @@ class Case:
         return figures
 
     def under_load(self, rate: float) -> dict[str, list[dict[str, float]]]:
-        """Return each policy's figures of every repeat; the order turns round each time."""
+        """Run every policy several times at one rate of arrivals, in alternating order.
+
+        Args:
+            rate: the mean number of arrivals a second, above 0.
+
+        Returns:
+            The name of a policy -> the figures of each of its runs, as ``run`` returns them. Run i
+            of every policy has the same arrivals.
+        """
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in self.policies}
         for repeat in range(self.setting.repeats):
             for name in list(self.policies)[:: -1 if repeat % 2 else 1]:
@@ -204,7 +277,18 @@ class Case:
 
 
 def summary(runs: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the median of each figure, with its quartiles as ..._low and ..._high."""
+    """Return the median and the quartiles of each figure over several runs.
+
+    Args:
+        runs: the figures of each run, with the same keys; at least one run.
+
+    Returns:
+        For each key of the figures, its median, and under the key with "_low" and "_high" appended
+        the first and third quartile.
+
+    Raises:
+        IndexError: if there are no runs.
+    """
     values: dict[str, float] = {}
     for name in runs[0]:
         low, middle, high = np.percentile([run[name] for run in runs], (25, 50, 75)).tolist()
@@ -213,7 +297,19 @@ def summary(runs: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def shares(runs: dict[str, list[dict[str, float]]]) -> dict[str, float]:
-    """Return in-flight's figures as shares of static's on the same arrivals, as `summary` does."""
+    """Return the figures of in-flight batching as multiples of those of static batches.
+
+    Args:
+        runs: the figures of each run of "in-flight" and "static", by policy; run i of both has the
+            same arrivals.
+
+    Returns:
+        The median and quartiles, as ``summary`` returns them, of the ratios of each run, under keys
+        such as "p50_seconds_of_static".
+
+    Raises:
+        ValueError: if the two policies have different numbers of runs.
+    """
     return summary(
         [
             {f"{name}_of_static": ours[name] / theirs[name] for name in theirs}
@@ -225,7 +321,19 @@ def shares(runs: dict[str, list[dict[str, float]]]) -> dict[str, float]:
 def under_load(
     device: str, compiled: bool = True, setting: Setting | None = None
 ) -> Iterator[Measurement]:
-    """Latency and throughput of the three policies on the bundled model, at every load and mix."""
+    """Measure latency and throughput of the policies on the bundled model, by mix and load.
+
+    Args:
+        device: "cpu" or "cuda".
+        compiled: whether the network is compiled.
+        setting: how much is measured; by default ON_CUDA or ON_CPU.
+
+    Yields:
+        The measurements of ``results``, for each mix.
+
+    Raises:
+        AssertionError: if the policies draw different images.
+    """
     setting = setting or (ON_CUDA if device == "cuda" else ON_CPU)
     sampler = Sampler.from_pretrained(bundled(), device, "float32", compile=compiled)
     for mix, kinds in MIXES.items():
@@ -239,7 +347,17 @@ def under_load(
 
 
 def results(case: Case, mix: str) -> Iterator[Measurement]:
-    """Measure one case, whose policies are warm and draw the same."""
+    """Measure one mix of requests at every load, and with all requests arriving at once.
+
+    Args:
+        case: the benchmark, whose policies are compiled already and draw the same images.
+        mix: the name of the mix, for the names of the measurements.
+
+    Yields:
+        For each load: for each policy the load (fraction), the rate offered (requests a second) and
+        the figures with their quartiles; then the figures of in-flight batching as multiples of
+        those of static batches. At last the comparison of both with all requests at once.
+    """
     setting, capacity = case.setting, case.capacity()
     steps = ", ".join(
         f"{solver} {num_steps}" + (f" guided w={w:g}" if w != 1 else "")

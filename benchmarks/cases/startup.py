@@ -1,4 +1,7 @@
-"""What a first run costs: a fresh process, an empty compile cache, the command's defaults."""
+"""Benchmarks of the time from the start of a process to its first images, and of the import.
+
+Each is measured in fresh processes, whose compile cache is empty at first.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,16 @@ image = sampler.sample(0, 0, num_steps=2).cpu()
 
 
 def run_child(command: Sequence[str], cache: str) -> str:
-    """Run a command with this folder for compiled code; return what it printed.
+    """Run a command as a child process with a given compile cache and return its standard output.
+
+    Args:
+        command: the program and its arguments.
+        cache: the folder for the code that Inductor and Triton compile.
 
     Raises:
-        RuntimeError: it failed; with the last line of its errors.
+        RuntimeError: if the exit status is not 0; its text holds the status and the last line that
+            the command wrote to standard error.
+        OSError: if the program cannot be started.
     """
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -45,7 +54,21 @@ def _run(*command: str, cache: str) -> tuple[float, float]:
 
 
 def first_run(device: str) -> Iterator[Measurement]:
-    """64 images from process start to the picture, and import over torch's own."""
+    """Measure the command ``flashddpm sample`` in fresh processes, and the time of the import.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Yields:
+        "first-run": the time from process start to the picture of 64 images, with the command's
+        default solver and steps and an empty compile cache: "seconds" (the median of 3 runs),
+        "longest_seconds" and "peak_memory_mib" (the largest resident memory of a child process).
+        "import": "extra_seconds", how much longer a process that imports flashddpm takes than one
+        that imports torch (the median of 5 pairs), and "torch_seconds", the median of the latter.
+
+    Raises:
+        RuntimeError: if one of the processes fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = (sys.executable, "-P", "-m", "flashddpm", "sample", "--device", device)
         runs = []
@@ -81,7 +104,21 @@ def first_run(device: str) -> Iterator[Measurement]:
 
 
 def first_image(device: str) -> Iterator[Measurement]:
-    """One image in a fresh process, compiled and not: with an empty compile cache, then again."""
+    """Measure the time from process start to one image of 2 steps, with and without compiling.
+
+    The bundled model draws the image by DDIM, in two processes that share a compile cache.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Yields:
+        For the compiled and for the uncompiled network: "cold_seconds", of the first process, whose
+        compile cache is empty, and "warm_seconds", of the second, which finds what the first has
+        left.
+
+    Raises:
+        RuntimeError: if one of the processes fails.
+    """
     for how in ("compiled", "uncompiled"):
         command = (sys.executable, "-P", "-c", FIRST_IMAGE, device, how)
         with tempfile.TemporaryDirectory() as cache:

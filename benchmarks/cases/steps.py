@@ -1,7 +1,8 @@
-"""One step: its latency by batch, what it is made of, and how far it is from the floors.
+"""Benchmarks of one sampling step: its latency by batch size, its parts, and its lower bounds.
 
-A step's time is the difference between a long run and a short one over the difference of their
-steps: what a run costs once (the plan, x_T, the last check) is in neither.
+A step's time is the difference between the times of a long and a short run over the difference of
+their numbers of steps, so that the costs of a run (making the table of coefficients, drawing x_T,
+the last check for NaN) cancel out.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from flashddpm.benchmarks.peers import pipelines
 from flashddpm.benchmarks.peers.models import Model, model
 from flashddpm.sampling.sampler import Sampler
 
-# Steps of the short run and of the long one: so many that the difference is some seconds on a CPU.
+# Steps of the short and of the long run; the difference takes some seconds on a CPU.
 SPAN = {
     "cpu": {"bundled": (2, 18), "cifar10": (1, 3)},
     "cuda": {"bundled": (4, 68), "cifar10": (4, 36), "pixels256": (2, 10)},
@@ -38,16 +39,29 @@ BATCHES = {
     },
 }
 ROUNDS = 3
-LOOP_SPAN = (100, 900)  # of a loop without network, whose steps are short
+LOOP_SPAN = (100, 900)  # the same for a loop without a network, whose steps are short
 LAUNCHED = 8
-"""Steps that are launched without waiting, so few that the queue of the card takes them all."""
+"""The number of steps launched without waiting, small enough for the GPU's launch queue."""
 
 Draw = Callable[[int], Any]
-"""Draws a batch in so many steps."""
+"""A function that draws one batch of images in the given number of steps."""
 
 
 def drawing(sampler: Sampler, batch: int, solver: str = "ddim") -> Draw:
-    """Return what draws a batch of the sampler's, in a number of steps."""
+    """Return a function that draws a batch of images from a sampler, given the number of steps.
+
+    The images have the seeds 0 to batch - 1 and, if the network has classes, the classes in turn as
+    labels.
+
+    Args:
+        sampler: draws the images, all in one batch.
+        batch: the number of images, at least 1.
+        solver: the name of a solver.
+
+    Returns:
+        A function: number of steps -> images, float32 [batch, C, H, W] in about [-1, 1], on the
+        sampler's device.
+    """
     classes = sampler.conditioning.num_classes
     labels = None if classes is None else [i % classes for i in range(batch)]
 
@@ -60,7 +74,20 @@ def drawing(sampler: Sampler, batch: int, solver: str = "ddim") -> Draw:
 
 
 def seconds_a_step(draw: Draw, few: int, many: int, rounds: int = ROUNDS) -> float:
-    """Return the median seconds of a step, of ``rounds`` differences, after one to warm up."""
+    """Return the median time of one step, in seconds.
+
+    Each measurement is the time of a long run less that of a short one, over the difference of
+    their steps. One measurement comes before the others as a warm-up, and is dropped.
+
+    Args:
+        draw: draws one batch in the number of steps that it is given.
+        few: the number of steps of the short run.
+        many: the number of steps of the long run, above ``few``.
+        rounds: the number of measurements, at least 1.
+
+    Raises:
+        ZeroDivisionError: if ``few`` and ``many`` are equal.
+    """
     found = []
     for _ in range(1 + rounds):
         short, long = (harness.seconds(partial(draw, n)) for n in (few, many))
@@ -69,7 +96,18 @@ def seconds_a_step(draw: Draw, few: int, many: int, rounds: int = ROUNDS) -> flo
 
 
 def latency(name: str, dtype: str, batch: int) -> Case:
-    """Return the case of a step of so many images: seconds, images a second, shares of floors."""
+    """Return the benchmark case of one step of DDIM, of our compiled sampler.
+
+    It measures "ms_a_step" (milliseconds of a step), "image_steps_a_second" (batch over seconds of
+    a step), what ``shares`` returns, and "loop_ms" (milliseconds of a step whose network returns
+    its input). On CUDA also "peak_memory_mib" (MiB), "host_ms_a_step" (milliseconds of the host to
+    launch a step), and "kernels" and "launches" of a step.
+
+    Args:
+        name: the model: "bundled", "cifar10" or, on CUDA only, "pixels256".
+        dtype: the network's dtype: "float32" or "bfloat16".
+        batch: the number of images.
+    """
     case = f"step-{name}-{dtype}-batch-{batch}"
 
     def measure(device: str) -> Iterator[Measurement]:
@@ -103,7 +141,21 @@ def latency(name: str, dtype: str, batch: int) -> Case:
 def shares(
     of: Model, dtype: torch.dtype, batch: int, seconds: float, speed: roofline.Speed
 ) -> dict[str, float]:
-    """Return the work of a step and how much of its time each floor is."""
+    """Return the work of one step, the machine's speeds, and how near the step is to its bounds.
+
+    Args:
+        of: the model.
+        dtype: the network's dtype.
+        batch: the number of images.
+        seconds: the measured time of a step, in seconds, above 0.
+        speed: the measured speeds of the machine.
+
+    Returns:
+        "gflop" (1e9 operations of a step), "mbytes" (1e6 bytes that a step moves), "of_flop_floor"
+        and "of_byte_floor" (the least times of the operations and of the bytes as fractions of
+        ``seconds``), "tflop_a_second_peak" (1e12 operations a second) and "gbyte_a_second_peak"
+        (1e9 bytes a second).
+    """
     work = roofline.work_of(of, dtype, batch)
     return {
         "gflop": work.flops / 1e9,
@@ -116,13 +168,25 @@ def shares(
 
 
 def without_network(of: Model, device: str) -> Sampler:
-    """Return a sampler for the same images whose network returns its input."""
+    """Return a sampler of the same images whose network returns its input, to time the loop alone.
+
+    Args:
+        of: the model, whose schedule, shape of images and labels the sampler has.
+        device: "cpu" or "cuda"; on CUDA its steps are captured as CUDA graphs.
+    """
     captured = device == "cuda"
     return of.around(lambda x, t, labels=None: x, device, compile=False, capture=captured)
 
 
 def host_seconds(sampler: Sampler, batch: int) -> float:
-    """Return what the host takes to launch a step, waiting for none."""
+    """Return the median time that the host takes to launch one step on the GPU, in seconds.
+
+    The steps are those of DDIM; the GPU is not waited for between them.
+
+    Args:
+        sampler: a sampler on CUDA.
+        batch: the number of images, at least 1.
+    """
     classes = sampler.conditioning.num_classes
     labels = None if classes is None else [i % classes for i in range(batch)]
     found = []
@@ -141,7 +205,20 @@ def host_seconds(sampler: Sampler, batch: int) -> float:
 
 
 def launches(draw: Draw, few: int, many: int) -> dict[str, float]:
-    """Return the kernels that a step runs on the card, and the calls that launch them."""
+    """Return the mean numbers of GPU kernels and of launches of one step, by torch's profiler.
+
+    Args:
+        draw: draws one batch in the number of steps that it is given, on CUDA.
+        few: the number of steps of the short run that is profiled.
+        many: the number of steps of the long run, above ``few``.
+
+    Returns:
+        "kernels": GPU kernels of a step, copies and fills left out; "launches": calls of the host
+        that launch a kernel or a CUDA graph.
+
+    Raises:
+        ZeroDivisionError: if ``few`` and ``many`` are equal.
+    """
     counts = []
     for num_steps in (few, many):
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -153,7 +230,15 @@ def launches(draw: Draw, few: int, many: int) -> dict[str, float]:
 
 
 def count(events: Iterable[Any]) -> dict[str, int]:
-    """Return how many of a profile's events are kernels, and how many launch kernels or graphs."""
+    """Count the GPU kernels and the launches among a profile's events.
+
+    Args:
+        events: the events of ``torch.profiler.profile``, with ``device_type`` and ``name``.
+
+    Returns:
+        "kernels": events on the GPU other than copies and fills of memory; "launches": calls of the
+        host that launch a kernel or a CUDA graph.
+    """
     found = {"kernels": 0, "launches": 0}
     for event in events:
         if event.device_type == torch.autograd.DeviceType.CUDA:
@@ -166,7 +251,16 @@ def count(events: Iterable[Any]) -> dict[str, int]:
 
 
 def graph(name: str, dtype: str, batch: int) -> Case:
-    """Return the case of captured steps against the same steps launched one by one."""
+    """Return the benchmark case of steps in CUDA graphs against the same steps launched singly.
+
+    Both are compiled alike. The case needs CUDA; its ``measure`` raises AssertionError if the two
+    draw different images.
+
+    Args:
+        name: the model: "bundled", "cifar10" or "pixels256".
+        dtype: the network's dtype: "float32" or "bfloat16".
+        batch: the number of images.
+    """
     case = f"graph-{name}-{dtype}-batch-{batch}"
 
     def measure(device: str) -> Iterator[Measurement]:
@@ -190,14 +284,27 @@ def graph(name: str, dtype: str, batch: int) -> Case:
 
 
 def latencies(device: str) -> list[Case]:
-    """Return the cases of latency."""
+    """Return the cases of a step's latency, for each model, dtype and batch size of a device.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Raises:
+        KeyError: if the device is neither "cpu" nor "cuda".
+    """
     dtypes = ("bfloat16",) if device == "cuda" else ("float32", "bfloat16")
     sizes = BATCHES[device]
     return [latency(name, d, batch) for name in sizes for d in dtypes for batch in sizes[name]]
 
 
 def graphs(device: str) -> list[Case]:
-    """Return the cases of the graph's worth, by batch, on CUDA."""
+    """Return the cases that show what CUDA graphs gain, one for each batch size of cifar10.
+
+    They are in bfloat16.
+
+    Args:
+        device: "cuda"; for "cpu" the list is empty.
+    """
     if device != "cuda":
         return []
     return [graph("cifar10", "bfloat16", batch) for batch in BATCHES["cuda"]["cifar10"]]

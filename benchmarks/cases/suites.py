@@ -1,4 +1,7 @@
-"""Every case, in the order of what it tells: where a budget ends is what it left out."""
+"""The list of all benchmark cases, the most telling first, and the names of their suites.
+
+A run with a limit of time measures the cases in this order and leaves out those at the end.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,15 @@ SUITES = ("sampling", "step", "kernels", "training", "startup", "serving")
 
 
 def cases(device: str, eager: bool = False) -> list[Case]:
-    """Return all cases, the most telling first.
+    """Return the benchmark cases of a device, the most telling first.
 
     Args:
         device: "cpu" or "cuda".
-        eager: serve with the network as it is, not compiled.
+        eager: True serves with the network as it is, False (the default) with the compiled network;
+            of the cases of serving only.
+
+    Raises:
+        KeyError: if the device is neither "cpu" nor "cuda".
     """
     low = "bfloat16" if device == "cuda" else "float32"
     return [
@@ -51,5 +58,14 @@ def cases(device: str, eager: bool = False) -> list[Case]:
 
 
 def chosen(device: str, suite: str, eager: bool = False) -> list[Case]:
-    """Return the cases of one suite, or of all."""
+    """Return the benchmark cases of one suite, or of all, the most telling first.
+
+    Args:
+        device: "cpu" or "cuda".
+        suite: one of SUITES, or "all"; the list is empty for any other name.
+        eager: True serves with the network as it is, not compiled; of the cases of serving only.
+
+    Raises:
+        KeyError: if the device is neither "cpu" nor "cuda".
+    """
     return [case for case in cases(device, eager) if suite in ("all", case.suite)]

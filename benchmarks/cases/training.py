@@ -1,7 +1,8 @@
-"""A training step: ours against diffusers' example and denoising-diffusion-pytorch's Trainer.
+"""Benchmarks of a training step: ours against diffusers' example and lucidrains' Trainer.
 
-Both sides have the same weights, images, batch, precision, clipping and averaging. Before anything
-is timed, both must give the same loss and the same gradients on the same noise, in float32.
+The latter is the Trainer of the package denoising-diffusion-pytorch. Both sides have the same
+weights, images, batch size, precision and clipping, and average the weights. Before anything is
+timed, both must give the same loss and the same gradients on the same noise, in float32.
 """
 
 from __future__ import annotations
@@ -37,16 +38,32 @@ from flashddpm.training.trainer import Trainer
 
 IMAGES, CLASSES = 1024, 10
 NETWORKS = {"default": (1, 28, 28), "cifar10": (3, 32, 32)}
-"""The network of `flashddpm train`, with labels, and the published one, without; their images."""
+"""A network's name -> (C, H, W) of its images.
+
+"default" is the network of `flashddpm train`, with labels, "cifar10" that of Ho et al. 2020 for
+CIFAR-10, without labels.
+"""
 DDPT_SHAPE = (3, 32, 32)
 BATCHES = {"cpu": (16, 64), "cuda": (64, 256)}
-STEPS = {"cpu": 1, "cuda": 10}  # of a call: on a GPU so many that the host runs ahead of it
+STEPS = {"cpu": 1, "cuda": 10}  # steps of a call: on a GPU enough for the host to run ahead
 ROUNDS = {"cpu": 3, "cuda": 5}
 WARM_UPS = {"cpu": 1, "cuda": 2}  # on a GPU the first steps compile, and the fourth is captured
 
 
 def data(shape: tuple[int, int, int] = NETWORKS["default"], labels: bool = True) -> ImageData:
-    """Return random images, and labels in turn."""
+    """Return random training images of a fixed seed.
+
+    Args:
+        shape: (C, H, W) of an image.
+        labels: whether the images have labels.
+
+    Returns:
+        The images, uint8 [1024, C, H, W] on the CPU, and the labels 0..9 in turn, int64 [1024], or
+        None for both labels and number of classes.
+
+    Raises:
+        ValueError: if a size in ``shape`` is 0.
+    """
     random = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (IMAGES, *shape), generator=random, dtype=torch.uint8)
     if not labels:
@@ -55,7 +72,18 @@ def data(shape: tuple[int, int, int] = NETWORKS["default"], labels: bool = True)
 
 
 def settings(batch: int, precision: str, prediction_type: str = "epsilon") -> TrainConfig:
-    """Return the defaults of `flashddpm train`, but one average: peers have one."""
+    """Return the settings of a training run: the defaults of `flashddpm train`, but one average.
+
+    The weights are averaged once, with a half-life of 700 steps, since peers keep one average.
+
+    Args:
+        batch: the number of images of a step, at least 1.
+        precision: "float32" or "bfloat16" (autocast).
+        prediction_type: what the network predicts: "epsilon", "sample" or "v_prediction".
+
+    Raises:
+        ValueError: if a setting is not allowed.
+    """
     return TrainConfig(
         steps=10**6,
         batch_size=batch,
@@ -66,10 +94,21 @@ def settings(batch: int, precision: str, prediction_type: str = "epsilon") -> Tr
 
 
 def first_weights(network: str, made: ImageData, config: TrainConfig) -> UNet:
-    """Return a network of NETWORKS with no weight at zero.
+    """Return a network of random weights, without layers whose weights are all zero.
 
-    The output of a fresh one is 0, and with it all gradients but its last layer's: two sides would
-    agree on nothing.
+    The output of a freshly initialised network is 0, and with it all gradients but those of its
+    last layer: the check that two sides have the same gradients would be void.
+
+    Args:
+        network: "default", or a model's name, such as "cifar10".
+        made: the images, whose shape and classes decide the default network.
+        config: the settings of the run, which decide the default network.
+
+    Returns:
+        The network, float32 on the CPU; that of a model is shared, and must not be changed.
+
+    Raises:
+        KeyError: if there is no such network.
     """
     if network != "default":
         return model(network).unet
@@ -78,7 +117,16 @@ def first_weights(network: str, made: ImageData, config: TrainConfig) -> UNet:
 
 @contextmanager
 def training(network: str, config: TrainConfig, device: str) -> Iterator[Trainer]:
-    """Yield a trainer of a network of NETWORKS, its folder there as long."""
+    """Yield a trainer of our training step, whose folder is removed when the context ends.
+
+    Args:
+        network: "default" (with labels) or "cifar10" (without).
+        config: the settings of the run.
+        device: "cpu" or "cuda"; on CUDA the network is compiled, and the step captured.
+
+    Raises:
+        KeyError: if there is no such network.
+    """
     made = data(NETWORKS[network], labels=network == "default")
     unet = first_weights(network, made, config)
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +137,23 @@ def training(network: str, config: TrainConfig, device: str) -> Iterator[Trainer
 
 
 def timed(case: str, called: str, note: str, ours: Ours, peer: Peer, device: str) -> Measurement:
-    """Time calls of some steps of both sides in turn."""
+    """Measure our training steps against a peer's: both sides take some steps in turn.
+
+    Args:
+        case: the name of the measurement.
+        called: what the peer is called in reports.
+        note: what is trained, for the description in reports.
+        ours: what takes our steps.
+        peer: what takes the peer's steps.
+        device: "cpu" or "cuda", which decides how many steps a call takes (1 or 10), the number of
+            rounds, and that of the warm-up calls.
+
+    Returns:
+        The comparison of the seconds of a call.
+
+    Raises:
+        KeyError: if the device is neither "cpu" nor "cuda".
+    """
     count = STEPS[device]
     comparison = compare(
         partial(ours_steps, ours, count),
@@ -101,12 +165,21 @@ def timed(case: str, called: str, note: str, ours: Ours, peer: Peer, device: str
 
 
 def against_diffusers(network: str, batch: int, precision: str, compiled: bool) -> Case:
-    """Return the case of ours against the step of diffusers' training example."""
+    """Return the benchmark case of our training step against that of diffusers' training example.
+
+    Its ``measure`` raises AssertionError if losses or gradients of both differ in float32.
+
+    Args:
+        network: "default" or "cifar10".
+        batch: the number of images of a step.
+        precision: "float32" or "bfloat16" (autocast).
+        compiled: whether the network of diffusers is compiled; ours is, on CUDA.
+    """
     how = "compiled" if compiled else "eager"
     case = f"training-{network}-{precision}-batch-{batch}-{how}"
 
     def measure(device: str) -> Iterator[Measurement]:
-        for kind in dict.fromkeys(("float32", precision)):  # checked in float32
+        for kind in dict.fromkeys(("float32", precision)):  # gradients: checked in float32
             with training(network, settings(batch, kind), device) as trainer:
                 peer = Diffusers(trainer, compiled)
                 if kind == "float32":
@@ -124,7 +197,15 @@ def against_diffusers(network: str, batch: int, precision: str, compiled: bool) 
 
 
 def against_ddpt(batch: int, precision: str) -> Case:
-    """Return the case of ours around denoising-diffusion-pytorch's network against its Trainer."""
+    """Return the benchmark case of our training step against denoising-diffusion-pytorch's Trainer.
+
+    Both train that package's network; its ``measure`` raises AssertionError if losses or gradients
+    of both differ in float32.
+
+    Args:
+        batch: the number of images of a step.
+        precision: "float32" or "bfloat16" (autocast).
+    """
     case = f"training-ddpt-{precision}-batch-{batch}"
 
     def measure(device: str) -> Iterator[Measurement]:
@@ -148,7 +229,15 @@ def against_ddpt(batch: int, precision: str) -> Case:
 
 
 def split(network: str, batch: int, precision: str) -> Case:
-    """Return the case of what a step of ours is made of."""
+    """Return the benchmark case that splits the time of our training step into its parts.
+
+    Its values are those of ``training_split.milliseconds``.
+
+    Args:
+        network: "default" or "cifar10".
+        batch: the number of images of a step.
+        precision: "float32" or "bfloat16" (autocast).
+    """
     case = f"training-split-{network}-{precision}-batch-{batch}"
 
     def measure(device: str) -> Iterator[Measurement]:
@@ -164,7 +253,16 @@ def split(network: str, batch: int, precision: str) -> Case:
 
 
 def memory(network: str, batch: int, precision: str, prediction_type: str) -> Case:
-    """Return the case of the memory that is saved where noise and target are not stored."""
+    """Return the benchmark case of the memory saved by storing neither the noise nor the target.
+
+    Its values are those of ``training_split.mebibytes``.
+
+    Args:
+        network: "default" or "cifar10".
+        batch: the number of images of a step.
+        precision: "float32" or "bfloat16" (autocast).
+        prediction_type: what the network predicts: "epsilon", "sample" or "v_prediction".
+    """
     case = f"training-memory-{network}-{precision}-batch-{batch}-{prediction_type}"
 
     def measure(device: str) -> Iterator[Measurement]:
@@ -182,7 +280,14 @@ def memory(network: str, batch: int, precision: str, prediction_type: str) -> Ca
 
 
 def cases(device: str) -> list[Case]:
-    """Return the cases."""
+    """Return the benchmark cases of training.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Raises:
+        KeyError: if the device is neither "cpu" nor "cuda".
+    """
     cuda = device == "cuda"
     dtypes = ("bfloat16", "float32") if cuda else ("float32", "bfloat16")
     networks = tuple(NETWORKS) if cuda else ("default",)

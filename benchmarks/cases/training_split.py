@@ -1,4 +1,4 @@
-"""What a step of training is made of, in time and in memory."""
+"""Measurements of the parts of one training step: the time and the memory that each takes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flashddpm.training.step import TrainStep
 from flashddpm.training.trainer import Trainer
 
 CALLS = 8
-"""Calls in a CUDA graph of a part: the step that they are parts of is replayed, too."""
+"""The number of calls in the CUDA graph that times one part."""
 WARM_UPS = 5  # steps on a GPU: the network is compiled and the step captured by then
 MIB = 2**20
 
@@ -29,16 +29,23 @@ Part = Callable[[], Any]
 
 
 def parts(trainer: Trainer) -> dict[str, Part]:
-    """Return what a step does on the device, by name: each a call that can be repeated.
+    """Return the parts of a training step on the device, as functions that can be repeated.
 
-    noising_and_loss: x_t, the loss, and its gradient for the network's output; network: forward and
-    backward; optimizer: clipping and AdamW; averages.
+    The weights, the averages and the gradients change as the parts are called.
+
+    Args:
+        trainer: the run, of which the batch of its next step is used.
+
+    Returns:
+        The name of a part -> a function without arguments: "noising_and_loss" (x_t, the loss and
+        its gradient with respect to the network's output), "network" (forward and backward),
+        "optimizer" (gradient clipping and AdamW) and "averages" (of the weights).
     """
     stepper, config = trainer.stepper, trainer.config
     batch = trainer.batch(trainer.step)
     x_t, out, d_out = _around_the_network(stepper, batch)
     around = _with_network(stepper, lambda *_: out)
-    stepper.gradients(batch)  # for the optimizer; taken away and left again by `network`
+    stepper.gradients(batch)  # for the optimizer; `network` drops them and makes new ones
 
     def noising_and_loss() -> None:
         torch.autograd.grad(around.loss(batch), out)
@@ -71,7 +78,7 @@ def _with_network(stepper: TrainStep, network: Callable[..., Tensor]) -> TrainSt
 
 
 def _around_the_network(stepper: TrainStep, batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the network is given, what it returns, a leaf, and the loss's gradient for it."""
+    """Return the network's input x_t, its output (a leaf), and the loss's gradient for it."""
     seen: list[Tensor] = []
 
     def watched(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -86,9 +93,19 @@ def _around_the_network(stepper: TrainStep, batch: TrainBatch) -> tuple[Tensor, 
 
 
 def milliseconds(trainer: Trainer, rounds: int) -> dict[str, float]:
-    """Return the median time of each part and of the whole step, and what the parts leave.
+    """Measure the median time of each part of a training step and of the whole step.
 
-    On CUDA the parts on the device are timed in CUDA graphs, as the whole step is one.
+    The trainer takes steps meanwhile. On CUDA the parts on the device are timed in CUDA graphs,
+    since the whole step is one.
+
+    Args:
+        trainer: the run.
+        rounds: the number of measurements of each, at least 1.
+
+    Returns:
+        Milliseconds under the keys "data_ms" (reading the batch), "noising_and_loss_ms",
+        "network_ms", "optimizer_ms", "averages_ms" (as in ``parts``), "whole_ms" (the step, reading
+        included) and "rest_ms" (the whole less the parts, which may be negative).
     """
     cuda = trainer.device.type == "cuda"
     for _ in range(WARM_UPS if cuda else 1):
@@ -115,7 +132,12 @@ def _itself(part: Part) -> Part:
 
 
 def interleaved(calls: dict[str, Part], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each, timed in turn ``rounds`` times after one to warm up."""
+    """Time several functions in turn and return the median seconds of a call of each.
+
+    Args:
+        calls: the name of a function -> the function, called without arguments.
+        rounds: how many times each is timed, at least 1, after one call to warm up.
+    """
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(1 + rounds):
         for name, function in calls.items():
@@ -124,11 +146,23 @@ def interleaved(calls: dict[str, Part], rounds: int) -> dict[str, float]:
 
 
 def mebibytes(trainer: Trainer) -> dict[str, float]:
-    """Return what is alive as a step's backward pass begins, ours and the usual way.
+    """Measure the memory that training steps hold as the backward pass begins: ours, the usual.
 
-    Both run the same network on the same noise, ours through the kernels' operators whatever the
-    device: what is kept is the same there. Weights count on neither side. On CUDA also the peak of
-    forward and backward.
+    The usual step stores noise and target as tensors, as diffusers' example does. Both run the same
+    network on the same noise, ours by the operators of the kernels on every device, for what is
+    kept is the same. The weights count on neither side.
+
+    Args:
+        trainer: the run, of which the batch of its next step is used; the gradients of its network
+            are overwritten on CUDA.
+
+    Returns:
+        "ours_mib" and "usual_mib" (MiB), "saved_mib" (MiB, their difference) and "saved_share" (as
+        a fraction of the usual); on CUDA also "ours_peak_mib" and "usual_peak_mib", the most memory
+        (MiB) during forward and backward over that before them.
+
+    Raises:
+        ImportError: if diffusers is not installed.
     """
     sides = both_losses(trainer, trainer.batch(trainer.step))
     params = list(trainer.unet.parameters())
@@ -143,13 +177,24 @@ def mebibytes(trainer: Trainer) -> dict[str, float]:
 
 
 Side = tuple[Callable[[], Tensor], Iterable[Tensor]]
-"""The loss of a batch, and the tensors that its caller holds meanwhile."""
+"""A function that returns the loss of a batch, and the tensors that its caller holds meanwhile."""
 
 
 def both_losses(trainer: Trainer, batch: TrainBatch) -> dict[str, Side]:
-    """Return both sides' losses around the trainer's network as it is, not compiled.
+    """Return the losses of our step and of the usual one, around the trainer's network, uncompiled.
 
-    The usual side's caller holds the noise: it is a variable of the loop.
+    The caller of the usual loss holds the noise, float32 [B, C, H, W], as a variable of its loop.
+
+    Args:
+        trainer: the run.
+        batch: the batch, on the run's device.
+
+    Returns:
+        "ours" and "usual" -> a function without arguments that returns the mean loss, a float32
+        scalar to differentiate, and the tensors that its caller holds.
+
+    Raises:
+        ImportError: if diffusers is not installed.
     """
     from diffusers import DDPMScheduler
 
@@ -174,9 +219,14 @@ def both_losses(trainer: Trainer, batch: TrainBatch) -> dict[str, Side]:
 def live_bytes(
     loss: Callable[[], Tensor], held: Iterable[Tensor], apart: Iterable[Tensor] = ()
 ) -> int:
-    """Return the bytes of what a loss keeps for its gradient and its caller holds.
+    """Return the bytes of memory that a loss keeps for its gradient, and that its caller holds.
 
-    Tensors that share memory count once, those that share it with ``apart`` not at all.
+    Tensors that share memory count once.
+
+    Args:
+        loss: called once without arguments; returns a tensor with a gradient.
+        held: the tensors that the caller holds.
+        apart: tensors, such as weights, whose memory is not counted.
     """
     found: dict[int, int] = {}
 
@@ -196,7 +246,14 @@ def live_bytes(
 
 
 def peak_bytes(loss: Callable[[], Tensor], params: Iterable[nn.Parameter]) -> int:
-    """Return the most memory on the GPU during forward and backward, over that before them."""
+    """Return the most bytes of GPU memory in use during forward and backward, beyond those before.
+
+    Both run twice, and the second run is measured; the gradients of the parameters stay.
+
+    Args:
+        loss: called without arguments; returns a scalar tensor on the GPU to differentiate.
+        params: the parameters whose gradients are dropped before each run.
+    """
     params = list(params)
     for _ in range(2):  # the first warms up
         for parameter in params:

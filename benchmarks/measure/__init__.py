@@ -1,1 +1,1 @@
-"""Timing: interleaved measurements, the comparison of results, and runs as files."""
+"""Measurement: timing in turn, kernel times, checks that results agree, and files of results."""

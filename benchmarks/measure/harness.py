@@ -1,8 +1,9 @@
-"""Timing that can be trusted: interleaved pairs, their spread, and what figures depend on.
+"""Timing of two functions in turn, readings of the GPU, and the description of the environment.
 
-Two functions are timed in turn, A B B A, in one process: the machine's drift falls on both. Quoted
-are the medians, the median of the paired ratios B / A with its quartiles, and the spread of A
-against itself (the ratios within the A pairs), which is the noise floor of the comparison.
+Two functions A (ours) and B (a peer: another implementation) are timed in the order A B B A in one
+process, so that a drift of the machine falls on both. Results are the medians of both, the median
+of the paired ratios B / A with its quartiles, and the spread of A against itself (of the ratios of
+the two times of A in each round), which is the noise floor of the comparison.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ PACKAGES = ("triton", "diffusers", "numpy")
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two interleaved functions took.
+    """The times of two functions that were called in turn.
 
     Attributes:
-        ours_seconds, peer_seconds: median of a call.
-        ratio: median of peer / ours over the pairs: how many times as fast ours is.
-        ratio_low, ratio_high: its quartiles.
-        spread: quartile range of ours / ours within the pairs of A: the noise floor, as a ratio.
-        pairs: how many pairs were timed.
+        ours_seconds, peer_seconds: the median time of one call of our function and of the peer's,
+            in seconds.
+        ratio: the median of peer's time / our time over the pairs: how many times as fast ours is.
+        ratio_low, ratio_high: the lower and the upper quartile of these ratios.
+        spread: the interquartile range of (second time of ours / first time of ours) over the
+            rounds, a difference of ratios: the noise floor of ``ratio``.
+        pairs: the number of pairs of one call of ours and one of the peer's.
     """
 
     ours_seconds: float
@@ -51,13 +54,17 @@ class Comparison:
 
 
 def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
+    """Wait until the current GPU has finished all work; without a GPU do nothing."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Return the wall-clock seconds of one call, work on the GPU included."""
+    """Return the wall-clock time of one call in seconds, its work on the GPU included.
+
+    Args:
+        function: called once without arguments; its result is dropped.
+    """
     synchronize()
     start = time.perf_counter()
     function()
@@ -72,7 +79,19 @@ def compare(
     warm_ups: int = 1,
     clock: Callable[[Any], float] = seconds,
 ) -> Comparison:
-    """Time two functions in turn, ``rounds`` times A B B A; ``clock`` runs one and times it."""
+    """Time two functions in turn, in the order ours, peer, peer, ours in each round.
+
+    Args:
+        ours: our function, which takes no arguments; or whatever ``clock`` takes.
+        peer: the function to compare with, of the same kind.
+        rounds: the number of rounds, at least 1; each gives two pairs of times.
+        warm_ups: how often each function is run before, untimed.
+        clock: called with ``ours`` or ``peer``; runs it once and returns its time, in seconds and
+            above 0. By default the wall-clock time of one call (`seconds`).
+
+    Raises:
+        ValueError: if ``rounds`` is below 1.
+    """
     for _ in range(warm_ups):
         clock(ours)
         clock(peer)
@@ -103,7 +122,23 @@ def _quantile(ordered: list[float], q: float) -> float:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Return what figures depend on besides their inputs: command, machine, versions, commit."""
+    """Return the facts about program and machine on which timings depend.
+
+    Args:
+        device: where the benchmark runs: "auto", "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        A dictionary that JSON can hold: "command", the command line of this process; "python", its
+        version; "versions", from the names flashddpm, torch, triton, diffusers and numpy to their
+        versions, or "not installed"; "commit", the first 12 digits of the git commit, with "+" if
+        tracked files were changed since, or None outside of a checkout; "cpu", the processor's name
+        and number of cores; "threads", the number of PyTorch's threads; "capability", PyTorch's CPU
+        instruction set, such as "AVX2"; "gpu", what `card_state` returns, or None on the CPU.
+
+    Raises:
+        ValueError: if the device is of another kind, or there is no such GPU.
+        ImportError: if the device is a GPU and pynvml is not installed.
+    """
     versions = {"flashddpm": metadata.version("flashddpm"), "torch": torch.__version__}
     for name in PACKAGES:
         try:
@@ -162,7 +197,12 @@ def _nvml() -> Iterator[tuple[Any, Any]]:
 
 
 def sm_clock() -> float | None:
-    """Return the clock of the card's multiprocessors now, in Hz; None where NVML gives none."""
+    """Return the present clock rate of the current GPU's multiprocessors, in Hz.
+
+    Returns:
+        The rate in Hz; None if pynvml is not installed or NVML tells no rate, as on virtual or
+        divided cards.
+    """
     try:
         import pynvml
     except ImportError:
@@ -175,13 +215,29 @@ def sm_clock() -> float | None:
 
 
 def joules() -> float:
-    """Return what the card has taken since its driver was loaded, in joules."""
+    """Return the energy that the current GPU has consumed since its driver was loaded, in joules.
+
+    Raises:
+        ImportError: if pynvml is not installed.
+        pynvml.NVMLError: if the card has no counter of energy.
+    """
     with _nvml() as (nvml, card):
         return nvml.nvmlDeviceGetTotalEnergyConsumption(card) / 1000
 
 
 def card_state() -> dict[str, Any]:
-    """Return the card, its driver, clocks, temperature and throttle reasons now."""
+    """Return the name and the present state of the current GPU, as NVML reads them.
+
+    Returns:
+        A dictionary: "name" and "driver" (version), strings; "sm_clock_mhz" and "memory_clock_mhz",
+        the clock rates in MHz; "power_limit_w" in watts; "temperature_c" in degrees Celsius;
+        "throttle_reasons", the bits of NVML's nvmlClocksThrottleReason constants, an int, 0 for
+        none.
+
+    Raises:
+        ImportError: if pynvml is not installed.
+        pynvml.NVMLError: if the card does not tell one of these.
+    """
     with _nvml() as (pynvml, card):
         return {
             "name": pynvml.nvmlDeviceGetName(card),
@@ -196,13 +252,15 @@ def card_state() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured case.
+    """One result of a benchmark case: a comparison of two sides, or other figures.
 
     Attributes:
-        case: its name.
-        peer: what it was compared with.
-        note: what a call does, and what the ratio says.
-        values: the comparison's fields, or figures of another kind with their units in the name.
+        case: the name of the result, which is the case's or begins with it.
+        peer: what it was compared with; "" or "nothing" without a comparison.
+        note: a sentence for people: what one timed call does, and how to read the figures.
+        values: from name to number: the fields of a `Comparison`, or other figures, whose names
+            hold their units ("p50_seconds"); empty if nothing could be measured, for the reason
+            that ``peer`` or ``note`` gives.
     """
 
     case: str
@@ -212,11 +270,20 @@ class Measurement:
 
     @classmethod
     def of(cls, case: str, peer: str, note: str, comparison: Comparison) -> Measurement:
-        """Return the result of a comparison."""
+        """Return the measurement that holds a comparison's fields as its values.
+
+        Args:
+            case, peer, note: the attributes of the same names.
+            comparison: the times of both sides.
+        """
         return cls(case, peer, note, asdict(comparison))
 
     def line(self) -> str:
-        """Return the result as a line of a table."""
+        """Return the result as one line of text for the terminal.
+
+        A comparison shows its ratio with quartiles, both times in milliseconds and the spread;
+        anything else shows its figures by name, or, where it has none, its peer.
+        """
         v = self.values
         if "ratio" not in v:
             figures = ", ".join(f"{key} {value:.4g}" for key, value in v.items())

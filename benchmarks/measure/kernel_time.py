@@ -1,8 +1,9 @@
-"""What a kernel takes on a GPU, the host's part left out: CUDA graphs of many calls, by events.
+"""Timing of kernels on a GPU without the host's part: CUDA graphs of many calls, timed by events.
 
-A call from Python costs more than a small kernel runs, so calls are captured, hundreds in one graph
-that is replayed between two events. They take their arguments in turn from as many sets as the L2
-cache cannot hold, results included: every call finds its arguments in memory, not in the cache.
+A call from Python takes longer than a small kernel runs, so up to hundreds of calls are captured in
+one CUDA graph, which is replayed between two events. The calls use in turn so many sets of
+arguments that the L2 cache cannot hold them, results included: every call finds its arguments in
+memory, not in the cache.
 """
 
 from __future__ import annotations
@@ -22,43 +23,81 @@ from flashddpm.benchmarks.measure import harness
 from flashddpm.kernels.launch import launch
 
 Make = Callable[[], Callable[[], Any]]
-"""Returns a call with arguments of its own."""
+"""A function without arguments that returns a call: a function without arguments, which runs the
+operation on a fresh set of tensors."""
 
-FEWEST, MOST, MOVED = 8, 256, 2**33  # calls in a graph: as many as move so many bytes
+FEWEST, MOST, MOVED = 8, 256, 2**33  # limits of calls in a graph; bytes that they should move
 MAX_SETS = 8192
-FLUSH = 2  # the sets together, in sizes of the cache
+FLUSH = 2  # size of all sets together, in sizes of the cache
 COPIED = 2**28  # float32 elements: 1 GiB, far beyond any cache
-BUSY = 0.3  # seconds of work that outlast a reading of the clock
+BUSY = 0.3  # seconds of queued work, which last longer than a reading of the clock rate
 
 
 @dataclass(frozen=True)
 class Replay:
-    """A graph of calls, and what must live as long as it."""
+    """A captured CUDA graph of many calls of an operation; calling it replays the graph.
+
+    Attributes:
+        graph: the CUDA graph.
+        functions: the calls that were captured, one for each set of arguments; they keep the
+            tensors alive that the graph reads.
+        calls: how many calls one replay runs, at least 1.
+    """
 
     graph: torch.cuda.CUDAGraph
     functions: Sequence[Callable[[], Any]]
     calls: int
 
     def __call__(self) -> None:
-        """Run the calls."""
+        """Replay the graph on the current stream, without waiting for its end."""
         self.graph.replay()
 
 
 def calls_for(size: int) -> int:
-    """Return how many calls of ``size`` bytes take long enough to be timed together."""
+    """Return how many calls a graph should hold to take long enough to be timed.
+
+    Args:
+        size: the bytes that one call moves.
+
+    Returns:
+        The number of calls that move 8 GiB together, but no fewer than 8 and no more than 256.
+    """
     return min(max(FEWEST, MOVED // max(size, 1)), MOST)
 
 
 def sets_beyond(cache: int, size: int) -> int:
-    """Return how many sets of ``size`` bytes a cache of so many bytes cannot hold.
+    """Return how many sets of arguments are needed so that a cache cannot hold them.
 
-    At most MAX_SETS: tiny sets stay in the cache.
+    Args:
+        cache: the size of the cache, in bytes.
+        size: the size of one set of arguments and results, in bytes.
+
+    Returns:
+        The number of sets that make up twice the cache, from 1 to MAX_SETS (8192): where that limit
+        is met, tiny sets stay in the cache.
     """
     return min(math.ceil(FLUSH * cache / max(size, 1)) or 1, MAX_SETS)
 
 
 def capture(make: Make, sets: int, least: int = MOST) -> Replay:
-    """Capture calls of ``sets`` functions that ``make`` returns, in turn, ``least`` or more."""
+    """Capture a CUDA graph of many calls that use several sets of arguments in turn.
+
+    Three of the calls at most are run before, uncaptured, to compile what they need.
+
+    Args:
+        make: called ``sets`` times without arguments; returns a call, a function without arguments
+            that runs the operation on a fresh set of tensors on the current GPU.
+        sets: the number of sets of arguments, at least 1.
+        least: the least number of calls in the graph, at least 1; rounded up to a multiple of
+            ``sets``.
+
+    Returns:
+        The graph, with the calls that it keeps alive.
+
+    Raises:
+        RuntimeError: if there is no GPU, or a call does what a CUDA graph cannot hold, such as
+            waiting for the GPU.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # the gradient runs on the stream of what it is the gradient of
@@ -76,7 +115,11 @@ def capture(make: Make, sets: int, least: int = MOST) -> Replay:
 
 
 def seconds_a_call(replay: Replay) -> float:
-    """Replay the graph once; return its time on the GPU over its calls."""
+    """Replay a graph once, wait, and return the mean time of one of its calls in seconds.
+
+    Args:
+        replay: the captured graph.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -87,7 +130,16 @@ def seconds_a_call(replay: Replay) -> float:
 
 
 def sm_clock(replay: Replay) -> float | None:
-    """Return the multiprocessors' clock while the graph runs, in Hz; None where NVML gives none."""
+    """Return the clock rate of the GPU's multiprocessors while a graph runs, in Hz.
+
+    The graph is replayed for about 0.3 seconds, during which the rate is read.
+
+    Args:
+        replay: the captured graph.
+
+    Returns:
+        The rate in Hz; None if pynvml is not installed or NVML tells no rate.
+    """
     for _ in range(math.ceil(BUSY / (seconds_a_call(replay) * replay.calls))):
         replay()  # queued: nothing waits, and the clock is read while they run
     clock = harness.sm_clock()
@@ -96,13 +148,29 @@ def sm_clock(replay: Replay) -> float | None:
 
 
 def median_seconds(make: Make, least: int = MOST, rounds: int = 10) -> float:
-    """Return the median time of a call on one set, of ``rounds`` replays after two to warm up."""
+    """Return the median time of one call on the GPU in seconds, always on the same arguments.
+
+    Small arguments are therefore in the cache. The graph is replayed twice to warm up.
+
+    Args:
+        make: called once without arguments; returns the call, a function without arguments.
+        least: the number of calls in the graph, at least 1.
+        rounds: the number of timed replays, at least 1, over which the median is taken.
+
+    Raises:
+        RuntimeError: if there is no GPU, or the call cannot be captured (`capture`).
+        ValueError: if ``rounds`` is below 1.
+    """
     replay = capture(make, 1, least)
     return statistics.median([seconds_a_call(replay) for _ in range(2 + rounds)][2:])
 
 
 def copy_bandwidth() -> float:
-    """Return bytes a second, read and written together, of a copy of 1 GiB."""
+    """Measure the GPU's memory bandwidth by a copy of 1 GiB within its memory.
+
+    Returns:
+        The bandwidth in bytes per second; bytes read and bytes written both count.
+    """
     source = torch.rand(COPIED, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_seconds(lambda: partial(target.copy_, source), FEWEST)
@@ -116,6 +184,6 @@ def _empty_kernel(
 
 
 def empty_seconds() -> float:
-    """Return the time of a launch of a kernel that does nothing, in a graph of them."""
+    """Return the median time in seconds of launching an empty kernel within a CUDA graph."""
     like = torch.zeros(1, device="cuda")
     return median_seconds(lambda: partial(launch, _empty_kernel, (1,), like, like))

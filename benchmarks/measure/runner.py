@@ -1,4 +1,4 @@
-"""Running cases: the most telling first, each result written as it ends, within a budget."""
+"""Running benchmark cases in order within a limit of time, each result written as it ends."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from flashddpm.benchmarks.measure.runs import Failure, Run
 
 @dataclass(frozen=True)
 class Case:
-    """Something to measure.
+    """A benchmark case: a name, and the function that measures.
 
     Attributes:
-        name: unique; its results are named so, or begin so.
-        suite: that it belongs to.
-        measure: from the device to what was measured. It checks before it times, and raises
-            AssertionError where the sides differ.
-        needs: packages without which it cannot run.
+        name: a unique name; the names of its results are the same or begin with it.
+        suite: the suite that it belongs to, one of ``cases.suites.SUITES``.
+        measure: called with the device, "cpu" or "cuda"; yields the results. It checks that both
+            sides compute the same before it times them, and raises AssertionError if they do not.
+        needs: the names of the packages without which the case cannot run.
     """
 
     name: str
@@ -36,12 +36,24 @@ class Case:
 
 
 def installed(package: str) -> bool:
-    """Return whether a package can be imported."""
+    """Return whether a package can be found for import, without importing it.
+
+    Args:
+        package: the name of a top-level package, as in an import statement.
+    """
     return importlib.util.find_spec(package) is not None
 
 
 def able(cases: Sequence[Case], say: Callable[[str], None]) -> tuple[list[Case], list[str]]:
-    """Return the cases whose packages are there, and the names of the others: a line a package."""
+    """Split cases into those that can run and those that need a package which is not installed.
+
+    Args:
+        cases: the cases, in order.
+        say: called with one line of text for each missing package.
+
+    Returns:
+        The cases that can run, and the names of the others, both in the order given.
+    """
     missing = {name for case in cases for name in case.needs if not installed(name)}
     for name in sorted(missing):
         count = sum(name in case.needs for case in cases)
@@ -58,17 +70,26 @@ def run_cases(
     budget: float | None = None,
     say: Callable[[str], None] = print,
 ) -> Run:
-    """Measure the cases in order; write ``out`` after each result.
+    """Measure cases in order and write all results to a file after each one.
 
-    A case that fails gives no figures after its failure, and the next one follows.
+    Whatever Exception a case raises becomes a `Failure` of the run; results that it gave before
+    stay, and the next case follows.
 
     Args:
-        cases: the most telling first.
+        cases: the cases, the most telling first.
         device: "cpu" or "cuda".
-        run: holds the environment; it is filled.
-        out: the file to write.
-        budget: seconds after which nothing more is begun: what runs then is finished.
-        say: is told each result.
+        run: the run to fill in place; it holds the environment already.
+        out: the JSON file to write.
+        budget: the seconds from the start after which nothing more is begun: the result under way
+            is finished, the others are named in ``run.left_out``; None for no limit.
+        say: called with a line of text for each result, failure and missing package.
+
+    Returns:
+        ``run`` itself.
+
+    Raises:
+        OSError: if the file cannot be written.
+        ImportError: if the device is "cuda" and pynvml is not installed.
     """
     start = time.perf_counter()
     cases, run.left_out = able(cases, say)

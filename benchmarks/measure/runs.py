@@ -1,4 +1,4 @@
-"""A file of results: written as they come, read, and merged with others of the same machine."""
+"""Files of benchmark results: writing, reading, and merging those of the same machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from flashddpm.benchmarks.measure.harness import Measurement
 
 SCHEMA = 2
 READABLE = (1, 2)
-"""Schema 1 had no failures, nothing left out and no readings of the card."""
+"""The versions of the file format that can be read. Files of version 1 have no failures, no names
+of cases that were left out and no readings of the GPU."""
 
 VOLATILE = (
     "command",
@@ -22,12 +23,17 @@ VOLATILE = (
     "gpu.temperature_c",
     "gpu.throttle_reasons",
 )
-"""What of the environment may differ between runs that merge."""
+"""The entries of the environment that may differ between runs that are merged, by dotted name."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A case that gave no figures, and why: a check that failed, or an error."""
+    """A benchmark case that failed.
+
+    Attributes:
+        case: the name of the case.
+        reason: the text of the check that failed, or the name and text of another error.
+    """
 
     case: str
     reason: str
@@ -35,14 +41,16 @@ class Failure:
 
 @dataclass
 class Run:
-    """What was measured on one machine.
+    """The results of benchmark cases on one machine: the content of a file of results.
 
     Attributes:
-        environment: what figures depend on (harness.environment).
-        results: in the order in which they were measured.
-        failures: cases without figures.
-        left_out: names of cases that were not begun, or not finished, with the reason.
-        cards: after each case on a GPU: its name, and clocks, temperature and throttle reasons.
+        environment: the facts on which timings depend, as `harness.environment` returns them.
+        results: the results in the order in which they were measured.
+        failures: the cases that failed, with the reason.
+        left_out: the names of cases that were not begun, for lack of time or of a package; and
+            "NAME, after N results" for a case that ran out of time.
+        cards: the state of the GPU after each case: a dictionary with the case's name as "case" and
+            the entries of `harness.card_state`; empty on the CPU.
     """
 
     environment: dict[str, Any]
@@ -52,7 +60,16 @@ class Run:
     cards: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
-        """Write JSON, the whole file or nothing of it: a stop loses no earlier result."""
+        """Write the run as a JSON file, which replaces an older one at once.
+
+        A stop in the middle leaves the older file whole.
+
+        Args:
+            path: the file to write; its folder is made if it is missing.
+
+        Raises:
+            OSError: if the folder or the file cannot be written.
+        """
         content = {"schema": SCHEMA, **asdict(self)}
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
@@ -61,10 +78,14 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Read a file.
+        """Read a file of results.
+
+        Args:
+            path: a JSON file that `write` wrote.
 
         Raises:
-            ValueError: it is not a file of results.
+            ValueError: if the file cannot be read, is not JSON, or is no file of results in a
+                version of READABLE.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -79,7 +100,17 @@ class Run:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Return what differs between two environments, "name: this, that", readings left aside."""
+    """Return the differences between two environments, one string for each entry that differs.
+
+    Clock rates, temperature, throttle reasons and the command line (VOLATILE) are not compared.
+
+    Args:
+        a, b: environments as `harness.environment` returns them.
+
+    Returns:
+        Strings such as "versions.torch: '2.8.0', '2.9.0'", in the order of names, with the value of
+        ``a`` first and None for an entry that is missing; nested names are joined by dots.
+    """
     first, second = _flat(a), _flat(b)
     return [
         f"{name}: {first.get(name)!r}, {second.get(name)!r}"
@@ -98,10 +129,20 @@ def _flat(environment: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def merged(runs: Sequence[Run]) -> Run:
-    """Return the runs as one: a case that was measured again has its latest outcome.
+    """Merge runs of one machine into a new run, the latest result of each case winning.
+
+    A result replaces an earlier one of the same case and peer. A case that was measured again, or
+    failed again, loses its earlier failures; a later failure does not remove earlier results.
+
+    Args:
+        runs: at least one run, the oldest first.
+
+    Returns:
+        A new run with the first one's environment; its ``left_out`` keeps the names for which no
+        run has a result or a failure.
 
     Raises:
-        ValueError: they are of different environments.
+        ValueError: if the environments differ in more than VOLATILE (`differences`).
     """
     whole = Run(runs[0].environment)
     for run in runs:

@@ -1,1 +1,1 @@
-"""What we are compared with, and how both sides are set up alike."""
+"""The peers (implementations that flashddpm is compared with), set up on the same weights."""

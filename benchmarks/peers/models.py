@@ -1,10 +1,11 @@
-"""The networks that are timed, and the same weights in diffusers' U-Net.
+"""The models of the benchmarks: networks with their schedulers, also as diffusers' U-Net.
 
-The bundled model is trained. The other two have the published configurations (Ho et al. 2020, as
-google/ddpm-cifar10-32 and google/ddpm-celebahq-256 have them) and random weights of a fixed seed:
-what a step costs does not depend on the weights' values. Their outputs are small: at the first
-steps x0 = (x_t - sigma eps) / a with a near 0, so that the rounding of a large eps, which no
-training has tied to x_t, would be all that two sides' images show.
+The model "bundled" is the trained one that comes with the package. "cifar10" and "pixels256" have
+the published configurations (Ho et al. 2020, as google/ddpm-cifar10-32 and google/ddpm-celebahq-256
+have them) and random weights of a fixed seed, since the time of a step does not depend on the
+weights' values. The outputs of random networks are scaled down: at the first steps
+x0 = (x_t - sigma eps) / a with a near 0, so that the rounding errors of a large eps, which no
+training has tied to x_t, would dominate the images.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from flashddpm.networks.unet_config import UNetConfig
 from flashddpm.sampling.sampler import Sampler
 
 SEED = 0
-OUTPUT = 0.02  # deviation of what a random network returns
+OUTPUT = 0.02  # factor of a random network's last weights, about its output's deviation
 COMMON: dict[str, Any] = {
     "act_fn": "silu",
     "attention_head_dim": None,
@@ -59,13 +60,13 @@ MODELS = ("bundled", *PUBLISHED)
 
 @dataclass(frozen=True)
 class Model:
-    """A network and its process.
+    """A benchmark model: a network, and the diffusion process that it is for.
 
     Attributes:
-        name: one of MODELS.
-        unet: float32, on the CPU, in evaluation mode; never run, only copied.
-        scheduler: diffusers' scheduler config.
-        conditioning: what labels the network takes.
+        name: its name, one of MODELS.
+        unet: the U-Net, float32 on the CPU in evaluation mode; never run, only copied.
+        scheduler: the config of diffusers' scheduler, a dictionary of scheduler_config.json's keys.
+        conditioning: the class labels that the network takes.
     """
 
     name: str
@@ -75,26 +76,56 @@ class Model:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
+        """The shape (C, H, W) of an image: channels, and the height and width in pixels."""
         config = self.unet.config
         assert isinstance(config.sample_size, int)
         return config.in_channels, config.sample_size, config.sample_size
 
     def labels(self, batch: int) -> list[int] | None:
-        """Return the classes of so many images, in turn; None without classes."""
+        """Return the class labels 0, 1, 2, ... in turn for a batch of images.
+
+        Args:
+            batch: the number of images.
+
+        Returns:
+            A list of ``batch`` labels in 0..num_classes-1; None if the model has no classes.
+        """
         classes = self.conditioning.num_classes
         return None if classes is None else [i % classes for i in range(batch)]
 
     def network(self, device: str, dtype: torch.dtype) -> UNet:
-        """Return a copy of the network."""
+        """Return a copy of our U-Net.
+
+        Args:
+            device: the device of the copy, "cpu" or "cuda".
+            dtype: the floating dtype of its weights.
+        """
         return copy.deepcopy(self.unet).to(device, dtype)
 
     def sampler(self, device: str, dtype: torch.dtype, **options: Any) -> Sampler:
-        """Return a sampler of a copy of the network; ``options`` are the sampler's."""
+        """Return a sampler of a copy of our U-Net.
+
+        Args:
+            device: the device of the copy, "cpu" or "cuda".
+            dtype: the floating dtype of its weights and input.
+            options: further keyword arguments of `Sampler`, such as compile or backend.
+
+        Raises:
+            ValueError: if the sampler refuses an option.
+        """
         return self.around(self.network(device, dtype), device, **options)
 
     def around(self, network: Any, device: str, **options: Any) -> Sampler:
-        """Return a sampler of another network for the same process."""
+        """Return a sampler of a given network, with this model's process, shape and labels.
+
+        Args:
+            network: a U-Net of ours, or another callable that a `Sampler` takes.
+            device: the sampler's device, "cpu" or "cuda".
+            options: further keyword arguments of `Sampler`, such as call, compile or capture.
+
+        Raises:
+            ValueError: if the sampler refuses an option.
+        """
         return Sampler(
             network,
             NoiseSchedule.from_config(self.scheduler),
@@ -107,7 +138,15 @@ class Model:
         )
 
     def diffusers_unet(self, device: str, dtype: torch.dtype) -> nn.Module:
-        """Return diffusers' U-Net with the same weights."""
+        """Return diffusers' UNet2DModel with the same weights, in evaluation mode.
+
+        Args:
+            device: its device, "cpu" or "cuda".
+            dtype: the floating dtype of its weights.
+
+        Raises:
+            ImportError: if diffusers is not installed.
+        """
         from diffusers import UNet2DModel
 
         unet = UNet2DModel.from_config(self.unet.config.to_dict())
@@ -117,7 +156,14 @@ class Model:
 
 @cache
 def model(name: str) -> Model:
-    """Return the model of a name of MODELS."""
+    """Return the benchmark model of a name; the same object at each call.
+
+    Args:
+        name: "bundled", "cifar10" (3x32x32 images) or "pixels256" (3x256x256 images).
+
+    Raises:
+        KeyError: if there is no such model.
+    """
     if name == "bundled":
         folder = Path(bundled())
         text = (folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8")
@@ -131,7 +177,20 @@ def model(name: str) -> Model:
 
 
 def random_unet(config: dict[str, Any]) -> UNet:
-    """Return a U-Net of random weights, those too that a fresh one has at zero."""
+    """Return a U-Net with random weights of a fixed seed, none of whose weight tensors is zero.
+
+    The weights, biases apart, that a fresh U-Net initialises to zero are random too, and those of
+    the last convolution are scaled by OUTPUT. Torch's global random state is left as it was.
+
+    Args:
+        config: the settings of a `UNetConfig`, a dictionary of diffusers' config.json keys.
+
+    Returns:
+        The U-Net, float32 on the CPU in evaluation mode.
+
+    Raises:
+        ValueError: if the config is not allowed.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
         unet = UNet(UNetConfig.from_dict(config))

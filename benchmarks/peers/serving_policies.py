@@ -1,7 +1,8 @@
-"""Three ways to serve requests for images: in flight, one at a time, in full static batches.
+"""Policies of serving that are compared: in flight, one image at a time, and static batches.
 
-All take requests by ``submit``, which returns a future of a `Result`, and answer what is left at
-``close``. The last two are one class: a batch of one never waits for another.
+All take requests by ``submit``, which returns the future of a `Result`, and answer whatever is left
+when ``close`` is called. `InFlight` is our engine, whose requests enter and leave the batch at any
+step. `Batches` serves the other two: a static batch of one image never waits for another request.
 """
 
 from __future__ import annotations
@@ -20,52 +21,91 @@ from flashddpm.serving.engine import Engine
 from flashddpm.serving.request import Request, Result, Timings
 
 Kind = tuple[str, int, float]
-"""What images of one call of `Sampler.sample` share: solver, number of steps, guidance."""
+"""The solver's name, number of steps and guidance scale, which images of one static batch share."""
 
 
 def kind_of(request: Request) -> Kind:
-    """Return the kind of a request whose solver has a name and that has no further options."""
+    """Return the solver, number of steps and guidance scale of a request.
+
+    Args:
+        request: a request whose solver is a name, not a Plan; its other options are not looked at.
+
+    Raises:
+        AssertionError: if its solver is a Plan.
+    """
     assert isinstance(request.solver, str)
     return request.solver, request.num_steps, request.guidance
 
 
 class Policy(Protocol):
-    """A way to serve."""
+    """A way to serve requests, as the benchmark of serving calls it."""
 
     def submit(self, request: Request) -> Future[Result]:
-        """Take a request; return the future of its result."""
+        """Take a request, without waiting for its image, and return the future of its result."""
 
     def close(self) -> None:
-        """Say that no more will come; return when everything is answered."""
+        """Serve what was submitted to the end, and return when every future is resolved."""
 
 
 class InFlight:
-    """An engine, which goes on after ``close``: its graphs and compiled code serve the next."""
+    """The policy of in-flight batching: requests enter an engine's running batch at any step.
+
+    ``close`` leaves the engine running, so that the next policy uses its graphs and compiled code.
+
+    Args:
+        engine: the engine that draws the images.
+
+    Attributes:
+        engine: as given.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._steps_before: int = engine.metrics()["steps"]
 
     def submit(self, request: Request) -> Future[Result]:
-        """Hand the request to the engine."""
+        """Submit a request to the engine and return the future of its result.
+
+        Raises:
+            ValueError: if the request has an argument that is not allowed.
+            QueueFull: if the engine's queue is full.
+            EngineClosed: if the engine was shut down.
+        """
         return self.engine.submit(request)
 
     def close(self) -> None:
-        """Wait until the engine has answered."""
+        """Wait until the engine has resolved every future; the engine itself stays open."""
         self.engine.drain()
 
     def occupancy(self, image_steps: int) -> float:
-        """Return the mean share of slots in use in a step, if the images took so many steps."""
+        """Return the mean fraction of the engine's slots that were in use, from 0 to 1.
+
+        A slot is the place of one image in the batch. The mean is over the engine's steps since
+        this object was made.
+
+        Args:
+            image_steps: the number of steps that all images took together since then.
+
+        Raises:
+            ZeroDivisionError: if the engine has taken no step since then.
+        """
         steps = self.engine.metrics()["steps"] - self._steps_before
         return image_steps / (steps * self.engine.max_batch)
 
 
 class Batches:
-    """A thread that waits until ``size`` requests of one kind are there, and draws them together.
+    """The policy of static batches: a thread waits for ``size`` like requests, then draws them.
 
-    Requests of different kinds do not fit into one call, so each kind fills a batch of its own. A
-    batch that ``close`` cuts short is filled up with copies of its last request, so that a
-    compiled network keeps its shape.
+    Only requests of one solver, number of steps and guidance scale share a batch; other options of
+    a request are ignored. A batch that is not full at ``close`` is filled up with copies of its
+    last request, so that a compiled network keeps its shape.
+
+    Args:
+        sampler: the sampler that draws the batches.
+        size: the number of images of a batch, at least 1; 1 serves one request at a time.
+
+    Attributes:
+        sampler, size: as given.
     """
 
     def __init__(self, sampler: Sampler, size: int) -> None:
@@ -75,13 +115,19 @@ class Batches:
         self._thread.start()
 
     def submit(self, request: Request) -> Future[Result]:
-        """Queue the request."""
+        """Queue a request and return the future of its result.
+
+        The future fails with whatever `Sampler.sample` raises for its batch.
+
+        Args:
+            request: a request whose solver is a name, not a Plan.
+        """
         waiting = _Waiting(request)
         self._queue.put(waiting)
         return waiting.future
 
     def close(self) -> None:
-        """Draw the batches that are not full, and end the thread."""
+        """Draw the batches that are not full, wait for all images, and end the thread."""
         self._queue.put(None)
         self._thread.join()
 
@@ -123,7 +169,7 @@ class Batches:
 
 
 class _Waiting:
-    """A request, its future, and when it came."""
+    """A request that waits for its batch, its future, and when it was submitted, in seconds."""
 
     def __init__(self, request: Request) -> None:
         self.request, self.submitted = request, time.perf_counter()

@@ -1,6 +1,6 @@
-"""Training steps of others, and of ours around their network.
+"""Training steps of diffusers and denoising-diffusion-pytorch, and ours around the latter's Unet.
 
-diffusers' is that of its training example: U-Net, scheduler, AdamW, clipping and EMAModel.
+diffusers' step is that of its training example: U-Net, scheduler, AdamW, clipping and EMAModel.
 denoising-diffusion-pytorch's is its Trainer's own ``train``: Unet, GaussianDiffusion, Adam, EMA and
 accelerate. Images come from memory: no side decodes a file, and none draws a progress bar.
 """
@@ -31,15 +31,16 @@ from flashddpm.training.loader import Loader, TrainBatch
 from flashddpm.training.step import TrainStep
 from flashddpm.training.trainer import Trainer
 
-LOSS, GRADIENT = 1e-5, 1e-3  # relative differences that float32 may show
-NEGLIGIBLE = 1e-6  # of all gradients' norm: below, a gradient may be rounding, as a key's bias is
-AHEAD = 4  # batches that our loader fetches ahead where a call is of several steps
+LOSS, GRADIENT = 1e-5, 1e-3  # largest relative differences allowed in float32
+# A gradient below this share of the norm of all may be mere rounding, as that of a key's bias.
+NEGLIGIBLE = 1e-6
+AHEAD = 4  # batches that our loader fetches ahead where a call takes several steps
 DDPT = "denoising_diffusion_pytorch"
-LEAST_FILES = 100  # that its Trainer wants to see
+LEAST_FILES = 100  # the number of image files that its Trainer insists on
 
 
 class Ours(Protocol):
-    """What takes our steps: a Trainer, or OnTheirs."""
+    """The side that takes our training steps: a `Trainer`, or `OnTheirs`, with its attributes."""
 
     data: Any
     draws: Draws
@@ -48,24 +49,30 @@ class Ours(Protocol):
     step: int
 
     def batch(self, step: int) -> TrainBatch:
-        """Return the batch of a step, read now."""
+        """Read the batch of the step of this number from the data and return it."""
 
     def train_step(self, batch: TrainBatch | None = None) -> Tensor:
-        """Take a step; its batch is read now by default."""
+        """Take a step on a batch, or None for one read now; return its loss, a float32 scalar."""
 
 
 class Peer(Protocol):
-    """What takes theirs."""
+    """The side that takes training steps of another implementation."""
 
     def gradients(self, batch: TrainBatch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a batch on given noise, and its gradients by name."""
+        """Return the mean loss, a scalar, of a batch, and the gradients by the parameters' names.
+
+        The noise to add is given, float32 [B, C, H, W]. No gradient is left in the parameters.
+        """
 
     def steps(self, count: int) -> None:
-        """Take so many steps, on data, timesteps and noise of its own."""
+        """Take ``count`` training steps on images, timesteps and noise that it draws itself."""
 
 
 def ours_steps(ours: Ours, count: int) -> None:
-    """Take so many steps, as ``Trainer.run`` does; one alone reads its batch itself."""
+    """Take ``count`` training steps of ours, on batches that a loader fetches ahead.
+
+    So does ``Trainer.run``. The batch of a single step is read as the step begins.
+    """
     if count == 1:
         ours.train_step()
         return
@@ -75,7 +82,11 @@ def ours_steps(ours: Ours, count: int) -> None:
 
 
 def ours_gradients(ours: Ours, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of a batch and its gradients, under the names that checkpoints have."""
+    """Return our mean loss of a batch, a float32 scalar, and its float32 gradients by name.
+
+    Names and shapes are those of the network's state dict. The weights are not updated, and no
+    gradient is left in them. The batch must be on the side's device.
+    """
     loss = ours.stepper.gradients(batch).detach()
     twin = copy.deepcopy(ours.stepper.unet)  # a state dict may name and shape parameters its way
     for mine, parameter in zip(twin.parameters(), ours.stepper.params.values(), strict=True):
@@ -86,10 +97,15 @@ def ours_gradients(ours: Ours, batch: TrainBatch) -> tuple[Tensor, dict[str, Ten
 
 
 def agree(ours: Ours, peer: Peer, name: str) -> None:
-    """Refuse to time steps whose losses or gradients differ on the same noise, in float32.
+    """Check that two sides compute the same loss and gradients in float32, before either is timed.
+
+    Both take our batch of step 0 with the same noise; they must have the same weights. ``name`` is
+    the peer's, for the error's text.
 
     Raises:
-        AssertionError: they do.
+        AssertionError: if the losses differ by more than 1e-5 of the peer's, if one side has a
+            parameter that the other lacks, if a gradient of the peer's is all 0, or if a gradient
+            differs by more than 1e-3 of its norm.
     """
     batch = ours.batch(0)
     C, H, W = batch.x0.shape[1:]
@@ -121,16 +137,21 @@ def usual_loss(
     noise: Tensor,
     precision: str,
 ) -> Tensor:
-    """Return the mean squared error as diffusers' example computes it.
+    """Return the mean squared error of a batch as diffusers' training example computes it.
+
+    The target is the noise, x0 or the velocity, as the scheduler's prediction_type says.
 
     Args:
-        network: (x_t, t, labels or None) -> out.
+        network: called with (x_t, t, labels); returns its prediction, floating [B, C, H, W].
         scheduler: diffusers' DDPMScheduler.
         x0: images, float32 [B, C, H, W] in [-1, 1].
-        t: timesteps, int64 [B].
+        t: timesteps, int64 [B] in 0..T-1.
         labels: classes, int64 [B], or None.
-        noise: noise, float32 [B, C, H, W].
-        precision: "float32" or "bfloat16", by autocast.
+        noise: the noise to add, float32 [B, C, H, W].
+        precision: "bfloat16" runs the network under autocast, "float32" without.
+
+    Returns:
+        The mean over all elements, a float32 scalar with a gradient.
     """
     x_t = scheduler.add_noise(x0, noise, t)
     with torch.autocast(x0.device.type, torch.bfloat16, precision == "bfloat16"):
@@ -143,13 +164,23 @@ def usual_loss(
 
 
 class Diffusers:
-    """The step of diffusers' training example, on a trainer's weights and data.
+    """The training step of diffusers' example, with a trainer's weights, settings and data.
 
-    At its best: the optimizer fused, the averaging by foreach, channels_last, no wait for a log.
+    It runs at its best: fused AdamW, foreach averaging, channels_last, no wait for the GPU to log.
 
     Args:
-        trainer: whose settings it has.
-        compiled: whether the network is compiled.
+        trainer: our trainer, whose weights are copied; its data must be an `ImageData`.
+        compiled: whether the network is compiled by torch.compile.
+
+    Attributes:
+        config, device, data: the trainer's settings, device and images.
+        scheduler: diffusers' DDPMScheduler.
+        unet, params: diffusers' UNet2DModel, float32, and its parameters.
+        ema: diffusers' EMAModel, of the trainer's first half-life.
+        optimizer: the AdamW optimizer.
+
+    Raises:
+        ImportError: if diffusers is not installed.
     """
 
     def __init__(self, trainer: Trainer, compiled: bool = False) -> None:
@@ -174,7 +205,11 @@ class Diffusers:
         )
 
     def loss(self, x0: Tensor, t: Tensor, labels: Tensor | None, noise: Tensor) -> Tensor:
-        """Return the mean loss of a batch."""
+        """Return the mean loss of a batch, a float32 scalar, in the trainer's precision.
+
+        Arguments are those of `usual_loss`: images x0 float32 [B, C, H, W] in [-1, 1], timesteps t
+        int64 [B], labels int64 [B] or None, and the noise to add, float32 [B, C, H, W].
+        """
         precision = self.config.precision
         return usual_loss(self._network, self.scheduler, x0, t, labels, noise, precision)
 
@@ -182,14 +217,17 @@ class Diffusers:
         return self.unet(x_t, t, labels, return_dict=False)[0]
 
     def gradients(self, batch: TrainBatch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a batch on given noise, and its gradients by name."""
+        """Return the mean loss, a float32 scalar, of a batch, and the gradients by parameter name.
+
+        The noise to add is given, float32 [B, C, H, W]. No gradient is left in the parameters.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(batch.x0, batch.t, batch.labels, noise)
         loss.backward()
         return loss.detach(), _taken(self.unet)
 
     def steps(self, count: int) -> None:
-        """Take so many steps on random images."""
+        """Take ``count`` training steps on random images of the data, timesteps and noise."""
         for _ in range(count):
             x0, t, labels = self._batch()
             loss = self.loss(x0, t, labels, torch.randn_like(x0))
@@ -217,15 +255,25 @@ class Diffusers:
 
 
 class Lucidrains:
-    """denoising-diffusion-pytorch's Trainer, on images in memory.
+    """denoising-diffusion-pytorch's Trainer with its own Unet, on images in memory.
 
-    Its settings are its own (Adam, an average moved every tenth step); the learning rate is given.
+    Optimizer and averaging are its own: Adam, and an average that moves every tenth step.
 
     Args:
         data: square images.
-        config: batch, precision, learning rate, T and clipping.
-        folder: a new one for what it asks to be there.
+        config: gives batch size, precision, learning rate, seed, number of timesteps and clipping.
+        folder: a folder for the Trainer's files, in which there is no "pictures" yet.
         device: "cpu" or "cuda".
+
+    Attributes:
+        data, batch, device: the images, the batch size and the device.
+        unet: its Unet of dim 32 and dim_mults (1, 2, 4), float32.
+        diffusion: its GaussianDiffusion, which predicts noise, with linear betas.
+        trainer: its Trainer.
+
+    Raises:
+        ImportError: if denoising-diffusion-pytorch or accelerate is not installed.
+        FileExistsError: if the folder holds "pictures" already.
     """
 
     def __init__(self, data: ImageData, config: TrainConfig, folder: Path, device: str) -> None:
@@ -267,7 +315,7 @@ class Lucidrains:
             )
 
     def _batches(self) -> Iterator[Tensor]:
-        """Yield images in [0, 1], as its data set gives them."""
+        """Yield batches of images, float32 [B, C, H, W] in [0, 1], as its data set does."""
         while True:
             images, _ = self.data.fetch(torch.randint(0, len(self.data), (self.batch,)))
             if self.device.type == "cuda":
@@ -275,14 +323,18 @@ class Lucidrains:
             yield images.float() / 255
 
     def gradients(self, batch: TrainBatch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a batch on given noise, and its gradients by name."""
+        """Return the mean loss, a float32 scalar, of a batch, and the gradients by parameter name.
+
+        The batch's labels are not used. The noise to add is given, float32 [B, C, H, W]. No
+        gradient is left in the parameters.
+        """
         self.diffusion.zero_grad(set_to_none=True)
         loss = self.diffusion((batch.x0 + 1) / 2, times=batch.t, noise=noise)
         loss.backward()
         return loss.detach(), _taken(self.unet)
 
     def steps(self, count: int) -> None:
-        """Take so many steps by its ``train``, without its progress bar."""
+        """Take ``count`` training steps by the Trainer's own ``train``, without progress bar."""
         module = importlib.import_module(f"{DDPT}.{DDPT}")
         bar = module.tqdm
         self.trainer.train_num_steps = self.trainer.step + count
@@ -294,11 +346,19 @@ class Lucidrains:
 
 
 class OnTheirs:
-    """Our step around denoising-diffusion-pytorch's network: our RMSUNet, their weights and betas.
+    """Our training step on denoising-diffusion-pytorch's network, with its weights and betas.
+
+    The network is our RMSUNet; on CUDA the step is compiled and captured, as a `Trainer`'s is.
 
     Args:
-        peer: whose they are.
-        config: the settings of ours; compiled and captured on CUDA, as a Trainer's is.
+        peer: the peer whose weights, betas, images and device are taken.
+        config: the settings of our step.
+
+    Attributes:
+        data, device: the peer's images and device.
+        step: the number of the next step, from 0.
+        stepper: the training step, with weights and optimizer.
+        draws: the random choices of the run.
     """
 
     def __init__(self, peer: Lucidrains, config: TrainConfig) -> None:
@@ -314,12 +374,15 @@ class OnTheirs:
         self.draws = Draws(config, len(self.data))
 
     def batch(self, step: int) -> TrainBatch:
-        """Return the batch of a step, read now."""
+        """Read the batch of a step from the data and return it; ValueError if it is below 0."""
         with Loader(self.data, self.draws, step, self.device, ahead=0) as loader:
             return loader.next()
 
     def train_step(self, batch: TrainBatch | None = None) -> Tensor:
-        """Take a step; its batch is read now by default."""
+        """Take a step on a batch, or None for one read now; return its loss, a float32 scalar.
+
+        A captured step overwrites the loss that the last call returned.
+        """
         batch = self.batch(self.step) if batch is None else batch
         loss, _ = self.stepper(batch, self.step)
         self.step += 1
@@ -327,7 +390,7 @@ class OnTheirs:
 
 
 def _taken(network: nn.Module) -> dict[str, Tensor]:
-    """Return the gradients by name, and leave none."""
+    """Return the gradients of a network by parameter name, and set them to None in the network."""
     found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     network.zero_grad(set_to_none=True)
     return found

@@ -1,1 +1,1 @@
-"""Runs as tables, plots, pages and comparisons."""
+"""Reports of benchmark runs: tables, plots, HTML pages, and comparisons of two runs."""

@@ -1,4 +1,4 @@
-"""Runs as one HTML page that needs no other file: the tables, and pictures within the page."""
+"""The report of benchmark runs as one HTML page with tables and embedded pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from flashddpm.io import html_pages
 
 
 def page(runs: Sequence[Run]) -> str:
-    """Return the page of some runs, each with its own tables and pictures."""
+    """Return the HTML page of benchmark runs, which needs no other file.
+
+    Args:
+        runs: the runs; each has its own pictures, table of results, notes and environment.
+    """
     return html_pages.page("flashddpm: measured", "".join(_section(run) for run in runs))
 
 

@@ -1,4 +1,8 @@
-"""Pictures of results: speed-up by batch, the roofline, and what a step is made of. Matplotlib."""
+"""Plots of benchmark results: speed-up by batch size, roofline, parts of a step, and serving.
+
+Needs matplotlib. Each plot of PLOTS takes a `Run` and returns a figure, or None if the run has no
+results for it.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,23 @@ DPI = 110
 SPEED_UP = re.compile(r"(?P<line>(?!energy).*)-batch-(?P<batch>\d+)(?P<peer>-\w+)?$")
 STEP = re.compile(r"step-(?P<line>.*)-batch-(?P<batch>\d+)$")
 
+# Pairs of a batch size and the values of a `Measurement`.
 Points = list[tuple[int, dict[str, float]]]
 
 
 def lines_of(run: Run, pattern: re.Pattern[str], key: str) -> dict[str, Points]:
-    """Return the values of cases by batch, a list for each line; ``key`` they must have."""
+    """Collect the results that make up the lines of a plot over the batch size.
+
+    Args:
+        run: the run whose results are searched.
+        pattern: what the names of cases must match from their start; with the groups "line" and
+            "batch" (a number), and perhaps "peer".
+        key: a name that a result's values must have.
+
+    Returns:
+        From the name of a line (the groups "line" and "peer" joined) to its points: pairs of batch
+        size and values, the smallest batch first.
+    """
     found: defaultdict[str, Points] = defaultdict(list)
     for result in run.results:
         match = pattern.match(result.case)
@@ -34,7 +50,15 @@ def lines_of(run: Run, pattern: re.Pattern[str], key: str) -> dict[str, Points]:
 
 
 def crossover(points: Points) -> int | None:
-    """Return the first batch from which on the ratio is within the noise of 1, or below."""
+    """Return the batch size from which on ours is no longer faster than the peer beyond the noise.
+
+    Args:
+        points: pairs of batch size and values with "ratio" and "spread", the smallest batch first.
+
+    Returns:
+        The first batch size from which on every ratio is at most 1 + its spread; None if the last
+        ratio is above.
+    """
     below = [v["ratio"] <= 1 + v["spread"] for _, v in points]
     for i, (batch, _) in enumerate(points):
         if all(below[i:]):
@@ -43,7 +67,16 @@ def crossover(points: Points) -> int | None:
 
 
 def speed_up(run: Run) -> Figure | None:
-    """Draw the ratio to each peer by batch, with quartiles and where the graph stops paying."""
+    """Draw how many times as fast as each peer ours is, over the batch size, with quartiles.
+
+    A vertical line marks the batch size from which on the CUDA graph gains nothing (`crossover`).
+
+    Args:
+        run: the run to draw.
+
+    Returns:
+        A figure; None if no result is a comparison whose case is named by its batch size.
+    """
     lines = lines_of(run, SPEED_UP, "ratio")
     if not lines:
         return None
@@ -74,7 +107,18 @@ def speed_up(run: Run) -> Figure | None:
 
 
 def roofline(run: Run) -> Figure | None:
-    """Draw whole steps under the measured roof, and every kernel's share of its own bound."""
+    """Draw a roofline plot of whole sampling steps, and each kernel's share of its own bound.
+
+    Steps are marked by operations per byte and TFLOP/s under the measured peak and bandwidth;
+    kernels by the time of a call in microseconds and the fraction of what their bytes and
+    instructions allow.
+
+    Args:
+        run: the run to draw.
+
+    Returns:
+        A figure with a panel for steps, one for kernels, or both; None if the run has neither.
+    """
     steps = [r for r in run.results if "of_flop_floor" in r.values]
     kernels = [r for r in run.results if "of_bound" in r.values]
     panels = [draw for draw, found in ((_steps, steps), (_kernels, kernels)) if found]
@@ -87,7 +131,7 @@ def roofline(run: Run) -> Figure | None:
 
 
 def _steps(axes: Axes, results: Sequence[Measurement]) -> None:
-    """Mark each step by operations a byte and operations a second, under its dtype's roof."""
+    """Mark each step by operations per byte and TFLOP/s, and draw the roof of its dtype."""
     for result in results:
         v = result.values
         speed, intensity = v["gflop"] / v["ms_a_step"], 1e3 * v["gflop"] / v["mbytes"]
@@ -114,7 +158,14 @@ def _kernels(axes: Axes, results: Sequence[Measurement]) -> None:
 
 
 def split(run: Run) -> Figure | None:
-    """Draw what a step is made of: the network's floor, the rest of the network, the loop."""
+    """Draw the parts of each measured sampling step as a bar of fractions (`shares`).
+
+    Args:
+        run: the run to draw.
+
+    Returns:
+        A figure with a bar for each model, dtype and batch size; None if no step was measured.
+    """
     lines = lines_of(run, STEP, "loop_ms")
     bars = [(f"{name}, {batch}", v) for name, points in lines.items() for batch, v in points]
     if not bars:
@@ -138,14 +189,34 @@ def split(run: Run) -> Figure | None:
 
 
 def shares(v: dict[str, float]) -> dict[str, float]:
-    """Return the parts of a step, which add up to 1."""
+    """Return the parts of a sampling step's time as fractions, which add up to 1.
+
+    Args:
+        v: the values of a step: "ms_a_step" and "loop_ms", the milliseconds of a step and of the
+            loop within it; "of_flop_floor" and "of_byte_floor", the fractions of the step that the
+            network's operations at peak speed and its bytes at full bandwidth would take.
+
+    Returns:
+        "floor", the larger of these two fractions; "loop"; and "network above its floor", the rest.
+
+    Raises:
+        KeyError: if a value is missing.
+    """
     loop = min(v["loop_ms"] / v["ms_a_step"], 1.0)
     floor = min(max(v["of_flop_floor"], v["of_byte_floor"]), 1.0 - loop)
     return {"floor": floor, "network above its floor": 1.0 - loop - floor, "loop": loop}
 
 
 def serving(run: Run) -> Figure | None:
-    """Draw latency and throughput against load; the eager runs where no compiled ones are."""
+    """Draw latency and throughput of the serving policies against the load.
+
+    Args:
+        run: the run to draw.
+
+    Returns:
+        A figure of the results with a compiled network, or, where there are none, of those with
+        the eager network; None if the run has no results of serving.
+    """
     from flashddpm.benchmarks.reports.serving_plot import draw_results
 
     content = {"results": [asdict(result) for result in run.results]}
@@ -157,6 +228,7 @@ def serving(run: Run) -> Figure | None:
     return None
 
 
+# The plots of a report: from the title to the function that draws it.
 PLOTS: dict[str, Callable[[Run], Figure | None]] = {
     "Speed-up by batch": speed_up,
     "Roofline: whole steps, and kernels": roofline,

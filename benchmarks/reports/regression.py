@@ -1,8 +1,8 @@
-"""Whether a second run is slower than the first beyond the noise of both.
+"""Comparison of two benchmark runs: which cases are slower, or faster, beyond the noise of both.
 
-What is compared is the ratio peer / ours of each case: both sides ran in turn, so that a machine
-that was slower that day changes neither. With r the ratio, [l, h] its quartiles and s the A/A
-spread of a run, a case is a regression if
+Compared is the ratio of the peer's time to ours in each case: both sides ran in turn, so that a
+machine that is slower on one day changes no ratio. With r the ratio of a run, [l, h] its quartiles
+and s the A/A spread (of our own times against each other), a case is a regression if
 
     r_new / r_old < 1 - (s_old + s_new)   and   h_new < l_old,
 
@@ -22,13 +22,17 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Verdict:
-    """One case of both runs.
+    """The verdict on one case of two runs.
 
     Attributes:
-        case, peer: what it is.
-        verdict: "regression", "improvement", "noise", "failed", "gone" or "new".
-        old, new: the ratios; None where there is none.
-        noise: the sum of the A/A spreads.
+        case: the name of the case.
+        peer: what it is compared with in both runs; "" for a case that failed.
+        verdict: "regression", "improvement" or "noise" (no difference beyond it) where both runs
+            have a ratio; "failed" if the case failed in the new run only; "gone" if only the old
+            run has a ratio; "new" if only the new one has.
+        old, new: the ratio of the peer's time to ours in each run; None unless both are known.
+        noise: the sum of the two runs' A/A spreads, a difference of ratios; 0 unless both are
+            known.
     """
 
     case: str
@@ -40,11 +44,11 @@ class Verdict:
 
     @property
     def bad(self) -> bool:
-        """Whether something was lost."""
+        """Whether the case failed or is slower beyond the noise, a bool."""
         return self.verdict in ("regression", "failed")
 
     def line(self) -> str:
-        """Return the verdict in words."""
+        """Return the verdict as one line of text, with both ratios and their change in percent."""
         what = f"{self.verdict:12} {self.case}" + (f" against {self.peer}" if self.peer else "")
         if self.old is None or self.new is None:
             return what
@@ -53,7 +57,14 @@ class Verdict:
 
 
 def compared(old: Run, new: Run) -> Iterator[Verdict]:
-    """Yield a verdict on every case that has a ratio in either run, or failed in the new one."""
+    """Yield a verdict on every case that has a ratio in either run, or failed in the new one.
+
+    Failures come first. A case that failed in both runs has no verdict.
+
+    Args:
+        old: the run to compare with.
+        new: the run that is judged.
+    """
     before, after = _ratios(old), _ratios(new)
     failed = {failure.case for failure in new.failures}
     had = {failure.case for failure in old.failures}
@@ -85,7 +96,16 @@ def _judge(key: Key, old: dict[str, float], new: dict[str, float]) -> Verdict:
 
 
 def report(old: Run, new: Run) -> tuple[str, bool]:
-    """Return all verdicts as lines, what was lost first, and whether something was."""
+    """Return the comparison of two runs as text, and whether something became worse.
+
+    Args:
+        old: the run to compare with.
+        new: the run that is judged.
+
+    Returns:
+        Lines of text: the differences of the environments, then the verdicts, failures and
+        regressions first; and True if there is a failure or regression among them.
+    """
     verdicts = sorted(compared(old, new), key=lambda verdict: not verdict.bad)
     lines = [
         f"environments differ: {line}" for line in differences(old.environment, new.environment)

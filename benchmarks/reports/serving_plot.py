@@ -1,9 +1,9 @@
-"""Pictures of the service: slots over time, and latency and throughput against load.
+"""Plots of serving: the engine's slots over time, and latency and throughput against load.
 
     python -m flashddpm.benchmarks.reports.serving_plot --slots docs/slots.png
     python -m flashddpm.benchmarks.reports.serving_plot RESULTS.json docs/serving.png
 
-Needs matplotlib.
+A slot is the place of one image in the engine's batch. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -37,20 +37,43 @@ PANELS = (
     ("p99_seconds", "99th percentile latency [s]", True),
     ("throughput_per_second", "finished [images/s]", False),
 )
-"""Figure, label, and whether its axis is logarithmic."""
+"""Of each panel: the name of the value drawn, its label, and whether its axis is logarithmic."""
 
-# The recorded run: so few slots and images that each step can be seen.
+# The recorded run has so few slots and images that each step can be seen.
 SLOTS, IMAGES, LOAD, SEED = 8, 32, 0.95, 3
 
 
 def shade(solver: str, step: int, num_steps: int) -> tuple[float, float, float, float]:
-    """Return the colour of a step: its solver's, from light at the first to dark at the last."""
+    """Return the colour of a step: a shade of its solver's colour, from light to dark.
+
+    Args:
+        solver: the solver's name, a key of COLOURS.
+        step: the number of the step, from 0 (the lightest) to num_steps - 1 (the darkest).
+        num_steps: the number of steps of the image, at least 2.
+
+    Returns:
+        Red, green, blue and alpha, each from 0 to 1.
+
+    Raises:
+        KeyError: if the solver has no colour.
+        ZeroDivisionError: if ``num_steps`` is 1.
+    """
     red, green, blue, alpha = colormaps[COLOURS[solver]](0.25 + 0.6 * step / (num_steps - 1))
     return red, green, blue, alpha
 
 
 def draw_slots(bars: Sequence[Bar], due: NDArray[np.float64], slots: int) -> Figure:
-    """Draw slots over time, a rectangle for each step, with arrivals along the top."""
+    """Draw which image was in which slot over time, a rectangle for each step.
+
+    Args:
+        bars: the steps of all images in the order in which they ran; not empty.
+        due: when each request arrived, float64 [n], in seconds; marked along the top.
+        slots: the number of slots (places of images in the batch).
+
+    Raises:
+        ValueError: if there are no bars.
+        KeyError: if a bar's solver has no colour in COLOURS.
+    """
     figure = Figure(figsize=(9, 3.6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     patches = [Rectangle((bar.start, bar.slot - 0.4), bar.end - bar.start, 0.8) for bar in bars]
@@ -95,12 +118,27 @@ def draw_slots(bars: Sequence[Bar], due: NDArray[np.float64], slots: int) -> Fig
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG."""
+    """Write a figure to a PNG file.
+
+    Args:
+        figure: a matplotlib figure.
+        path: the file to write.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
     figure.savefig(path, pil_kwargs={"optimize": True})
 
 
 def picture_of_slots(compiled: bool = False) -> Figure:
-    """Record a run of the bundled model on the CPU, and draw it."""
+    """Serve requests by the bundled model on the CPU, and draw its slots over time.
+
+    32 requests of mixed solvers arrive at random at 8 slots, at 0.95 of the rate that the engine
+    was measured to finish.
+
+    Args:
+        compiled: whether the network is compiled, which takes minutes.
+    """
     sampler = Sampler.from_pretrained(bundled(), "cpu", "float32", compile=compiled)
     requests = serving.make_requests(serving.MIXES["mixed"], IMAGES, SEED)
     engine = Engine(sampler, SLOTS, threaded=False)
@@ -116,7 +154,18 @@ def picture_of_slots(compiled: bool = False) -> Figure:
 
 
 def curves(content: dict[str, Any], mix: str) -> dict[str, list[dict[str, float]]]:
-    """Return the figures of each policy, in the order of loads, from a file of results."""
+    """Collect the results of each serving policy for one mix of requests.
+
+    Args:
+        content: the content of a file of results; "results" is a list of dictionaries with the
+            fields of a `Measurement`, of which "case" and "values" are read.
+        mix: the name of the mix, a key of ``serving.MIXES``, or "eager-" and one for results with
+            the eager network.
+
+    Returns:
+        From a policy's name ("in-flight", "static" or "one-at-a-time") to the values of its
+        results, the smallest load first; policies without results are left out.
+    """
     found: dict[str, list[dict[str, float]]] = {name: [] for name in LINES}
     for result in content["results"]:
         for name in LINES:
@@ -131,10 +180,17 @@ def curves(content: dict[str, Any], mix: str) -> dict[str, list[dict[str, float]
 
 
 def draw_results(content: dict[str, Any], eager: bool = False) -> Figure:
-    """Draw latency and throughput against load, a row for each mix of requests.
+    """Draw latency and throughput of serving policies against load, a row for each mix.
+
+    The load is the rate of arrivals as a fraction of what full static batches can do.
+
+    Args:
+        content: the content of a file of results: "results" is a list of dictionaries with the
+            fields of a `Measurement`.
+        eager: whether to draw the results with the eager network, not those with the compiled one.
 
     Raises:
-        ValueError: the results hold no serving case.
+        ValueError: if there are no such results of serving.
     """
     mixes = {mix: curves(content, f"eager-{mix}" if eager else mix) for mix in serving.MIXES}
     mixes = {mix: lines for mix, lines in mixes.items() if lines}
@@ -155,7 +211,7 @@ def draw_results(content: dict[str, Any], eager: bool = False) -> Figure:
 
 
 def _panel(axes: Axes, lines: dict[str, list[dict[str, float]]], figure: str, log: bool) -> None:
-    """Draw one figure of each policy, its quartiles as a band."""
+    """Draw the median of one value of each policy against load, its quartiles as a band."""
     if figure == "throughput_per_second":
         values = next(iter(lines.values()))
         loads, offered = ([v[key] for v in values] for key in ("load", "offered_per_second"))
@@ -189,7 +245,7 @@ def main(
         bool, typer.Option("--eager", help="Draw the results of --eager, not the compiled.")
     ] = False,
 ) -> None:
-    """Draw pictures of the service."""
+    """Draw plots of serving: slots over time, and latency and throughput against load."""
     if (results is None) != (out is None) or (results is None and slots is None):
         raise typer.BadParameter("give RESULTS.json and a PNG, or --slots and a PNG, or both")
     if results is not None and out is not None:

@@ -1,4 +1,4 @@
-"""A run of the service as it was: which image was in which slot, and when each of its steps ran."""
+"""A recording of an engine's run: which image was in which slot, and when each step ran."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from flashddpm.serving.request import Request, Result
 
 @dataclass(frozen=True)
 class Bar:
-    """One step of one image.
+    """One step of one image in a recorded run.
 
     Attributes:
-        slot: where the image was.
-        image: the number of its request.
-        solver, num_steps, guidance: of the request.
-        step: 0..num_steps - 1.
-        start, end: of the turn that took it, in seconds from the beginning.
+        slot: the number of the slot (place in the engine's batch) that the image was in, from 0.
+        image: the number of the image's request, from 0.
+        solver, num_steps, guidance: the request's solver, number of steps and guidance scale.
+        step: the number of the step, 0..num_steps - 1.
+        start, end: when the engine's turn that took the step began and ended, in seconds from the
+            beginning of the recording.
     """
 
     slot: int
@@ -39,18 +40,22 @@ class Bar:
 
 
 def record(engine: Engine, requests: Sequence[Request], due: NDArray[np.float64]) -> list[Bar]:
-    """Turn an engine that has no thread of its own until all requests are answered.
+    """Serve requests by an engine until all images are finished, and record each of their steps.
 
     Args:
-        engine: made with threaded=False.
-        requests: of 2 steps or more: one of a single step comes and goes within a turn.
-        due: when each is submitted, seconds [n], in order.
+        engine: an engine without a thread of its own (threaded=False); its turns are called here.
+        requests: n different `Request` objects of at least 2 steps each: an image of a single step
+            enters and leaves its slot within one turn, unseen.
+        due: when each request is submitted, float64 [n], in seconds from the beginning, rising.
 
     Returns:
-        A bar for each step of each request, in the order of turns.
+        A bar for each step of each image, in the order in which they ran.
 
     Raises:
-        ValueError: a request of one step.
+        ValueError: if a request has fewer than 2 steps, or the engine refuses it.
+        RuntimeError: if the engine has a thread of its own, its queue is full, it was shut down, or
+            a step of an image failed.
+        NonFiniteError: if the network's output turned NaN or infinite.
     """
     for request in requests:
         if request.num_steps < 2:
@@ -95,5 +100,5 @@ def record(engine: Engine, requests: Sequence[Request], due: NDArray[np.float64]
 
 
 def _running(engine: Engine) -> list[tuple[PendingImage, int]]:
-    """Return the images that have a slot, each with its slot."""
+    """Return the images that are in a slot, each with the number of its slot."""
     return list(engine._loop.batch.images.items())

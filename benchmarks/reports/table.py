@@ -1,9 +1,10 @@
-"""Results as Markdown, and the pages that hold them.
+"""Benchmark results as Markdown tables, and the pages of documentation that hold such tables.
 
     python -m flashddpm.benchmarks.reports.table README.md docs/benchmarks.md
 
-writes each page again where it says ``<!-- results: FILE.json -->``: the table of that file, whose
-path is relative to the page, replaces what stands between there and ``<!-- end of results -->``.
+updates the tables of these pages in place. Where a page says ``<!-- results: FILE.json -->``, a
+path relative to the page, the table of that file replaces whatever stands between there and
+``<!-- end of results -->``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ PLACE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", r
 
 
 def table(run: Run) -> str:
-    """Return the table of one run, headed by the machine that it is from."""
+    """Return the results of a run as a Markdown table, below a sentence about the machine.
+
+    Args:
+        run: the run; results, failures and cases that were left out are listed.
+    """
     where = run.environment
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     card = f"{where['gpu']['name']}, " if where["gpu"] else ""
@@ -47,7 +52,7 @@ def table(run: Run) -> str:
 
 
 def _figures(values: dict[str, float]) -> str:
-    """Return figures that are no comparison, each with its quartiles where they are known."""
+    """Return values that are no comparison as text, each with its quartiles if they are known."""
     parts = []
     for name, value in values.items():
         whole = name.removesuffix("_low").removesuffix("_high")
@@ -64,7 +69,15 @@ def _time(seconds: float) -> str:
 
 
 def filled(page: Path) -> str:
-    """Return the text of a page with the tables of the files that it names."""
+    """Return the text of a Markdown page with its tables of results updated; nothing is written.
+
+    Args:
+        page: the page, which names files of results relative to its own folder.
+
+    Raises:
+        OSError: if the page cannot be read.
+        ValueError: if the page is not UTF-8, or a file that it names is no file of results.
+    """
 
     def place(found: re.Match[str]) -> str:
         return f"{found[1]}\n{table(Run.read(page.parent / found[2]))}\n\n{found[3]}"

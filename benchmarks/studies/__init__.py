@@ -1,1 +1,1 @@
-"""Studies whose results stand in the documentation."""
+"""Studies whose results the documentation shows: parity with diffusers, and solvers by steps."""

@@ -1,7 +1,9 @@
-"""How far we are from diffusers: ``python -m flashddpm.benchmarks.studies.parity --out FILE.md``.
+"""The study of parity with diffusers: how much our images differ from those of its schedulers.
 
-Both sides begin at the same x_T, get the same noise at every step and ask the same small random
-network; what is compared is the image, in float32 on the CPU. Nothing is timed.
+    python -m flashddpm.benchmarks.studies.parity --out FILE.md
+
+writes the table. Both sides begin at the same x_T, get the same noise at every step and call the
+same small random network; the final images are compared, in float32 on the CPU. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -42,14 +44,14 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any], float]] = {
     "Euler": ("EulerDiscreteScheduler", {}, 0.0),
     "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}, 0.0),
 }
-"""diffusers' class, what tells it apart, and eta."""
+"""The scheduler's name in the table; its class in diffusers, extra keys of its config, and eta."""
 
 QUIRKS = {
     "DDPM": "noise in the last step",
     "DDIM, eta 0": "next timestep by arithmetic",
     "DDIM, eta 1": "next timestep by arithmetic",
 }
-"""The quirk that a row's difference on purpose is of."""
+"""The quirk (deviation of diffusers) that explains a difference on purpose, by scheduler."""
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
 BOUNDS: dict[str, dict[str, Any]] = {
@@ -61,7 +63,18 @@ BOUNDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A trajectory, in diffusers' words; what a scheduler has no setting for is "-"."""
+    """One configuration of a diffusers scheduler, whose images are compared with ours.
+
+    Attributes:
+        scheduler: the scheduler's name, a key of SCHEDULERS.
+        prediction_type: "epsilon", "sample" or "v_prediction".
+        spacing: the spacing of timesteps: "leading", "linspace" or "trailing".
+        variance_type: a name of VARIANCES for DDPM; "-" for schedulers without this setting.
+        bound: how the predicted x0 is bounded, "none", "clip" or "threshold"; "-" for schedulers
+            without this setting.
+        beta_schedule: the name of the schedule of betas, such as "linear".
+        num_steps: the number of steps.
+    """
 
     scheduler: str
     prediction_type: str
@@ -73,7 +86,7 @@ class Case:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The scheduler's config, as a file would hold it."""
+        """The scheduler's config, a dictionary with the keys of a scheduler_config.json."""
         name, own, _ = SCHEDULERS[self.scheduler]
         config = {
             "_class_name": name,
@@ -88,13 +101,13 @@ class Case:
         return config | own | bound
 
     def cells(self) -> tuple[str, ...]:
-        """Return what tells it from others, as the page has it."""
+        """Return the case's seven settings as the text of the first cells of its table row."""
         names = (self.scheduler, self.prediction_type, self.spacing, self.variance_type, self.bound)
         return (*names, self.beta_schedule, str(self.num_steps))
 
     @property
     def eta(self) -> float:
-        """How noisy DDIM is."""
+        """The eta of DDIM, a float: the noise of a step, 0 for none; 0 for other schedulers."""
         return SCHEDULERS[self.scheduler][2]
 
 
@@ -109,7 +122,10 @@ LONG = (
 
 
 def possible() -> Iterator[Case]:
-    """Yield every case that diffusers can run; ours can run all of them."""
+    """Yield every combination of settings that diffusers can run; flashddpm can run them all.
+
+    Betas are linear, and STEPS steps are taken in each.
+    """
     for scheduler, kind, spacing in itertools.product(SCHEDULERS, PREDICTION_TYPES, SPACINGS):
         if scheduler == "Euler ancestral" and kind == "sample":
             continue  # not implemented there
@@ -124,7 +140,11 @@ def possible() -> Iterator[Case]:
 
 
 def pairwise(cases: Sequence[Case]) -> list[Case]:
-    """Return few cases in which any two settings meet that meet in some case, greedily."""
+    """Choose few of the cases so that every pair of settings that some case has is covered.
+
+    The choice is greedy: the case that covers most pairs comes next. The cases chosen are returned
+    in the order given.
+    """
 
     def pairs(case: Case) -> set[tuple[tuple[int, str], ...]]:
         return set(itertools.combinations(enumerate(case.cells()), 2))
@@ -139,15 +159,34 @@ def pairwise(cases: Sequence[Case]) -> list[Case]:
 
 
 def noise(step: int) -> Tensor:
-    """Return the noise of a step, -1 for x_T; float32 [B, C, H, W]."""
+    """Return the fixed noise that both sides are given at a step.
+
+    Args:
+        step: the number of the step, from 0; -1 for the initial noise x_T.
+
+    Returns:
+        Standard normal values, float32 of the shape SHAPE, [2, 3, 8, 8], on the CPU.
+
+    Raises:
+        ValueError: if the step is below -1.
+    """
     values = np.random.default_rng(1 + step).standard_normal(SHAPE)
     return torch.from_numpy(values).float()
 
 
 def network(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return (x_t, t) -> out: smooth, of bounded x_0, every element with a random bias of its own.
+    """Return a small random network that predicts what a case's scheduler expects.
 
-    Of sums, products, quotients and roots only, which round alike on every machine.
+    It is a smooth function with a bounded x0 and a random bias for each element, made of sums,
+    products, quotients and roots only, which round alike on every machine.
+
+    Args:
+        case: gives the prediction type, the schedule of betas, and whether the variance is learned.
+
+    Returns:
+        A function of x_t, float32 [B, 3, 8, 8], and t, timesteps [B] or a scalar, integers or
+        floats in 0..999. It returns float32 [B, 3, 8, 8], or [B, 6, 8, 8] for the variance type
+        "learned_range".
     """
     random = np.random.default_rng(SEED)
     w, slope, share, extra = random.standard_normal((4, 4)).tolist()
@@ -179,7 +218,14 @@ def network(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def theirs(case: Case) -> Tensor:
-    """Return diffusers' images, by the loop of its pipelines; float32 [B, C, H, W]."""
+    """Draw the images of a case by diffusers' scheduler, in the loop of its pipelines.
+
+    Returns:
+        The images, float32 [2, 3, 8, 8] in about [-1, 1], on the CPU.
+
+    Raises:
+        ImportError: if diffusers is not installed.
+    """
     import diffusers
 
     config = {key: value for key, value in case.config.items() if key != "_class_name"}
@@ -201,7 +247,20 @@ def theirs(case: Case) -> Tensor:
 
 
 def ours(case: Case, tables: str, match_diffusers: bool = False) -> Tensor:
-    """Return our images, float32 [B, C, H, W]."""
+    """Draw the images of a case by flashddpm's `Sampler`, on the noise that diffusers is given.
+
+    Args:
+        case: the scheduler and its settings.
+        tables: "float64", or "diffusers" for the values of abar (the cumulative product of alphas)
+            that diffusers computes in float32.
+        match_diffusers: whether quirks (deviations of diffusers) are reproduced.
+
+    Returns:
+        The images, float32 [2, 3, 8, 8] in about [-1, 1], on the CPU.
+
+    Raises:
+        ValueError: if ``tables`` is another name, or diffusers' quirks cannot be matched.
+    """
     sampler = Sampler(
         network(case),
         NoiseSchedule.from_config(case.config, tables),
@@ -219,13 +278,16 @@ def ours(case: Case, tables: str, match_diffusers: bool = False) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """Largest differences between our images and those of diffusers.
+    """The largest differences between our images and diffusers' in one case: a row of the table.
+
+    All are absolute differences of elements of images in about [-1, 1].
 
     Attributes:
-        case: of what.
-        float64: with our own tables.
-        tables: with tables="diffusers".
-        matched: with match_diffusers=True, too; None where that changes nothing.
+        case: the scheduler and its settings.
+        float64: the difference with our own tables, computed in float64.
+        tables: the difference with tables="diffusers".
+        matched: the difference with tables="diffusers" and match_diffusers=True; None if
+            match_diffusers changes the images by no more than 1e-6.
     """
 
     case: Case
@@ -234,7 +296,11 @@ class Row:
     matched: float | None
 
     def line(self) -> str:
-        """Return the row of the page."""
+        """Return the row as a line of the Markdown table.
+
+        Raises:
+            KeyError: if ``matched`` is known and QUIRKS has no quirk of the scheduler.
+        """
         numbers = [f"{self.float64:.0e}", f"{self.tables:.0e}", "", ""]
         if self.matched is not None:
             numbers[2:] = f"{self.matched:.0e}", QUIRKS[self.case.scheduler]
@@ -242,7 +308,11 @@ class Row:
 
 
 def measure(case: Case) -> Row:
-    """Run both sides."""
+    """Draw the images of a case by both sides, and return their largest differences.
+
+    Raises:
+        ImportError: if diffusers is not installed.
+    """
     want = theirs(case)
     rounded, matched = ours(case, "diffusers"), ours(case, "diffusers", match_diffusers=True)
     # fixed_small's quirk, of 1e-10, is below float32's last digit: no row shows it.
@@ -288,7 +358,14 @@ Six long ones:
 
 
 def page(command: str) -> str:
-    """Return the page; takes about a minute."""
+    """Measure all rows of the study, which takes about a minute, and return the Markdown page.
+
+    Args:
+        command: the command line that the page says it was written by.
+
+    Raises:
+        ImportError: if diffusers is not installed.
+    """
     import diffusers
 
     cases = list(possible())
@@ -312,7 +389,7 @@ def page(command: str) -> str:
 def main(
     out: Annotated[Path, typer.Option(help="The Markdown file to write.")] = Path("parity.md"),
 ) -> None:
-    """Compare trajectories with diffusers' and write the table."""
+    """Compare our images with those of diffusers' schedulers and write the table of differences."""
     text = page(f"python -m flashddpm.benchmarks.studies.parity --out {out}")
     out.write_text(text, encoding="utf-8")
     print(f"wrote {out}")

@@ -1,4 +1,15 @@
-"""A solver study as a table in a page, and as a picture: distance against steps."""
+"""Reports of the solver study: a Markdown table, and a plot of distance against number of steps.
+
+A study is the dictionary that `solver_study` writes as JSON:
+
+* "format": FORMAT;
+* "settings": what the results depend on, by name;
+* "results": a list of dictionaries with "solver", "grid" (a key of GRIDS), "steps" (the number of
+  steps), "frechet" (the Frechet distance to real images) and "seconds_to_draw";
+* "left_out": a list of dictionaries with "solver", "grid", "steps" and "reason";
+* "environment": versions, device and dtype; and "training": the Frechet distance of as many
+  training images, or None. A new study lacks both until it is first run.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +31,23 @@ GRIDS: dict[str, dict[str, str]] = {
     **{name: {"spacing": name} for name in SPACINGS},
     **{name: {"spacing": "linspace", "sigmas": name} for name in SIGMA_SPACINGS},
 }
-"""Ways to space the steps: the name in tables, and the arguments of `Sampler.plan`."""
+"""Ways to space the steps: from the name in tables to the arguments of `Sampler.plan`."""
 
 PLACE = re.compile(r"(<!-- solver study: (\S+) -->\n).*?(<!-- end of solver study -->)", re.DOTALL)
 
 
 def read_study(path: Path) -> dict[str, Any]:
-    """Return the study in a file.
+    """Read a solver study from a JSON file.
+
+    Args:
+        path: a file that `solver_study` wrote.
+
+    Returns:
+        The study, a dictionary with the keys that the module lists.
 
     Raises:
-        ValueError: there is none.
+        ValueError: if the file is missing, is not a JSON object of at most 1 MiB, or is no solver
+            study in this format.
     """
     study = read_json(path)
     parts = [study.get("settings"), study.get("results"), study.get("left_out")]
@@ -39,12 +57,30 @@ def read_study(path: Path) -> dict[str, Any]:
 
 
 def key_of(result: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what tells a result from another."""
+    """Return the fields that identify a result: solver, spacing of the steps, number of steps.
+
+    Args:
+        result: a dictionary with the keys "solver", "grid" and "steps": a result, or a case that
+            was left out.
+
+    Raises:
+        KeyError: if one of these keys is missing.
+    """
     return result["solver"], result["grid"], result["steps"]
 
 
 def table(study: dict[str, Any]) -> str:
-    """Return the study as a Markdown table: a row a solver and spacing, a column a step count."""
+    """Return a study as a Markdown table of Frechet distances.
+
+    It has a row for each solver and spacing and a column for each number of steps, whose best
+    distance is bold. A sentence about the settings stands above, the cases left out below.
+
+    Args:
+        study: a study with "environment" and "training" (see the module).
+
+    Raises:
+        KeyError: if a key of the study is missing.
+    """
     values = {key_of(result): result["frechet"] for result in study["results"]}
     steps = sorted({n for _, _, n in values})
     best = {n: min(v for (_, _, m), v in values.items() if m == n) for n in steps}
@@ -69,7 +105,7 @@ def table(study: dict[str, Any]) -> str:
 
 
 def _pairs(values: dict[tuple[Any, ...], float]) -> list[tuple[str, str]]:
-    """Return solvers and spacings in their own order, whatever order they were measured in."""
+    """Return the pairs of solver and spacing with values, in the order of SOLVERS and GRIDS."""
     order = [(solver, grid) for solver in SOLVERS for grid in GRIDS]
     known = {(solver, grid) for solver, grid, _ in values}
     return [pair for pair in order if pair in known]
@@ -82,10 +118,16 @@ def _cell(value: float | None, best: float) -> str:
 
 
 def find_places(page: Path) -> str:
-    """Return the text of a page that has a place for a study.
+    """Return the text of a Markdown page, after checking that it has a place for a study's table.
+
+    The place begins with ``<!-- solver study: FILE.json -->`` and ends with
+    ``<!-- end of solver study -->``.
+
+    Args:
+        page: the page.
 
     Raises:
-        ValueError: it cannot be read, or has none.
+        ValueError: if the page cannot be read or has no such place.
     """
     try:
         text = page.read_text(encoding="utf-8")
@@ -100,10 +142,14 @@ def find_places(page: Path) -> str:
 
 
 def filled(page: Path) -> str:
-    """Return the text of a page with the tables of the studies that it names.
+    """Return the text of a Markdown page with its tables of studies updated; nothing is written.
+
+    Args:
+        page: the page, which names files of studies relative to its own folder.
 
     Raises:
-        ValueError: it names none, or a file that is no study.
+        ValueError: if the page cannot be read, names no file, or names one that is no study.
+        KeyError: if a study lacks a key that its table needs.
     """
 
     def place(found: re.Match[str]) -> str:
@@ -113,7 +159,21 @@ def filled(page: Path) -> str:
 
 
 def plot(study: dict[str, Any]) -> bytes:
-    """Draw distance against steps, a panel a spacing and a line a solver, as a PNG."""
+    """Draw Frechet distance against number of steps: a panel for each spacing, a line per solver.
+
+    A dotted line is the distance of training images, where it is known.
+
+    Args:
+        study: a study with at least one result, and with "training" (see the module).
+
+    Returns:
+        The bytes of a PNG file.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        KeyError: if a key of the study is missing.
+        ValueError: if the study has no results.
+    """
     from matplotlib.figure import Figure
 
     values = {key_of(result): result["frechet"] for result in study["results"]}
@@ -132,7 +192,11 @@ def plot(study: dict[str, Any]) -> bytes:
 
 
 def _panel(axes: Axes, grid: str, values: dict[tuple[Any, ...], float]) -> None:
-    """Draw one spacing; a solver has its colour and mark in all, for some lines are the same."""
+    """Draw the lines of one spacing.
+
+    A solver has the same colour and mark in all panels; marks differ in size, so that equal lines
+    remain visible.
+    """
     from matplotlib.ticker import LogLocator, NullLocator
 
     for i, solver in enumerate(SOLVERS):
@@ -151,7 +215,7 @@ def _panel(axes: Axes, grid: str, values: dict[tuple[Any, ...], float]) -> None:
 
 
 def _legend(panels: list[Axes]) -> tuple[list[Any], list[str]]:
-    """Return one line of each solver, and their names."""
+    """Return one line of each solver that was drawn, and the solvers' names."""
     found: dict[str, Any] = {}
     for axes in panels:
         for line in axes.get_lines():

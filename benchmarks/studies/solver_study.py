@@ -1,15 +1,16 @@
-r"""Frechet distance against steps, for every solver and every way to space its steps.
+r"""The solver study: Frechet distance against number of steps, for every solver and spacing.
 
     python -P -m flashddpm.benchmarks.studies.solver_study MODEL DATA \
         --out-json benchmarks/results/solver-study.json --out-png docs/solver-study.png \
         --page docs/evaluation.md
 
 N images (seeds 0..N-1, labels in turn, guidance 1) are drawn for each solver, spacing and number of
-steps; their distance is to the real images that ``flashddpm evaluate`` would compare with, in the
-same features. Spacings of sigma lie between the ends of linspace spacing, the whole schedule.
+steps. Their Frechet distance is measured to the real images that ``flashddpm evaluate`` would
+compare with, in the same features. Spacings of sigma lie between the ends of linspace spacing, that
+is, of the whole schedule.
 
-Each result is written as it comes, and the same command goes on after a stop: results that are
-there stay, if model, images, features, settings and device are the same. The page gets the table
+Each result is written as it comes. The same command goes on after a stop: the results in the file
+stay if model, images, features, settings and device are the same. The table is put into the page
 where it says ``<!-- solver study: FILE.json -->``, a path relative to the page.
 """
 
@@ -60,7 +61,13 @@ NUM_IMAGES = 1000
 
 @dataclass(frozen=True)
 class Case:
-    """One point of the study."""
+    """One point of the study: a solver, a spacing and a number of steps.
+
+    Attributes:
+        solver: the solver's name, a key of ``solvers.SOLVERS``.
+        grid: the name of the spacing of the steps, a key of ``solver_plot.GRIDS``.
+        steps: the number of steps, at least 1.
+    """
 
     solver: str
     grid: str
@@ -68,20 +75,38 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of `Sampler.plan`."""
+        """The keyword arguments of `Sampler.plan`, a dictionary.
+
+        The keys are solver, num_steps and spacing, and sigmas for a spacing of sigma.
+        """
         return {"solver": self.solver, "num_steps": self.steps, **GRIDS[self.grid]}
 
 
 def cases(solvers: Sequence[str], grids: Sequence[str], steps: Sequence[int]) -> list[Case]:
-    """Return all combinations, few steps first: a study that is stopped has whole columns."""
+    """Return all combinations of solver, spacing and number of steps, the fewest steps first.
+
+    So a study that is stopped has whole columns of its table.
+
+    Args:
+        solvers: names of solvers, keys of ``solvers.SOLVERS``.
+        grids: names of spacings, keys of ``solver_plot.GRIDS``.
+        steps: numbers of steps, in any order.
+    """
     return [Case(solver, grid, n) for n in sorted(steps) for solver in solvers for grid in grids]
 
 
 def begin(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the study in a file, or a new one.
+    """Return the study that a file holds, to go on with it; or a new one if there is no file.
+
+    Args:
+        path: the JSON file of the study.
+        settings: what the results depend on, values that JSON can hold by name.
+
+    Returns:
+        The study, a dictionary as `solver_plot` describes it; a new one has no results.
 
     Raises:
-        ValueError: the file holds a study of other settings, or none.
+        ValueError: if the file is no study, or its settings differ from these.
     """
     if not path.exists():
         return {"format": FORMAT, "settings": dict(settings), "results": [], "left_out": []}
@@ -108,18 +133,27 @@ def measure(
     batch_size: int = 64,
     end: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
-    """Add the results that the study lacks, and yield each.
+    """Measure the cases that a study has no result of, add each result to it, and yield it.
 
-    A case that the model has no plan for, such as sigmas of a schedule that ends in pure noise, is
-    left out, with the reason.
+    A case for which the model has no plan (table of steps), such as a spacing of sigma for a
+    schedule that ends in pure noise, is added to study["left_out"] with the reason.
 
     Args:
-        sampler: of the model.
-        wanted: in the order in which they are measured.
-        study: as `begin` returns it.
-        extractor, real: of features, and those of the real images, [N, D].
-        batch_size: images at a time.
-        end: the reading of time.monotonic after which nothing more is begun.
+        sampler: the sampler of the model.
+        wanted: the cases, in the order in which they are measured.
+        study: the study, as `begin` returns it; changed in place.
+        extractor: the extractor of features, which takes uint8 images [B, C, H, W].
+        real: the features of the real images, floating [N, D] with N > D.
+        batch_size: the number of images drawn at a time.
+        end: the reading of time.monotonic, in seconds, from which on no case is begun.
+
+    Yields:
+        The result of each case, a dictionary: "solver", "grid", "steps", "frechet" (the distance to
+        the real images, at least 0) and "seconds_to_draw".
+
+    Raises:
+        ValueError: if there are no more images than features D, or torch-fidelity is missing.
+        NonFiniteError: if the network's output turned NaN or infinite.
     """
     count = study["settings"]["images"]
     labels = classes_in_turn(sampler, count)
@@ -146,7 +180,20 @@ def measure(
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the command line's arguments."""
+    """Parse the command line of the study.
+
+    Args:
+        argv: the arguments without the program's name; None for those of the process.
+
+    Returns:
+        A namespace: model, a string; data, out_json, out_png, page and reference, paths, of which
+        the last three may be None; features, feature_input, device, dtype (or None), strings;
+        num_images and batch_size, ints; steps, solvers and grids, lists of strings, unchecked;
+        budget, seconds or None.
+
+    Raises:
+        SystemExit: if an argument is missing, unknown or no number, or help is asked for.
+    """
     parser = argparse.ArgumentParser(
         prog="flashddpm.benchmarks.studies.solver_study",
         description=__doc__,
@@ -176,7 +223,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure what is missing, write it as it comes, and draw and fill in what was asked for."""
+    """Run the study: measure what is missing, write each result, and update plot and page.
+
+    Args:
+        args: the arguments, as `parse` returns them.
+
+    Raises:
+        ValueError: if an argument is not allowed, a package is missing, there are too few images,
+            the file holds another study, or the model or the images cannot be read.
+        OSError: if a file cannot be written.
+    """
     wanted = _check(args)
     folder = locate(args.model)
     sampler = Sampler.from_pretrained(folder, args.device, args.dtype)
@@ -225,7 +281,7 @@ def _check_counts(counts: Mapping[str, int], dimension: int) -> None:
 
 
 def _check(args: argparse.Namespace) -> list[Case]:
-    """Check what can be checked without the model; return the cases."""
+    """Check all arguments that can be checked without the model, and return the cases."""
     require_matplotlib()
     distances.require_fidelity()
     check_out("out_json", args.out_json, ".json")
@@ -248,7 +304,15 @@ def _check(args: argparse.Namespace) -> list[Case]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; a bad argument or file is one line and exit status 1."""
+    """Run the command line of the study.
+
+    Args:
+        argv: the arguments without the program's name; None for those of the process.
+
+    Raises:
+        SystemExit: with one line of text, and exit status 1, if `run` raises ValueError; with
+            status 2 if the arguments cannot be parsed.
+    """
     args = parse(argv)
     try:
         run(args)
