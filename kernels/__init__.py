@@ -1,4 +1,4 @@
-"""The fused kernels of denoising diffusion, usable alone.
+"""The fused kernels of denoising diffusion models, usable without the engine.
 
 On CUDA tensors they are Triton kernels; on CPU tensors, and where Triton is not installed, the
 same functions run in plain PyTorch (``flashddpm.kernels.reference``), with the same noise.

@@ -1,6 +1,6 @@
-r"""Fused forward noising, x_t = a x_0 + b eps with (a, b) = rows[t]   (S4; one step of it, S2).
+r"""Operation ``add_noise``, forward noising x_t = a x_0 + b eps with (a, b) = rows[t]   (S4, S2).
 
-eps is drawn in registers. Reads one image and writes one: 2 x itemsize bytes an element.
+eps is drawn in registers. Reads one image and writes one: 2 x itemsize bytes for each element.
 """
 
 from __future__ import annotations
@@ -99,19 +99,27 @@ def add_noise(
     rows: Tensor,
     purpose: int = Purpose.TRAINING,
 ) -> Tensor:
-    """Return x_t = rows[t, 0] x0 + rows[t, 1] eps, channels-last, in x0's dtype   (S2, S4).
+    """Return the images with noise added, x_t = rows[t, 0] x0 + rows[t, 1] eps   (S2, S4).
 
     Computed in float32 whatever the dtype. Differentiable with respect to x0.
 
     Args:
-        x0: [B, C, H, W], float32, float16 or bfloat16, any layout.
-        t: int64 [B], the row of each image, in [0, T): not checked, for that would wait.
-        seeds, keys: int64 [B], of the noise.
-        rows: float32 [T, 2].
-        purpose: what the noise is for.
+        x0: [B, C, H, W], the images, float32, float16 or bfloat16, any layout and range.
+        t: int64 [B], the row of ``rows`` of each image, in [0, T): not checked, for that would wait
+            for the device.
+        seeds, keys: int64 [B], the seed of each image's noise eps and its key (the upper 64 bits of
+            the noise counter); any values.
+        rows: float32 [T, 2], the factors of x0 and of eps.
+        purpose: what the noise is for, in 0..2^32-1 (``Purpose``): the second word of the noise
+            counter.
+
+    Returns:
+        [B, C, H, W], channels-last, in x0's dtype.
 
     Raises:
-        ValueError: a shape, dtype, layout or device that does not fit.
+        ValueError: if x0 is not a [B, C, H, W] of these dtypes with fewer than 2^34 elements an
+            image; if t, seeds, keys or rows is not contiguous, of this shape and dtype, and on x0's
+            device; or if purpose is not an integer in range.
     """
     check_image("x0", x0)
     check_images_rows(t, seeds, keys, rows, 2, x0)

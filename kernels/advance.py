@@ -1,7 +1,8 @@
-r"""Move every slot to its next row: idx[s] = next[idx[s]].
+r"""Operation ``advance``, which moves every slot to its next row: idx[s] = next[idx[s]].
 
-A launch of its own, after ``denoise_step``: nothing moves an index while another program of the
-same sample may still read it. Reads 16 bytes and writes 8 a slot.
+A slot is the place of one image in a batch; a row holds the coefficients of one of its steps. The
+operation is a launch of its own, after ``denoise_step``: nothing moves an index while another
+program of the same sample may still read it. Reads 16 bytes and writes 8 for each slot.
 """
 
 from __future__ import annotations
@@ -46,15 +47,18 @@ def _advance_fake(idx: Tensor, next: Tensor) -> None:
 
 
 def advance(slots: StepSlots, table: StepTable) -> None:
-    """Set idx[s] = next[idx[s]] for every slot, in place.
+    """Move every slot (the place of one image in a batch) to its next row, idx[s] = next[idx[s]].
+
+    A row is the coefficients of one step; a row that points at itself keeps its slots.
 
     Args:
-        slots: whose idx it moves; its entries must lie in [0, R): not checked, for that would wait.
-        table: whose next it reads.
+        slots: only ``idx``, int64 [S], is used; it is changed in place. Its entries must lie in [0,
+            R); this is not checked, for that would wait for the device.
+        table: only ``next``, int64 [R], the row that follows each row, is read.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit; the message begins with the name of
-            the tensor.
+        ValueError: if idx or next is not a contiguous int64 vector, or they are on different
+            devices; the message begins with the name of the tensor.
     """
     idx, next = slots.idx, table.next
     check_vectors(idx, torch.int64, idx.numel(), idx=idx)

@@ -1,12 +1,15 @@
-r"""One reverse step of every slot, each by a row of its own (the formula: tables.py; S5, S6).
+r"""Operation ``denoise_step``, one reverse step of every slot, each by its own row   (S5, S6).
+
+A slot is the place of one image in a batch, a row the coefficients of one step (in full: tables.py,
+docs/math.md), a lane one evaluation of the network, of which a guided image takes two.
 
     out    = out[lane_cond],  or  out[lane_uncond] + w (out[lane_cond] - out[lane_uncond])
     x0     = x0_xt x_t + x0_out out, clipped
     x_next = c_x0 x0 + c_xt x_t + c_out out + c_hist hist + sigma z
 
-z is drawn in registers. Bytes an element: x read and written (8), each lane of the slot read and
-the next network input written (2 x itemsize each), history read and written where used (4 each),
-the variance's channels of the conditional lane where the row takes them (itemsize).
+z is drawn in registers. Bytes for each element: x read and written (8), each lane of the slot read
+and the next network input written (2 x itemsize each), history read and written where used (4
+each), the variance's channels of the conditional lane where the row takes them (itemsize).
 """
 
 from __future__ import annotations
@@ -192,22 +195,29 @@ def denoise_step(
     table: StepTable,
     noise: Tensor | None = None,
 ) -> None:
-    """Apply row idx[s] to every slot s, in place.
+    """Apply one reverse step to every slot (the place of one image in a batch), in place.
 
-    Slots whose row points at itself are left untouched.
+    Slot s follows row idx[s] (the coefficients of one step; the formula: ``tables``). Slots whose
+    row points at itself (``table.next``) are left untouched.
 
     Args:
-        state: what the step changes: x, hist, net_in and nonfinite.
+        state: what the step changes: ``x`` becomes x_next; ``hist`` becomes x0 where the next row
+            reads the history; x_next goes to ``net_in`` at each lane (one evaluation of the
+            network) of the slot; ``nonfinite`` notes the row where the network's output is not
+            finite. net_in must be dense.
         out: [L, C or 2C, H, W], the network's output, float32, float16 or bfloat16, any layout;
-            log_sigma is of effect where it has 2C channels.
-        slots: each slot's row, seed, guidance and lanes.
-        statistics: of ``sample_stats``, read where the row asks.
-        table: rows, keys and the rows that follow.
-        noise: float32 [S, C, H, W] to use for z, or None to draw it.
+            only with 2C channels, the second C of which are v, is the column log_sigma used.
+        slots: each slot's row, noise seed, guidance weight and lanes.
+        statistics: what ``sample_stats`` wrote: dynamic_threshold, read where the row has a
+            threshold, and rescale_factor, read where the row rescales and the slot is guided.
+        table: the rows, the key of each row's noise and the row that follows each.
+        noise: float32 [S, C, H, W], standard normal noise z to use, any layout; None draws it from
+            the slot's seed and the row's key.
 
     Raises:
-        ValueError: a shape, dtype, layout or device that does not fit; the message begins with the
-            name of the tensor.
+        ValueError: if a tensor has another shape, dtype, layout or device than its group
+            (``StepState``, ...) or this docstring says; the message begins with its name. Values of
+            rows and lanes are not checked.
     """
     x, net_in = state.x, state.net_in
     check_state(x=x, hist=state.hist)

@@ -1,8 +1,10 @@
-r"""Fused training loss, L_b = w mean(l(out - (k0 x_0 + k1 eps))), (k0, k1, w) = rows[t]   (S7).
+r"""Operation ``diffusion_loss``, the training loss of each image by one fused kernel   (S7).
+
+    L_b = w mean(l(out - (k0 x_0 + k1 eps))),    (k0, k1, w) = rows[t]
 
 (Ho et al. 2020, eq. 14; the targets of Salimans & Ho 2022; l is e^2, |e| or Huber's.) The error,
-its penalty and the launcher: losses.py. Bytes an element: forward one read (two where k0 is not 0),
-backward the same reads and one write.
+its penalty and the launcher: losses.py. Bytes for each element: forward one read (two where k0 is
+not 0), backward the same reads and one write.
 """
 
 from __future__ import annotations
@@ -90,21 +92,29 @@ def diffusion_loss(
     loss: str = "mse",
     delta: float = 1.0,
 ) -> Tensor:
-    """Return w mean(l(error)) of each image, float32 [B]   (S7).
+    """Return the training loss w mean(l(out - (k0 x0 + k1 eps))) of each image, float32 [B]   (S7).
 
-    Differentiable with respect to ``out``, once; the data have no gradient.
+    (k0, k1, w) = rows[t], and l is the penalty ``loss``; eps is the noise that ``add_noise`` drew
+    for the same seeds and keys. Differentiable with respect to ``out``, once (no second
+    derivative); the images have no gradient.
 
     Args:
         out: the network's output, [B, C, H, W], float32, float16 or bfloat16, any layout.
-        x0: the images, same shape, float32, float16 or bfloat16, any layout.
-        t: int64 [B], the row of each image, in [0, T): not checked, for that would wait.
-        seeds, keys: int64 [B], those given to ``add_noise``.
-        rows: float32 [T, 3], (k0, k1, weight).
-        loss: "mse", "l1" or "huber" (tables.LOSSES).
-        delta: where huber turns from a parabola to a line; above 0.
+        x0: the clean images, [B, C, H, W], float32, float16 or bfloat16, any layout.
+        t: int64 [B], the row of ``rows`` of each image, in [0, T): not checked, for that would wait
+            for the device.
+        seeds, keys: int64 [B], the noise seeds and keys (the upper 64 bits of the noise counter)
+            that ``add_noise`` got, with Purpose.TRAINING.
+        rows: float32 [T, 3], the factors k0 and k1 of the target and the weight w of the loss.
+        loss: the penalty of an error e: "mse" (e^2), "l1" (|e|) or "huber" (e^2 / 2 where |e| <=
+            delta, delta (|e| - delta / 2) beyond).
+        delta: the |e| where "huber" turns from a parabola to a line, in [1e-37, 1e37].
 
     Raises:
-        ValueError: a shape, dtype, layout or device that does not fit, or another loss.
+        ValueError: if out or x0 is not a floating-point [B, C, H, W] of these dtypes with fewer
+            than 2^34 elements an image; if x0 is not of the shape and device of out; if t, seeds,
+            keys or rows is not contiguous, of this shape and dtype, and on their device; if loss is
+            none of these; or if delta is out of range, whatever the loss.
     """
     check_image("out", out)
     check_image("x0", x0, like=out)

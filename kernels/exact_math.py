@@ -1,6 +1,7 @@
-"""Logarithm and exponential by exact operations: the reference's bits on every device.
+"""Logarithm and exponential in Triton, with the reference's bits on every device.
 
-Only float32 products and sums, each rounded, and moves of bits (Cephes' logf and expf).
+They are exact in that they consist only of float32 products and sums, each rounded, and moves of
+bits (Cephes' logf and expf).
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ EXP_MAX = tl.constexpr(reference.exact.EXP_MAX)
 
 @triton.jit
 def ln(v, SCALE: tl.constexpr):
-    """Natural logarithm of v 2^-SCALE, the bits of the logarithm of the product.
+    """Return the natural logarithm of v 2^-SCALE, the same bits as of the product itself, float32.
 
-    v is positive and normal; anything else, NaN too, gives some number. v = m 2^e with m in
-    [sqrt .5, sqrt 2); e is held times 2^23, where it stands in v's bits.
+    v is held as m 2^e with m in [sqrt .5, sqrt 2); e is held times 2^23, where it stands in v's
+    bits.
+
+    Args:
+        v: float32, positive and normal; anything else, NaN too, gives some number.
+        SCALE: the negative power of two in the product, an integer.
     """
     i = v.to(tl.int32, bitcast=True)
     e = (i - (0x3F3504F3 + (SCALE << 23))) & -0x800000
@@ -44,7 +49,11 @@ def ln(v, SCALE: tl.constexpr):
 
 @triton.jit
 def exp(x):
-    """e^x, to 1.5e-7 relative; 0 below -86, infinite above 88."""
+    """Return e^x to a relative error of 1.5e-7, float32: 0 below x = -86, infinite above 88.
+
+    Args:
+        x: float32, any values; NaN gives NaN.
+    """
     k = x * 1.44269504 + ROUNDER
     n = k - ROUNDER
     r = x - n * 0.693359375

@@ -1,4 +1,4 @@
-"""Arguments of operations, for tests, counts of bytes and benchmarks: the same on every device."""
+"""Example arguments of operations for tests and benchmarks, the same on every device."""
 
 from __future__ import annotations
 
@@ -13,36 +13,54 @@ from flashddpm.kernels.tables import Column
 
 
 class Draws:
-    """Random arguments: drawn on the CPU, so that every device gets the same."""
+    """Random tensors that are drawn on the CPU, so that every device gets the same numbers.
+
+    Args:
+        device: the device on which the tensors are returned.
+        seed: the seed of the random numbers.
+
+    Attributes:
+        device: the device on which the tensors are returned.
+        generator: the CPU generator of all numbers, which each call advances.
+    """
 
     def __init__(self, device: str | torch.device, seed: int) -> None:
         self.device = device
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return normal numbers, images in channels-last order."""
+        """Return standard normal numbers of a given shape; 4-D tensors are channels-last.
+
+        Args:
+            shape: the shape of the tensor.
+            dtype: the dtype to which the numbers, drawn in float32, are rounded.
+        """
         values = torch.randn(shape, generator=self.generator).to(self.device, dtype)
         return channels_last(values) if len(shape) == 4 else values
 
     def integers(self, size: int, low: int, high: int) -> Tensor:
-        """Return int64 [size] in [low, high)."""
+        """Return uniform random integers in [low, high), int64 [size]."""
         return torch.randint(low, high, (size,), generator=self.generator).to(self.device)
 
     def seeds(self, size: int) -> Tensor:
-        """Return seeds of noise, int64 [size]."""
+        """Return random seeds of noise, int64 [size], in [-2^63, 2^63 - 1)."""
         return self.integers(size, -(2**63), 2**63 - 1)
 
     def keys(self, size: int) -> Tensor:
-        """Return keys of noise, int64 [size]."""
+        """Return random keys of noise (upper 64 bits of the counter), int64 [size] in [0, 2^40)."""
         return self.integers(size, 0, 2**40)
 
     def table(self, rows: list[list[float]]) -> Tensor:
-        """Return a table, float32 [R, columns]."""
+        """Return a table of coefficients as a tensor, float32 [R, columns].
+
+        Args:
+            rows: R lists of one number a column.
+        """
         return torch.tensor(rows, dtype=torch.float32, device=self.device)
 
 
 def image_bytes(images: Tensor) -> int:
-    """Return the bytes of one image."""
+    """Return the bytes of one image of a batch [B, C, H, W]."""
     return images.itemsize * (images.shape[1] * images.shape[2] * images.shape[3])
 
 
@@ -57,14 +75,23 @@ def of_images(
     outputs: int = 0,
     first: int = 0,
 ) -> Arguments:
-    """Return x0, t, seeds, keys and rows of a batch of images that take the rows in turn.
+    """Return example arguments of an operation on images, each of which takes the next row in turn.
 
     Args:
-        device, dtype, shape, batch, seed: as in ``Op.example``.
-        rows: of the table.
-        outputs: how many times the channels of an image a network's output, ``out``, has; 0 for
-            none, which stands before x0.
-        first: row of the first image.
+        device: the device of the tensors.
+        dtype: the dtype of the images and of the network's output.
+        shape: (C, H, W) of one image.
+        batch: the number of images B.
+        seed: the seed of the random numbers.
+        rows: the table of coefficients, a list of numbers for each row.
+        outputs: how many times the channels of an image the network's output ``out`` has; 0 for an
+            operation that takes no output.
+        first: the row of the first image.
+
+    Returns:
+        The arguments by name: "out", [B, outputs C, H, W], if outputs is not 0; "x0", [B, C, H, W];
+        "t", "seeds" and "keys", int64 [B]; "rows", float32 [R, columns]. Images are standard normal
+        numbers, channels-last.
     """
     draws = Draws(device, seed)
     C, H, W = shape
@@ -79,12 +106,24 @@ def of_images(
 
 
 def on_row(row: list[float]) -> Callable[[Arguments], Arguments]:
-    """Return what gives every image this one row (``ByteCase.change``)."""
+    """Return a function that puts every image on one given row (``ByteCase.change``).
+
+    Args:
+        row: the coefficients, one a column.
+
+    Returns:
+        A function of an operation's arguments, which are on the CPU; it returns the arguments that
+        differ: "t", int64 zeros [B], and "rows", float32 [1, columns].
+    """
     return lambda args: {"t": torch.zeros_like(args["t"]), "rows": torch.tensor([row])}
 
 
 def step_row(**columns: float) -> list[float]:
-    """Return a row of a step, 0 in the columns that are not given."""
+    """Return the coefficients of one step, a number for each ``Column``.
+
+    Args:
+        columns: coefficients by the column's name in lower case, such as c_x0; the others are 0.
+    """
     return [columns.get(column.name.lower(), 0.0) for column in Column]
 
 
@@ -101,9 +140,21 @@ FOLLOW = [0, 2, 3, 0, 0]
 def of_slots(
     device: str | torch.device, dtype: torch.dtype, shape: Shape, batch: int, seed: int
 ) -> Arguments:
-    """Return the tensors of a step, by name: slots take ``STEPS`` in turn, every second is guided.
+    """Return the example tensors of a sampling step by name; every second slot is guided.
 
-    Arguments are those of ``Op.example``.
+    A slot is the place of one image in a batch; slots take the rows (steps) of ``STEPS`` in turn.
+
+    Args:
+        device: the device of the tensors.
+        dtype: the dtype of the network's input and output; states are float32.
+        shape: (C, H, W) of one image.
+        batch: the number S of slots.
+        seed: the seed of the random numbers.
+
+    Returns:
+        The fields of ``StepState``, ``StepSlots``, ``StepStatistics`` and ``StepTable`` by their
+        names, and "out", [L, C, H, W], for L = S + S // 2 lanes (a lane is one evaluation of the
+        network).
     """
     draws = Draws(device, seed)
     slot = torch.arange(batch, device=device, dtype=torch.int32)
@@ -130,12 +181,15 @@ def of_slots(
 def on_step(
     *, guided: bool = False, following: bool = False, **columns: float
 ) -> Callable[[Arguments], Arguments]:
-    """Return what gives every slot one row of these columns (``ByteCase.change``).
+    """Return a function that puts every slot on one row of coefficients (``ByteCase.change``).
 
     Args:
-        guided: whether slots have two lanes.
-        following: whether the next row reads the history.
-        columns: that are not 0.
+        guided: whether slots have two lanes (a lane is one evaluation of the network), or one.
+        following: whether the row after it reads the history.
+        columns: the row's coefficients by the column's name in lower case; the others are 0.
+
+    Returns:
+        A function of a step's tensors by name, which are on the CPU; it returns those that differ.
     """
 
     def change(args: Arguments) -> Arguments:
@@ -158,9 +212,16 @@ def on_step(
 
 
 def learned_range(out: Tensor) -> tuple[Tensor, Tensor]:
-    """Return prediction and log variance of an output of 2C channels, as eager PyTorch does it.
+    """Return the prediction and log variance of an output of 2C channels, in eager PyTorch.
 
-    The logarithm is a mix of two, here of -2 and -3 (Nichol & Dhariwal 2021, eq. 15).
+    The log variance is a mix of two, here of -2 and -3 (Nichol & Dhariwal 2021, eq. 15).
+
+    Args:
+        out: [B, 2C, H, W], float32, float16 or bfloat16; the second C channels are v in [-1, 1].
+
+    Returns:
+        The prediction, [B, C, H, W], a view in out's dtype; and the log variance, float32 [B, C, H,
+        W].
     """
     prediction, v = out.chunk(2, dim=1)
     fraction = (v.float() + 1) / 2

@@ -1,17 +1,18 @@
-r"""Fused hybrid loss of a network that predicts its variance too   (S7 and S10).
+r"""Operation ``hybrid_loss``, the training loss of a network that predicts its variance too.
 
-    L_b = w mean(l(error)) + b mean(bound),    error = out - (k0 x_0 + k1 eps)
+    L_b = w mean(l(error)) + b mean(bound),    error = out - (k0 x_0 + k1 eps)    (S7 and S10)
 
 (Nichol & Dhariwal 2021, eq. 16.) The second C of the network's 2C channels, v, set the variance:
-over the log variance of the posterior (S5) the model's is d = offset + slope v, and a term of the
-variational bound is, in nats,
+the log variance of the model over that of the posterior (S5) is d = offset + slope v, and a term of
+the variational bound is, in nats,
 
     (d - 1 + e^-d (1 + (gain precision error)^2)) / 2      the divergence of two normals
     -ln P(bin of x_0)                                      where half_bin is not 0 (t = 0)
 
 with P under a normal of deviation e^(d/2) / precision about x_0 + gain error. The bound has a
 gradient for v only. The formulas in PyTorch: ``reference/training.py``; columns: tables.py.
-Bytes an element: forward both halves of out and x_0 where used; backward the same and two written.
+Bytes for each element: forward both halves of out and x_0 where used; backward the same and two
+written.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ CDF_CUBE = tl.constexpr(reference.training.CDF_CUBE)
 
 @triton.jit
 def _cdf(y):
-    """The normal distribution function as the reference approximates it."""
+    """Return the normal distribution function at y as the reference approximates it."""
     return tl.div_rn(1.0, 1.0 + exp((y + y * y * y * CDF_CUBE) * -CDF_SLOPE))
 
 
@@ -65,7 +66,10 @@ def _density(y, cdf):
 
 @triton.jit
 def _bin(d, shift, pixel, half):
-    """Return a pixel's bin in deviations from the mean, and the mass of each end (0 at an edge)."""
+    """Return the ends of a pixel's bin, in deviations from the mean, and the mass below each.
+
+    The mass below the lower end is 0 for pixels at the edge of the range.
+    """
     inverse = exp(d * -0.5)
     upper = tl.clamp((half - shift) * inverse, -FARTHEST, FARTHEST, tl.PropagateNan.ALL)
     lower = tl.clamp((-half - shift) * inverse, -FARTHEST, FARTHEST, tl.PropagateNan.ALL)
@@ -187,22 +191,32 @@ def hybrid_loss(
     loss: str = "mse",
     delta: float = 1.0,
 ) -> Tensor:
-    """Return w mean(l(error)) + b mean(bound) of each image, float32 [B]   (S7 and S10).
+    """Return the hybrid loss w mean(l(error)) + b mean(bound) of each image, float32 [B].
 
-    Differentiable with respect to ``out``, once; the bound has a gradient for the variance only,
-    and the data have none.
+    (S7 and S10; Nichol & Dhariwal 2021, eq. 16.) The first C channels of ``out`` are the
+    prediction, whose error is out - (k0 x0 + k1 eps) with the noise eps of ``add_noise``; the
+    second C set the variance in the term of the variational bound, in nats. Differentiable with
+    respect to ``out``, once (no second derivative); the bound has a gradient for the variance
+    channels only, and the images have none.
 
     Args:
         out: the network's output, [B, 2C, H, W], float32, float16 or bfloat16, any layout.
-        x0: the images, [B, C, H, W] in [-1, 1], float32, float16 or bfloat16, any layout.
-        t: int64 [B], the row of each image, in [0, T): not checked, for that would wait.
-        seeds, keys: int64 [B], those given to ``add_noise``.
-        rows: float32 [T, len(LossColumn)] (parameterization.hybrid_rows).
-        loss: "mse", "l1" or "huber" (tables.LOSSES).
-        delta: where huber turns from a parabola to a line; above 0.
+        x0: the clean images, [B, C, H, W] in [-1, 1], float32, float16 or bfloat16, any layout.
+        t: int64 [B], the row of ``rows`` of each image, in [0, T): not checked, for that would wait
+            for the device.
+        seeds, keys: int64 [B], the noise seeds and keys (the upper 64 bits of the noise counter)
+            that ``add_noise`` got, with Purpose.TRAINING.
+        rows: float32 [T, len(LossColumn)], the coefficients of each timestep
+            (``parameterization.hybrid_rows``).
+        loss: the penalty l of an error e: "mse" (e^2), "l1" (|e|) or "huber" (e^2 / 2 where |e| <=
+            delta, delta (|e| - delta / 2) beyond).
+        delta: the |e| where "huber" turns from a parabola to a line, in [1e-37, 1e37].
 
     Raises:
-        ValueError: a shape, dtype, layout or device that does not fit, or another loss.
+        ValueError: if x0 is not a [B, C, H, W] of these dtypes with fewer than 2^34 elements an
+            image; if out is not a [B, 2C, H, W] of these dtypes on x0's device; if t, seeds, keys
+            or rows is not contiguous, of this shape and dtype, and on that device; if loss is none
+            of these; or if delta is out of range, whatever the loss.
     """
     check_image("x0", x0)
     check_output(out, x0, lanes=len(x0))

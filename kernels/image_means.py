@@ -1,7 +1,7 @@
-"""Means over each image of what a kernel sums by blocks, in two stages of fixed order.
+"""Means over each image of values that a kernel sums by blocks, in two stages of fixed order.
 
-There are no atomics: two runs give the same bits. The first stage is a kernel that ends in
-``store_partial``; the second is the same for all.
+There are no atomics, so two runs give the same bits. The first stage is a kernel that ends in
+``store_partial``; the second stage is the same kernel for all operations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from flashddpm.kernels.operation import Budget, variant
 
 @triton.jit
 def store_partial(partial, total, image, block):
-    """Store a block's sum at [image, block]."""
+    """Store a block's sum at [image, block] of the partial sums.
+
+    Args:
+        partial: pointer to float32 [images, blocks], the blocks of the launch's grid.
+        total: float32 scalar, the block's sum.
+        image: the first index, int64 scalar.
+        block: the second index, int64 scalar.
+    """
     blocks = tl.num_programs(1).to(tl.int64) * tl.num_programs(2)
     tl.store(partial + image * blocks + block, total)
 
@@ -44,16 +51,18 @@ def _mean_kernel(
 def image_means(
     kernel: Any, x0: Tensor, *arguments: Any, sums: tuple[int, ...] = (), **options: int
 ) -> Tensor:
-    """Return the means over each image of what ``kernel`` sums by blocks, float32 [B, *sums].
+    """Return the means over each image of what a kernel sums by blocks, float32 [B, *sums].
 
     The mean over an image of no elements is NaN.
 
     Args:
-        kernel: begins with ``place``; writes partial sums, its first argument.
+        kernel: a Triton kernel that begins with ``place``, takes the partial sums first and ends in
+            ``store_partial``.
         x0: the images that the means are of, [B, C, H, W].
-        arguments: of the kernel, but for the first and the last, a block's size.
-        sums: shape of the sums of one image; () for a single one.
-        options: of the kernel's launch.
+        arguments: the kernel's arguments between the partial sums, its first, and BLOCK, its last.
+        sums: the shape of the sums of one image; () for a single one. The kernel stores them as if
+            each were an image of its own, one after the other.
+        options: options of the kernel's launch.
     """
     shape = (len(x0), *sums)
     if not x0.numel():
@@ -69,4 +78,4 @@ def image_means(
 
 
 MEAN = variant("loss_mean", _mean_kernel, {4: Budget(60, 8, None, "a loop over partial sums")})
-"""The second stage, as it is compiled."""
+"""The record of the second stage's kernel, as it is compiled."""

@@ -1,4 +1,4 @@
-"""What every launcher shares: where Triton runs, layouts of images and grids of programs."""
+"""Helpers that every launcher of a Triton kernel shares: device choice, layouts and grids."""
 
 from __future__ import annotations
 
@@ -10,59 +10,90 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether TRITON_INTERPRET=1 was set at import: then the kernels run on CPU tensors."""
+"""Whether TRITON_INTERPRET=1 was set at import; Triton's interpreter then runs kernels on the CPU.
+"""
 
 OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
-"""Of every launch. No fused multiply-add: each product and sum is rounded, as on the CPU."""
+"""The options of every launch. Without fused multiply-add, each product and sum is rounded, as on
+the CPU.
+"""
 
 WARPS_2C = 4
-"""Of kernels that read 2C channels: half as many elements a thread, for they hold more of each."""
+"""The warps of a program of kernels that read 2C channels.
+
+With twice as many threads each handles half as many elements, for it holds more of each.
+"""
 
 BLOCK = 1024
-"""Elements a program handles, 16 a thread; the interpreter, slow per program, is given more."""
+"""The elements that a program handles, 16 a thread; under the interpreter, which is slow for each
+program, ``block_size`` gives more.
+"""
 
 
 MAX_GRID_Y = tl.constexpr(65535)
-"""The most programs along the second and third axes of CUDA's grids."""
+"""The most programs along the second and the third axis of a CUDA grid."""
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether ops on this tensor launch Triton kernels; elsewhere they run the reference."""
+    """Return whether operations on this tensor launch Triton kernels rather than run the reference.
+
+    They do for CUDA tensors, and for CPU tensors under Triton's interpreter.
+    """
     return tensor.is_cuda or INTERPRETED
 
 
 def launch(
     kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **options: int
 ) -> None:
-    """Launch a grid of programs on the GPU of ``like``, whichever is the current one."""
+    """Launch a grid of programs of a Triton kernel on the GPU that holds a tensor.
+
+    Args:
+        kernel: the Triton kernel.
+        grid: the number of programs along up to three axes.
+        like: a tensor on the device that runs the kernel.
+        arguments: the kernel's arguments.
+        options: options of the launch, which replace those of ``OPTIONS``.
+    """
     with torch.cuda.device_of(like):
         kernel[grid](*arguments, **OPTIONS | options)
 
 
 def launch_blocks(kernel: Any, images: Tensor, *arguments: Any, **options: int) -> None:
-    """Launch a program for each block of each image; the block's size is the last argument.
+    """Launch one program of a kernel for each block of elements of each image.
 
     Args:
-        kernel: begins with ``place``.
-        images: [B, C, H, W], at least one element, on the GPU that runs the kernel.
-        arguments: of the kernel, but for the block's size.
-        options: of the launch, which replace those of ``OPTIONS``.
+        kernel: a Triton kernel that begins with ``place`` and whose last argument is BLOCK.
+        images: [B, C, H, W], any dtype, at least one element, on the device that runs the kernel.
+        arguments: the kernel's arguments except the last; BLOCK is added.
+        options: options of the launch, which replace those of ``OPTIONS``.
     """
     programs, block = blocks_of(images)
     launch(kernel, programs, images, *arguments, block, **options)
 
 
 def blocks_of(images: Tensor) -> tuple[tuple[int, int, int], int]:
-    """Return the grid of ``place`` for images [B, C, H, W], and the elements of a block."""
+    """Return the grid that ``place`` expects for a batch of images, and the elements of a block.
+
+    Args:
+        images: [B, C, H, W], B >= 1; only the shape matters.
+
+    Returns:
+        (programs along three axes, elements of a block).
+    """
     n = images[0].numel()
     block = block_size(n)
     return grid(len(images), n, block), block
 
 
 def grid(images: int, n: int, block: int) -> tuple[int, int, int]:
-    """Return the grid of ``place``: images, then blocks along two axes.
+    """Return the grid that ``place`` expects: images on the first axis, blocks on the other two.
 
-    Past 65,535 blocks the last of them may lie outside the image, where masks are empty.
+    Past 65,535 blocks the last of the programs may lie outside the image, where masks are empty.
+
+    Args:
+        images: the number of images.
+        n: the elements of an image.
+        block: the elements of a block.
     """
     blocks = triton.cdiv(n, block)
     return images, min(blocks, MAX_GRID_Y.value), triton.cdiv(blocks, MAX_GRID_Y.value)
@@ -70,9 +101,18 @@ def grid(images: int, n: int, block: int) -> tuple[int, int, int]:
 
 @triton.jit
 def place(n, BLOCK: tl.constexpr):
-    """Return this program's image, its block, the block's elements and which of them exist, and n.
+    """Return this program's image and block, the block's element offsets and their mask.
 
-    Images lie along the grid's first axis, blocks along the other two: no division tells which.
+    Images lie along the grid's first axis and blocks along the other two, so no division is needed.
+
+    Args:
+        n: the elements of an image.
+        BLOCK: the elements of a block.
+
+    Returns:
+        The image's index, int64 scalar; the block's index, int64 scalar; the offsets 0..BLOCK-1
+        within the block, int32 [BLOCK]; which of them lie in the image, bool [BLOCK]; and n as
+        int64.
     """
     n = tl.cast(n, tl.int64)  # 64 bits, and n = 1 arrives as a constant
     image = tl.program_id(0).to(tl.int64)
@@ -84,28 +124,49 @@ def place(n, BLOCK: tl.constexpr):
 
 @triton.jit
 def minus_zeros(BLOCK: tl.constexpr):
-    """Return -0.0, float32 [BLOCK], where a sum starts; tl.full would make it +0.0."""
+    """Return -0.0, float32 [BLOCK], the start of a sum: adding p gives p, its sign included.
+
+    (tl.full would make it +0.0.)
+    """
     return tl.full([BLOCK], -2147483648, tl.int32).to(tl.float32, bitcast=True)
 
 
 def block_size(n: int) -> int:
-    """Return the elements a program handles for images of n elements."""
+    """Return how many elements a program handles, for images of n elements each.
+
+    That is ``BLOCK`` on a GPU; under the interpreter, the power of two that holds n, from 16 to
+    16,384.
+    """
     return min(triton.next_power_of_2(max(n, 16)), 16384) if INTERPRETED else BLOCK
 
 
 def doubled_channels(out: Tensor, images: Tensor) -> int:
-    """Return C where a network's output has 2C channels for images of C, else 0."""
+    """Return C if a network's output does not have as many channels as the images, else 0.
+
+    Args:
+        out: [L, C or 2C, H, W], the network's output.
+        images: [B, C, H, W].
+    """
     C = images.shape[1]
     return C if out.shape[1] != C else 0
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """Return the tensor with elements in (b, h, w, c) order, copied only if they are not."""
+    """Return a tensor with its elements in (b, h, w, c) order, copied only if they are not in it.
+
+    Args:
+        tensor: [B, C, H, W], any dtype.
+    """
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def empty_channels_last(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return an uninitialised channels-last tensor of the same shape."""
+    """Return an uninitialised channels-last tensor with the shape and device of another.
+
+    Args:
+        like: [B, C, H, W], the tensor whose shape, device and, by default, dtype are taken.
+        dtype: the dtype of the result; None for that of ``like``.
+    """
     return torch.empty(
         like.shape,
         dtype=dtype or like.dtype,

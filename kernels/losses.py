@@ -1,8 +1,8 @@
-"""What the two training losses share: the error, its penalty, the operator and its gradient.
+"""Parts that the two training losses share: the error, its penalty, the operator and its gradient.
 
 A loss is L_b = w mean(l(error)) and what the operation adds to it, with error = out - (k0 x_0 +
 k1 eps), (k0, k1, w) the first columns of rows[t], and l one of ``tables.LOSSES``. eps is the noise
-of ``add_noise``, drawn again; neither it nor the target is ever written.
+of ``add_noise``, drawn again; neither it nor the target is ever written to memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,19 @@ L1 = tl.constexpr(LOSSES.index("l1"))
 
 @triton.jit
 def error_of(o, x0, row, seed, key, block, start, offsets, mask, like, BLOCK: tl.constexpr):
-    """Return o - (k0 x_0 + k1 eps) of one block, float32 [BLOCK]."""
+    """Return the error o - (k0 x_0 + k1 eps) of one block of an image, float32 [BLOCK].
+
+    Args:
+        o: float32 [BLOCK], the network's prediction.
+        x0: pointer to the clean images, [B, n]; read only where k0 is not 0.
+        row: pointer to the image's row of coefficients, which begins with k0 and k1.
+        seed, key: int64 scalars, the seed and key of the noise eps.
+        block: the block's index in its image, int64 scalar.
+        start: the block's first element in x0, int64 scalar, the images before it included.
+        offsets: int32 [BLOCK], the elements of the block, from 0.
+        mask: bool [BLOCK], which elements exist.
+        like: a pointer whose element size decides how threads divide the noise (``philox.draw``).
+    """
     k0 = tl.load(row)
     k1 = tl.load(row + 1)
     signal = k0 * tl.load(x0 + start + offsets, mask=tl.where(k0 != 0, mask, False), other=0).to(
@@ -50,7 +62,13 @@ def error_of(o, x0, row, seed, key, block, start, offsets, mask, like, BLOCK: tl
 
 @triton.jit
 def penalty(error, delta, LOSS: tl.constexpr):
-    """Return l(error)."""
+    """Return the penalty of an error, float32 [BLOCK].
+
+    Args:
+        error: float32 [BLOCK].
+        delta: float32 scalar, where Huber's penalty turns to a line.
+        LOSS: the index of the loss in ``tables.LOSSES``: 0 for e^2, 1 for |e|, 2 for Huber's.
+    """
     if LOSS == MSE:
         return error * error
     size = tl.abs(error)
@@ -61,7 +79,13 @@ def penalty(error, delta, LOSS: tl.constexpr):
 
 @triton.jit
 def slope(error, delta, LOSS: tl.constexpr):
-    """Return l'(error); NaN where the error is."""
+    """Return the derivative of ``penalty``, float32 [BLOCK]; NaN where the error is NaN.
+
+    Args:
+        error: float32 [BLOCK].
+        delta: float32 scalar, where Huber's penalty turns to a line.
+        LOSS: the index of the loss in ``tables.LOSSES``: 0 for e^2, 1 for |e|, 2 for Huber's.
+    """
     if LOSS == MSE:
         return 2.0 * error
     if LOSS == L1:
@@ -72,15 +96,22 @@ def slope(error, delta, LOSS: tl.constexpr):
 def loss_operator(
     name: str, forward: Any, backward: Any, learned: bool = False
 ) -> Callable[..., Tensor]:
-    """Register the operator of a loss and that of its gradient for ``out``; return the first.
+    """Register a loss as a torch operator with a gradient for ``out``, and return it.
 
-    On tensors that do not run Triton, both are the functions of the same names in ``reference``.
+    A second operator, ``{name}_backward``, computes the gradient. On tensors that do not run
+    Triton, both are the functions of the same names in ``reference``.
 
     Args:
-        name: of the operation.
-        forward: kernel of (partial, out, x0, t, seeds, keys, rows, delta, n, LOSS, [C], BLOCK).
-        backward: kernel of (d_out, d_loss, out, ...), the rest as for ``forward``.
-        learned: whether ``out`` has 2C channels, of which the kernels take C.
+        name: the name of the operation, "diffusion_loss" or "hybrid_loss".
+        forward: the Triton kernel of the loss, with arguments (partial, out, x0, t, seeds, keys,
+            rows, delta, n, LOSS, [C], BLOCK).
+        backward: the Triton kernel of the gradient, with arguments (d_out, d_loss, out, x0, t,
+            seeds, keys, rows, delta, n, LOSS, [C], BLOCK).
+        learned: whether ``out`` has 2C channels; the kernels then take C.
+
+    Returns:
+        The operator, called as (out, x0, t, seeds, keys, rows, loss, delta), tensors but for the
+        last two; it returns the loss of each image, float32 [B], and checks no argument.
     """
     gradient = _gradient_operator(f"{name}_backward", backward, learned)
     plain, options = getattr(reference, name), _options(learned)
@@ -161,9 +192,17 @@ def _constants(x0: Tensor, loss: str, learned: bool) -> tuple[int, ...]:
 
 
 def plain_loss(out: Tensor, x0: Tensor, t: Tensor, rows: Tensor, **_: Any) -> Tensor:
-    """The loss of epsilon in eager PyTorch (``ByteCase.plain``).
+    """Return the epsilon loss of each image in eager PyTorch, float32 [B] (``ByteCase.plain``).
 
-    Squared error in float32 against the noise, which noising had to keep (here: x0).
+    The squared error, in float32, against the noise, which noising had to keep in memory; x0 stands
+    for the noise here.
+
+    Args:
+        out: [B, C, H, W], the network's output, any floating-point dtype.
+        x0: [B, C, H, W], the noise.
+        t: int64 [B], the row of each image.
+        rows: float32 [T, columns], whose column ``LossColumn.WEIGHT`` is the weight of the loss.
+        _: the operation's other arguments, ignored.
     """
     error = F.mse_loss(out.float(), x0.float(), reduction="none")
     return rows[t, LossColumn.WEIGHT] * error.mean(dim=(1, 2, 3))

@@ -1,7 +1,8 @@
-"""What an operation says of itself: the record ``OP`` that its file ends with, and the parts of it.
+"""The records that describe operations, their kernels, budgets and test cases to tests and tools.
 
-Tests, gates, the scorecard and benchmarks loop over these records (``flashddpm.kernels.OPS``) and
-name no operation themselves.
+The file of each operation ends with its record, ``OP``. Tests, gates (checks of compiled code), the
+scorecard and benchmarks loop over these records (``flashddpm.kernels.OPS``) and name no operation
+themselves.
 """
 
 from __future__ import annotations
@@ -24,19 +25,22 @@ DTYPES = ("fp32", "fp16", "bf16")
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that a kernel may use on any architecture, for images of one size of element.
+    """The most that a compiled kernel may use on any architecture, for images of one element size.
 
-    A budget is what the pinned version of Triton gives (checks/budgets.py), the worst of the
-    architectures, instructions rounded up to a half: one that is raised needs a reason.
+    A budget is what the pinned version of Triton gives (checks/budgets.py) on the worst of the
+    architectures, with instructions rounded up to a half: a budget that is raised needs a reason.
 
     Attributes:
-        registers: of a thread; a multiprocessor has 65,536 for at most 2048 threads, so that 64
-            let half of them stay resident, 96 a third.
-        shared: bytes of a program.
-        instructions: an element, slow paths apart; None where a loop makes them no total.
-        reason: what it is spent on.
-        width: bytes of the narrowest access of an image, foreign ones included.
-        memory_bound: whether moving its bytes must take longest on the reference card.
+        registers: 32-bit registers of a thread; a multiprocessor has 65,536 for at most 2048
+            threads, so that 64 let half of the threads stay resident and 96 a third.
+        shared: bytes of shared memory of a program (a thread block).
+        instructions: instructions for each element of an image, slow paths left out; None where the
+            kernel has a loop, whose instructions depend on sizes.
+        reason: what the resources are spent on, in words.
+        width: the fewest bytes that an access of an image may move, for images of ``Kernel.images``
+            and ``Kernel.foreign``.
+        memory_bound: whether memory must be what takes longest on the reference card, an H100 SXM,
+            by the counted bytes and instructions.
     """
 
     registers: int
@@ -49,19 +53,22 @@ class Budget:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel and how it is compiled: one variant, of every dtype.
+    """One variant of a Triton kernel, and how it is compiled for every dtype of its images.
 
     Attributes:
-        name: of the variant.
+        name: the name of the variant.
         fn: the Triton function.
-        signature: type of each argument, "*fp32:16" for a pointer or int divisible by 16;
-            "image" stands for a pointer to the dtype under test.
-        constants: value of each constexpr argument.
-        budgets: by the bytes of an image's element, 4 and, where the dtype matters, 2.
-        images: pointer arguments that must be accessed 16 bytes at a time.
-        foreign: images of a layout that is not ours: as wide as their budget says.
-        exact: whether every floating-point operation must be correctly rounded.
-        options: of the launch.
+        signature: the type of each runtime argument by its name, in Triton's notation: "fp32",
+            "i32", "*fp32:16" for a pointer to float32 (or an int type) that is divisible by 16;
+            "image" stands for a 16-byte aligned pointer to the dtype under test.
+        constants: the value of each constexpr argument by its name.
+        budgets: the budget by the bytes of an image's element: 4, and 2 where the dtype matters.
+        images: names of the pointer arguments that must be accessed 16 bytes at a time.
+        foreign: names of the pointer arguments to images in a layout that the kernel does not
+            choose (2C channels); their accesses may be as narrow as the budget says.
+        exact: whether every floating-point operation must be correctly rounded float32, so that the
+            result has the same bits on every device.
+        options: options of the compiler and launch, such as {"num_warps": 2}.
     """
 
     name: str
@@ -76,7 +83,10 @@ class Kernel:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """Of the images; "fp32" alone where no argument depends on it."""
+        """The dtypes of images to compile for, among "fp32", "fp16" and "bf16".
+
+        ("fp32",) alone where no argument depends on the dtype of images.
+        """
         return DTYPES if "image" in self.signature.values() else DTYPES[:1]
 
 
@@ -88,7 +98,8 @@ TYPES |= dict.fromkeys(("t", "seeds", "keys", "idx", "next"), "*i64:16")
 TYPES |= dict.fromkeys(("nonfinite", "lane_cond", "lane_uncond"), "*i32:16")
 TYPES |= dict.fromkeys(("n", "x_stride", "hist_stride"), "i32:16")
 TYPES |= dict.fromkeys(("S", "blocks"), "i32")
-"""Type of a kernel's argument by its name."""
+"""The type of a kernel's argument (``Kernel.signature``) by its name, unless a variant replaces it.
+"""
 
 
 def variant(
@@ -102,9 +113,22 @@ def variant(
     num_warps: int | None = None,
     **constants: int,
 ) -> Kernel:
-    """Return a kernel's variant, with what most share: ``TYPES``, a block's size, ``OPTIONS``.
+    """Return the record of a kernel's variant, with the types and options that most kernels share.
 
-    Arguments are those of ``Kernel``; ``types`` replaces some of ``TYPES``.
+    Args:
+        name: the name of the variant.
+        fn: the Triton function; its arguments have the types of ``TYPES`` by their names.
+        budgets: the budget by the bytes of an image's element, 4 and 2.
+        images: names of the pointer arguments that must be accessed 16 bytes at a time.
+        types: types that replace those of ``TYPES``, by argument.
+        foreign: names of the pointer arguments to images of another layout; those that the function
+            does not have are left out.
+        exact: whether every floating-point operation must be correctly rounded.
+        num_warps: warps of a program; None for those of ``launch.OPTIONS``.
+        constants: values of the constexpr arguments; BLOCK is ``launch.BLOCK`` by default.
+
+    Raises:
+        KeyError: if a runtime argument of the function has no type.
     """
     constants.setdefault("BLOCK", BLOCK)
     arguments = [argument for argument in fn.arg_names if argument not in constants]
@@ -115,22 +139,24 @@ def variant(
 
 
 LEARNED: dict[str, Any] = {"foreign": ("out", "d_out"), "num_warps": WARPS_2C, "C": 3}
-"""What variants for a network of 2C channels have in common: arguments of ``variant``."""
+"""The arguments of ``variant`` that variants for a network of 2C channels have in common (C = 3).
+"""
 
 
 @dataclass(frozen=True)
 class ByteCase:
-    """An operation with rows that use certain terms, whose bytes are counted.
+    """An operation with arguments that use certain terms, whose moved bytes are counted.
 
     Attributes:
-        name: of the case, which begins with the operation's.
-        change: example arguments -> those that differ.
-        kernels: names of the variants that move the bytes. A variant's first case is the one that
-            moves least: its bytes stand in the variant's bound.
+        name: the name of the case, which begins with the operation's name.
+        change: called with the operation's example arguments by name, on the CPU; returns the
+            arguments that differ from them, by name.
+        kernels: names of the variants that move these bytes. The first case of a variant is the one
+            that moves least: its bytes stand in the variant's bound of time.
         plain: the same work as a user writes it in eager PyTorch, after diffusers' schedulers and
             training scripts, with ``torch.randn`` for the noise; None where there is no such code.
-            It takes the operation's arguments and ignores what it has no use for.
-        backward: whether the gradient is counted, not the operation.
+            It is called with the operation's arguments by name and ignores what it has no use for.
+        backward: whether the bytes of the gradient are counted instead of those of the operation.
     """
 
     name: str
@@ -142,26 +168,33 @@ class ByteCase:
 
 @dataclass(frozen=True)
 class Op:
-    """An operation.
+    """The record of an operation: its functions, example arguments, kernels and counted cases.
+
+    ``Arguments`` below are a dictionary from an argument's name to its value.
 
     Attributes:
-        name: of the public function, of its file, its reference and its test.
-        fast, reference: the two functions, of one signature.
-        example: (device, dtype, shape (C, H, W), batch, seed) -> arguments by name; the same
-            numbers on every device.
-        bytes_moved: arguments -> bytes of images that one call reads and writes (for ``advance``,
-            of slots); the few numbers of each image are left out.
-        kernels: the variants that are compiled and held to the gates and their budgets.
-        cases: what bytes are counted of.
+        name: the name of the public function, of its file, of its reference and of its test.
+        fast: the public function, or ``by_tensor`` of it, which launches Triton kernels.
+        reference: the function of the same signature in plain PyTorch.
+        example: called with (device, dtype, shape (C, H, W), batch size, seed); returns Arguments
+            with the same numbers on every device.
+        bytes_moved: called with Arguments; returns the bytes of images (for ``advance``, of
+            indices) that one call reads and writes. The few numbers of each image are left out.
+        kernels: the variants that are compiled and held to the gates (checks of compiled code) and
+            their budgets.
+        cases: the cases whose bytes are counted.
         mutates: names of the arguments that are changed in place.
         differentiable: names of the arguments that have a gradient.
-        dtypes: of the images.
-        index: the argument that holds each image's row, "" where there is none.
-        all_work: columns none of which is 0 in a row that asks for all the work: benchmarks give
-            every image the first such row of the example, so that all cost the same.
-        alike: values of other arguments that benchmarks give every image, to that end.
-        read_again: names of the images that several passes read, all of them. Memory must hand
-            them over once; whether a cache holds them for the others is the kernel's affair.
+        dtypes: the dtypes that the images may have.
+        index: name of the argument that holds each image's row (the index of its coefficients); ""
+            if there is none.
+        all_work: columns of the table of rows none of which is 0 in a row that asks for all the
+            work: benchmarks give every image the first such row of the example, so that all cost
+            the same.
+        alike: values, by name, of other arguments that benchmarks give every image to the same end.
+        read_again: names of the images that the operation reads in several passes. A benchmark
+            counts their bytes once: whether a cache holds them for the later passes is the kernel's
+            affair.
     """
 
     name: str
@@ -181,6 +214,10 @@ class Op:
 
 
 def collected(*functions: Callable[..., Any]) -> dict[str, Op]:
-    """Return the records of these public functions, by name: ``OP`` of the file of each."""
+    """Return the records of operations by their names.
+
+    Args:
+        functions: public functions of operations; each one's module holds its record as ``OP``.
+    """
     ops = [sys.modules[function.__module__].OP for function in functions]
     return {op.name: op for op in ops}

@@ -1,4 +1,6 @@
-r"""Noise in registers: Philox4x32-10 words to normals by exact operations (noise of S2, S4, S5).
+r"""Operation ``philox``, normal noise by Philox4x32-10, and ``draw``, the same noise in registers.
+
+The noise is that of S2, S4 and S5 (docs/math.md); w_a and w_b are words of one Philox call:
 
     words  = philox(key = seed, counter = (element // 4, purpose, low and high word of the key))
     u      = float(w_a) 2^-32 + 2^-33 in (0, 1],   r = sqrt(-2 ln u)
@@ -8,7 +10,8 @@ r"""Noise in registers: Philox4x32-10 words to normals by exact operations (nois
 and sums, each rounded, and a correctly rounded root: the same bits on every device. The formula as
 it stands, in PyTorch: ``reference/noise.py``; here it takes fewer instructions to the same bits.
 
-``philox`` writes 4 bytes an element and reads none; the other kernels call ``draw`` and write none.
+``philox`` writes 4 bytes for each element and reads none; the other kernels call ``draw`` and write
+none.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ def _flip(value, word):
 
 @triton.jit
 def _cos_sin(word):
-    """Cosine and sine of 2 pi word / 2^32 - pi/4: a multiple of pi/2, and at most pi/4.
+    """Return cosine and sine of 2 pi word / 2^32 - pi/4: a multiple of pi/2, and at most pi/4.
 
     Bits 31 and 30 are the quadrant; the others, four times as large, are counted from the middle.
     """
@@ -101,10 +104,19 @@ def _normals(seed, key, group, PURPOSE: tl.constexpr):
 
 @triton.jit
 def draw(seed, key, block, like, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the normals of elements block * BLOCK + [0, BLOCK) of one image, float32 [BLOCK].
+    """Return the standard normal noise of one block of an image, float32 [BLOCK].
 
-    seed, key: int64 scalars. A thread draws as many neighbours as it moves at a time to or from
-    ``like``, a pointer: 4 of 32 bits or 8 of 16, by one or two Philox calls.
+    A thread draws as many neighbours as it moves at a time to or from ``like``: 4 elements of 32
+    bits or 8 of 16, by one or two Philox calls.
+
+    Args:
+        seed, key: int64 scalars, the seed of the image's noise and its key (the upper 64 bits of
+            the noise counter).
+        block: the block's index in its image: it holds the elements block * BLOCK + [0, BLOCK) in
+            channels-last order.
+        like: a pointer to elements of 16 or 32 bits, which the kernel moves at the same offsets.
+        PURPOSE: what the noise is for (``Purpose``), an integer in 0..2^32-1.
+        BLOCK: the elements of a block, a power of two, at least 8.
     """
     first = (block * (BLOCK // 4)).to(tl.uint32)
     if like.dtype.element_ty.primitive_bitwidth == 16:
@@ -155,15 +167,22 @@ def _philox_fake(seeds: Tensor, keys: Tensor, C: int, H: int, W: int, purpose: i
 def philox(
     seeds: Tensor, keys: Tensor, shape: tuple[int, int, int], purpose: int = Purpose.INITIAL
 ) -> Tensor:
-    """Return standard normal noise, float32 [B, C, H, W], channels-last.
+    """Return standard normal noise for a batch of images, a pure function of seed, key and purpose.
 
     Args:
-        seeds, keys: int64 [B].
+        seeds, keys: int64 [B], the seed of each image's noise and its key (the upper 64 bits of the
+            noise counter); any values.
         shape: (C, H, W) of one image, below 2^34 elements.
-        purpose: what the noise is for.
+        purpose: what the noise is for, in 0..2^32-1 (``Purpose``): the second word of the noise
+            counter.
+
+    Returns:
+        float32 [B, C, H, W], channels-last, on the device of ``seeds``.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: if shape is not three numbers from 0 with a product below 2^34; if seeds or keys
+            is not a contiguous int64 vector, or keys is not of the size and device of seeds; or if
+            purpose is not an integer in range.
     """
     if len(shape) != 3 or min(shape) < 0 or math.prod(shape) >= 2**34:
         raise ValueError(f"shape={tuple(shape)}: must be (C, H, W) with below 2^34 elements")

@@ -1,19 +1,21 @@
-r"""What a row asks of a slot's whole image: its threshold, and how guidance changed its contrast.
+r"""Operation ``sample_stats``, the dynamic threshold and the rescale factor of whole images.
 
     dynamic_threshold = the threshold-quantile of |x0|, in [1, max(clip, 1)]
     rescale_factor    = phi std(out[lane_cond]) / std(out) + 1 - phi
 
-(Saharia et al. 2022, section 2.3; Lin et al. 2023, eq. 15 and 16.) The factor is 1 where std(out)
-is 0; squares are float32's, so outputs beyond 1e19 have no factor but NaN.
+(Saharia et al. 2022, section 2.3; Lin et al. 2023, eq. 15 and 16.) A slot is the place of one image
+in a batch, a lane one evaluation of the network, a row the coefficients of one step. The factor is
+1 where std(out) is 0; squares are float32's, so outputs beyond 1e19 have no factor but NaN.
 
 One program a slot, sums and counts in a fixed order. It ends at once where the row asks for
-neither. Bytes an element, most from the L2 cache: each pass reads the slot's lanes, itemsize each;
-rescaling takes two passes, the threshold five with x besides (4). The quantile is exact: numbers
-without a sign are in the order of their bits, so three passes of a histogram over 8 bits and one
-over 7 find the number of the wanted rank, and the fifth its successor.
+neither. Bytes for each element, most from the L2 cache: each pass reads the slot's lanes, itemsize
+each; rescaling takes two passes, the threshold five with x besides (4). The quantile is exact:
+numbers without a sign are in the order of their bits, so three passes of a histogram over 8 bits
+and one over 7 find the number of the wanted rank, and the fifth its successor.
 
-Outside the exact tier: sums of a whole image depend on their order. One program an image is slow
-where images are large and few: at 64 of them half of an H100's multiprocessors wait.
+The results are not exact (bits that do not depend on the device): sums of a whole image depend on
+their order. One program an image is slow where images are large and few: at 64 of them half of an
+H100's multiprocessors wait.
 """
 
 from __future__ import annotations
@@ -246,21 +248,25 @@ def sample_stats(
     statistics: StepStatistics,
     table: StepTable,
 ) -> None:
-    """Compute, before ``denoise_step``, what a slot's row asks of its whole image, in place.
+    """Compute the statistics of whole images that ``denoise_step`` will read, in place.
 
-    Slots whose row asks for nothing, or points at itself, are left untouched.
+    For each slot (the place of one image in a batch) they are the dynamic threshold of x0 and the
+    factor that rescales its guidance, where the slot's row (the coefficients of one step) asks for
+    them. Slots whose row asks for neither, or points at itself, are left untouched.
 
     Args:
-        state: whose x it reads.
-        out: [L, C or 2C, H, W], the network's output, float32, float16 or bfloat16, any layout.
-        slots: whose rows, guidance and lanes it reads.
-        statistics: what it writes: dynamic_threshold where the row has a threshold, rescale_factor
-            where the row rescales and the slot is guided.
-        table: whose rows it reads, and those that follow.
+        state: only ``x``, float32 [S, C, H, W], channels-last, is read.
+        out: [L, C or 2C, H, W], the network's output in its L lanes (a lane is one evaluation of
+            the network), float32, float16 or bfloat16, any layout.
+        slots: each slot's row, guidance weight and lanes, which are read; its seeds are not.
+        statistics: the vectors that are written: dynamic_threshold where the row has a threshold,
+            rescale_factor where the row rescales and the slot is guided.
+        table: the rows of coefficients and the row that follows each, which are read.
 
     Raises:
-        ValueError: a shape, dtype, layout or device that does not fit; the message begins with the
-            name of the tensor.
+        ValueError: if a tensor has another shape, dtype, layout or device than its group
+            (``StepState``, ...) or this docstring says, or an image has 2^31 or more elements; the
+            message begins with the name of the tensor. Values of rows and lanes are not checked.
     """
     x = state.x
     check_state(x)

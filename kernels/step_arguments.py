@@ -1,11 +1,13 @@
-"""What the operations of a step take: tensors in groups, the same ones in each call.
+"""The groups of tensors that a sampling step takes: state, slots, statistics and table.
 
     sample_stats(state, out, slots, statistics, table)
     denoise_step(state, out, slots, statistics, table, noise=None)
     advance(slots, table)
 
-There are S slots (images), L lanes (network evaluations) and R rows; what a row, a lane or a column
-is: tables.py. An operation reads no more of a group than its docstring says.
+There are S slots (a slot is the place of one image in a batch), L lanes (a lane is one evaluation
+of the network; a guided image takes two) and R rows (a row holds the coefficients of one step; its
+columns: tables.py). Each call gets the same tensors; an operation reads no more of a group than its
+docstring says.
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ from torch import Tensor
 
 
 class StepState(NamedTuple):
-    """What a step changes in place. No two of the images may overlap: not checked.
+    """The tensors that a step changes in place; no two of the images may overlap (not checked).
 
     Attributes:
-        x: float32 [S, C, H, W], channels-last, the states x_t; become x_next.
-        hist: float32 [S, C, H, W], channels-last, the previous x0; written where the next row reads
-            it.
-        net_in: [L, C, H, W], channels-last, float32, float16 or bfloat16: x_next goes to each lane
-            of the slot.
-        nonfinite: int32 [S]; becomes the slot's row where it is 0 and the network's output is not
-            finite.
+        x: float32 [S, C, H, W], channels-last, the states x_t of the S slots (a slot is the place
+            of one image in a batch); a step replaces them by x_next.
+        hist: float32 [S, C, H, W], channels-last, the x0 predicted by the previous step (the
+            history of multistep solvers); written only where the row of the next step reads it.
+        net_in: float32, float16 or bfloat16 [L, C, H, W], channels-last, the input of the network's
+            L lanes (a lane is one evaluation of the network); a step writes x_next to each lane of
+            a slot.
+        nonfinite: int32 [S], 0 while the network's output of the slot has been finite; a step sets
+            it to the slot's row (the index of its coefficients in the table) when it is 0 and the
+            output is not finite.
     """
 
     x: Tensor
@@ -37,14 +42,17 @@ class StepState(NamedTuple):
 
 
 class StepSlots(NamedTuple):
-    """What each slot follows.
+    """The row, seed, guidance and lanes of each slot (the place of one image in a batch).
 
     Attributes:
-        idx: int64 [S], its row; not checked, for that would wait.
-        seeds: int64 [S], of its noise.
-        guidance: float32 [S], its weight w, read where it has two lanes.
-        lane_cond: int32 [S], its conditional lane.
-        lane_uncond: int32 [S], its lane for no label; -1 where it is not guided.
+        idx: int64 [S], the slot's row (the index of its step's coefficients in the table), in [0,
+            R); the range is not checked, for that would wait for the device.
+        seeds: int64 [S], the seed of the slot's noise, any value.
+        guidance: float32 [S], the weight w of classifier-free guidance, read where the slot has two
+            lanes (a lane is one evaluation of the network).
+        lane_cond: int32 [S], the index in [0, L) of the slot's conditional lane.
+        lane_uncond: int32 [S], the index in [0, L) of the slot's unconditional lane; -1 where the
+            slot is not guided.
     """
 
     idx: Tensor
@@ -55,11 +63,13 @@ class StepSlots(NamedTuple):
 
 
 class StepStatistics(NamedTuple):
-    """What a slot's row may ask of its whole image: written by ``sample_stats``, read by the step.
+    """The statistics of whole images: ``sample_stats`` writes them and ``denoise_step`` reads them.
 
     Attributes:
-        dynamic_threshold: float32 [S], the bound of x0, of slots whose row has a threshold.
-        rescale_factor: float32 [S], of out, of guided slots whose row rescales.
+        dynamic_threshold: float32 [S], the bound of |x0| of each slot (the place of one image in a
+            batch) whose row has a threshold.
+        rescale_factor: float32 [S], the factor of the guided output of each slot that has two lanes
+            and whose row rescales the guidance.
     """
 
     dynamic_threshold: Tensor
@@ -67,12 +77,13 @@ class StepStatistics(NamedTuple):
 
 
 class StepTable(NamedTuple):
-    """The rows of plans.
+    """The table of all rows (a row is one step) of all plans (a plan is the steps of one image).
 
     Attributes:
-        rows: float32 [R, len(Column)], the coefficients of each step.
-        keys: int64 [R], the key of each step's noise.
-        next: int64 [R], the row that follows; a row that points at itself is the end.
+        rows: float32 [R, len(Column)], the coefficients of each step; columns: ``tables.Column``.
+        keys: int64 [R], the key of each step's noise (the upper 64 bits of the noise counter).
+        next: int64 [R], the row that follows, in [0, R); a row that points at itself is the end,
+            where a slot does nothing.
     """
 
     rows: Tensor
@@ -84,13 +95,21 @@ FLAT = (
     *(*StepState._fields, "out", *StepSlots._fields),
     *(*StepStatistics._fields, *StepTable._fields, "noise"),
 )
-"""The arguments of a step, the groups flattened, as its operators take them."""
+"""The names of a step's arguments, the groups flattened, in the order of its operators."""
 
 
 def grouped(
     tensors: Sequence[Any],
 ) -> tuple[StepState, Tensor, StepSlots, StepStatistics, StepTable, Tensor | None]:
-    """Return the tensors of ``FLAT`` in their groups."""
+    """Return the sixteen flat arguments of a step (``FLAT``) in their groups.
+
+    Args:
+        tensors: the tensors of ``FLAT`` in its order; the last one, noise, may be None.
+
+    Returns:
+        The state, the network's output, the slots, the statistics, the table, and the noise or
+        None.
+    """
     return (
         StepState._make(tensors[:4]),
         tensors[4],
@@ -103,9 +122,18 @@ def grouped(
 
 @functools.cache
 def by_tensor(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function with the tensors of its groups as keyword arguments of their own.
+    """Return a function that takes the tensors of the groups as keyword arguments of their own.
 
-    Tests and benchmarks, which change one at a time, call it so. What is not given is None.
+    Tests and benchmarks, which change one tensor at a time, call operations like this.
+
+    Args:
+        function: a function with annotated parameters, some of which may be groups such as
+            ``StepState``.
+
+    Returns:
+        A function of keyword arguments only: the fields of every group by their names, and the
+        other parameters as they are; a field that is not given is None. A function without groups
+        is returned as it is.
     """
     kinds = {name: kind for name, kind in get_type_hints(function).items() if name != "return"}
     groups = {name: kind for name, kind in kinds.items() if hasattr(kind, "_fields")}
@@ -122,12 +150,12 @@ def by_tensor(function: Callable[..., Any]) -> Callable[..., Any]:
 def tensor_schema(
     names: Sequence[str], mutated: Sequence[str], optional: Sequence[str] = ()
 ) -> str:
-    """Return the schema of an operator of tensors that returns nothing.
+    """Return the ``torch.library`` schema of an operator that takes tensors and returns nothing.
 
     Args:
-        names: of its arguments, in order.
-        mutated: those that it changes in place.
-        optional: those that may be None.
+        names: the names of the operator's arguments, in order.
+        mutated: the names of the arguments that the operator changes in place.
+        optional: the names of the arguments that may be None; none of them may be mutated.
     """
     kinds = dict.fromkeys(optional, "Tensor?")
     kinds |= {name: f"Tensor(a{i}!)" for i, name in enumerate(mutated)}

@@ -1,4 +1,8 @@
-"""What a step's row says, in jit functions: a slot's output, its x_0, its next state."""
+"""Triton functions that evaluate a row (the coefficients of one step): output, x0, next state.
+
+A slot is the place of one image in a batch; a lane is one evaluation of the network, of which a
+guided image takes two. All functions are called by kernels, on a block of one slot's elements.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +30,17 @@ INF_BITS = tl.constexpr(0x7F800000)
 
 @triton.jit
 def lane_elements(start, offsets, n, C: tl.constexpr):
-    """Return where a lane of ``out`` has these elements, and how many elements a lane has.
+    """Return the offsets of a block's elements within a lane of ``out``, and the lane's size.
 
-    C is 0 if the lane has nothing else; of 2C channels, each pixel's first C are these.
+    Args:
+        start: the element of the image at which the block begins, int64 scalar.
+        offsets: int32 [BLOCK], the elements of the block, from 0.
+        n: the elements of an image, int64 scalar.
+        C: 0 if a lane has the image's channels; the image's channels if a lane has 2C channels, the
+            first C of each pixel being these elements.
+
+    Returns:
+        int64 [BLOCK], the offsets within the lane, and the number of a lane's elements, n or 2n.
     """
     if C == 0:
         return start + offsets, n
@@ -38,7 +50,12 @@ def lane_elements(start, offsets, n, C: tl.constexpr):
 
 @triton.jit
 def is_guided(uncond, row):
-    """Return whether the slot has a lane for no label, and its row is not unguided."""
+    """Return whether the slot is guided: it has an unconditional lane and its row is not unguided.
+
+    Args:
+        uncond: the slot's unconditional lane, int64 scalar; -1 for none.
+        row: pointer to the first column of the slot's row.
+    """
     guides = uncond >= 0
     if guides:
         guides = tl.load(row + UNGUIDED) == 0
@@ -47,9 +64,21 @@ def is_guided(uncond, row):
 
 @triton.jit
 def guided_output(out, cond, uncond, guides, weight, at, lane, mask):
-    """Return the slot's output, combined with that of no label where the row guides.
+    """Return the network's output of a slot's block, with classifier-free guidance where it guides.
 
-    (Ho & Salimans 2022.) guides: whether the slot has both lanes, and its row is not unguided.
+    (Ho & Salimans 2022.)
+
+    Args:
+        out: pointer to the network's output, [L, lane].
+        cond, uncond: the slot's conditional and unconditional lanes, int64 scalars.
+        guides: whether the slot has both lanes and its row is not unguided (``is_guided``).
+        weight: the guidance weight w, float32 scalar.
+        at: int64 [BLOCK], the block's offsets within a lane.
+        lane: the number of elements of a lane.
+        mask: bool [BLOCK], which elements exist; the others are 0 in each lane.
+
+    Returns:
+        float32 [BLOCK]: cond, or uncond + w (cond - uncond) where it guides.
     """
     o = tl.load(out + cond * lane + at, mask=mask, other=0).to(tl.float32)
     if guides:
@@ -60,7 +89,13 @@ def guided_output(out, cond, uncond, guides, weight, at, lane, mask):
 
 @triton.jit
 def unclipped_x0(x_t, o, row, BLOCK: tl.constexpr):
-    """Return x0_xt x_t + x0_out o."""
+    """Return the predicted x0 before clipping, x0_xt x_t + x0_out o, float32 [BLOCK].
+
+    Args:
+        x_t: float32 [BLOCK], the slot's state.
+        o: float32 [BLOCK], the network's output of the slot.
+        row: pointer to the first column of the slot's row.
+    """
     x0 = minus_zeros(BLOCK)
     c = tl.load(row + X0_XT)
     if c != 0:
@@ -73,7 +108,17 @@ def unclipped_x0(x_t, o, row, BLOCK: tl.constexpr):
 
 @triton.jit
 def clipped(x0, row, dynamic_threshold, slot):
-    """Return x0 within the slot's threshold, over it, or within the row's clip."""
+    """Return x0 after the row's clipping, float32 [BLOCK].
+
+    Where the row has a threshold, x0 is clipped to the slot's dynamic threshold and divided by it;
+    else, where its clip is not 0, it is clipped to [-clip, clip]. NaN stays NaN.
+
+    Args:
+        x0: float32 [BLOCK], the predicted x0.
+        row: pointer to the first column of the slot's row.
+        dynamic_threshold: pointer to float32 [S], read at ``slot`` where the row has a threshold.
+        slot: the slot's index, int64 scalar.
+    """
     c = tl.load(row + CLIP)
     if tl.load(row + THRESHOLD) != 0:
         c = tl.load(dynamic_threshold + slot)
@@ -87,7 +132,22 @@ def clipped(x0, row, dynamic_threshold, slot):
 def without_noise(
     x0, x_t, o, hist, slot, hist_stride, start, offsets, row, mask, BLOCK: tl.constexpr
 ):
-    """Return c_x0 x0 + c_xt x_t + c_out out + c_hist hist."""
+    """Return the next state without its noise, c_x0 x0 + c_xt x_t + c_out o + c_hist hist.
+
+    Args:
+        x0, x_t, o: float32 [BLOCK], the clipped x0, the state and the network's output.
+        hist: pointer to the history, float32 [S, n] with a stride of hist_stride between slots;
+            read only where c_hist is not 0.
+        slot: the slot's index, int64 scalar.
+        hist_stride: elements between two slots' histories.
+        start: the element of the image at which the block begins.
+        offsets: int32 [BLOCK], the elements of the block, from 0.
+        row: pointer to the first column of the slot's row.
+        mask: bool [BLOCK], which elements exist.
+
+    Returns:
+        float32 [BLOCK].
+    """
     x_next = minus_zeros(BLOCK)
     c = tl.load(row + C_X0)
     if c != 0:

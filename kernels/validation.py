@@ -1,6 +1,8 @@
-"""Checks of the operations' arguments: each refuses what does not fit by a ValueError.
+"""Checks of the operations' arguments, each of which raises ValueError for what does not fit.
 
-The message begins with the argument's name. No check reads a number from a device.
+The message begins with the argument's name. No check reads a number from a device, so none waits.
+"Slot" is the place of one image in a batch, "lane" one evaluation of the network, "row" the
+coefficients of one step.
 """
 
 from __future__ import annotations
@@ -14,11 +16,21 @@ from flashddpm.kernels.step_arguments import StepSlots, StepStatistics, StepTabl
 from flashddpm.kernels.tables import FLOATS, LOSSES, Column
 
 SMALLEST = 1e-37
-"""The smallest positive number whose inverse float32 holds too."""
+"""The smallest delta allowed: a positive number whose inverse float32 holds too."""
 
 
 def check_image(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
-    """Refuse anything but a floating-point [B, C, H, W] (of the shape and device of ``like``)."""
+    """Check that a tensor is a batch of images, optionally of a given shape and device.
+
+    Args:
+        name: the argument's name, for the message.
+        tensor: the tensor to check, any layout.
+        like: a tensor whose shape and device it must have; None for any.
+
+    Raises:
+        ValueError: if the tensor is not [B, C, H, W] in float32, float16 or bfloat16, differs from
+            ``like`` in shape or device, or has 2^34 or more elements an image.
+    """
     if tensor.ndim != 4 or tensor.dtype not in FLOATS:
         raise ValueError(
             f"{name} of shape {tuple(tensor.shape)} and {tensor.dtype}: "
@@ -34,7 +46,17 @@ def check_image(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
 
 
 def check_output(out: Tensor, image: Tensor, lanes: int | None = None) -> None:
-    """Refuse an output that is not [L, C or 2C, H, W] for images [any, C, H, W]."""
+    """Check that a network's output fits images: [L, C or 2C, H, W] on their device.
+
+    Args:
+        out: the network's output, any layout.
+        image: [any, C, H, W], the images whose C, H, W and device it must have.
+        lanes: the number L of images that ``out`` must hold; None for any.
+
+    Raises:
+        ValueError: if ``out`` has another shape or device, is not float32, float16 or bfloat16, or
+            has 2^34 or more elements an image.
+    """
     check_image("out", out)
     _, C, H, W = image.shape
     L = len(out) if lanes is None else lanes
@@ -46,7 +68,18 @@ def check_output(out: Tensor, image: Tensor, lanes: int | None = None) -> None:
 
 
 def check_vectors(like: Tensor, dtype: torch.dtype, size: int, **vectors: Tensor) -> None:
-    """Refuse anything but contiguous [size] of this dtype on the device of ``like``."""
+    """Check that tensors are contiguous vectors of a given size, dtype and device.
+
+    Args:
+        like: a tensor on the device that they must be on.
+        dtype: the dtype that they must have.
+        size: the number of elements that they must have.
+        vectors: the tensors to check by the names of the arguments.
+
+    Raises:
+        ValueError: if a tensor's shape is not (size,), its dtype or device is another, or it is not
+            contiguous.
+    """
     shape, device = (size,), like.device
     for name, vector in vectors.items():
         if vector.shape != shape or vector.dtype is not dtype or vector.device != device:
@@ -59,7 +92,17 @@ def check_vectors(like: Tensor, dtype: torch.dtype, size: int, **vectors: Tensor
 
 
 def check_table(name: str, tensor: Tensor, columns: int, like: Tensor) -> None:
-    """Refuse anything but a contiguous float32 [R, columns] on the device of ``like``."""
+    """Check that a tensor is a contiguous float32 [R, columns] on the device of another tensor.
+
+    Args:
+        name: the argument's name, for the message.
+        tensor: the tensor to check.
+        columns: the number of columns that it must have.
+        like: a tensor on the device that it must be on.
+
+    Raises:
+        ValueError: if its shape, dtype, device or layout is another.
+    """
     if (
         tensor.ndim != 2
         or tensor.shape[1] != columns
@@ -76,13 +119,33 @@ def check_table(name: str, tensor: Tensor, columns: int, like: Tensor) -> None:
 def check_images_rows(
     t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor, columns: int, like: Tensor
 ) -> None:
-    """Refuse anything but int64 [B] for t, seeds and keys, and a table of so many columns."""
+    """Check the arguments that give each of B images its row and its noise, and the table of rows.
+
+    Args:
+        t, seeds, keys: the row, the noise seed and the noise key of each image; must be contiguous
+            int64 [B].
+        rows: the table of coefficients; must be a contiguous float32 [R, columns].
+        columns: the number of columns that the table must have.
+        like: [B, ...], a tensor that gives B and the device that all of them must be on.
+
+    Raises:
+        ValueError: if one of them has another shape, dtype, device or layout.
+    """
     check_vectors(like, torch.int64, len(like), t=t, seeds=seeds, keys=keys)
     check_table("rows", rows, columns, like)
 
 
 def check_loss(loss: str, delta: float) -> None:
-    """Refuse a loss that is not one of ``LOSSES``, and a delta that float32 has no place for."""
+    """Check the name of a training loss and the delta of the Huber loss.
+
+    Args:
+        loss: must be "mse", "l1" or "huber" (``tables.LOSSES``).
+        delta: must be in [1e-37, 1e37], so that float32 holds it and its inverse, whatever the
+            loss.
+
+    Raises:
+        ValueError: if the loss is none of them or delta is out of range.
+    """
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r}: must be one of {', '.join(LOSSES)}")
     if not SMALLEST <= delta <= 1 / SMALLEST:
@@ -92,7 +155,11 @@ def check_loss(loss: str, delta: float) -> None:
 
 
 def check_purpose(purpose: int) -> int:
-    """Return the purpose as an int, refusing what does not fit the counter's 32-bit word."""
+    """Return the purpose of a noise draw as an int, after checking that it fits a 32-bit word.
+
+    Raises:
+        ValueError: if it is not an integer (or not convertible by ``__index__``) in 0..2^32-1.
+    """
     try:
         number = operator.index(purpose)
     except TypeError:
@@ -103,15 +170,33 @@ def check_purpose(purpose: int) -> int:
 
 
 def check_float32(name: str, tensor: Tensor) -> None:
-    """Refuse another dtype than float32."""
+    """Check that a tensor is float32.
+
+    Args:
+        name: the argument's name, for the message.
+        tensor: the tensor to check.
+
+    Raises:
+        ValueError: if its dtype is another.
+    """
     if tensor.dtype is not torch.float32:
         raise ValueError(f"{name} of {tensor.dtype}: must be float32")
 
 
 def check_in_place(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
-    """Refuse images whose elements are not channels-last, row by row.
+    """Check that a tensor holds channels-last images, so that a kernel can update them in place.
 
-    The stride from image to image is free, so that rows may be padded.
+    Within an image the elements must be dense in (h, w, c) order. The stride from image to image
+    may be larger than an image, so that images may be padded.
+
+    Args:
+        name: the argument's name, for the message.
+        tensor: the tensor to check.
+        like: a tensor whose shape and device it must have; None for any.
+
+    Raises:
+        ValueError: if ``check_image`` refuses it, an image is not dense in channels-last order, or
+            images overlap.
     """
     check_image(name, tensor, like)
     B, C, H, W = tensor.shape
@@ -124,7 +209,18 @@ def check_in_place(name: str, tensor: Tensor, like: Tensor | None = None) -> Non
 
 
 def check_slots(x: Tensor, slots: StepSlots, statistics: StepStatistics) -> None:
-    """Refuse rows, guidance, lanes and statistics that are not one a slot of ``x``; not seeds."""
+    """Check a step's vectors with one number a slot, and that they are on the device of the states.
+
+    The noise seeds are not checked.
+
+    Args:
+        x: [S, C, H, W], the states, which give S and the device.
+        slots: idx must be int64 [S], guidance float32 [S], lane_cond and lane_uncond int32 [S].
+        statistics: dynamic_threshold and rescale_factor must be float32 [S].
+
+    Raises:
+        ValueError: if a vector has another shape, dtype or device or is not contiguous.
+    """
     S = len(x)
     check_vectors(x, torch.int64, S, idx=slots.idx)
     check_vectors(
@@ -138,13 +234,30 @@ def check_slots(x: Tensor, slots: StepSlots, statistics: StepStatistics) -> None
 
 
 def check_rows(x: Tensor, table: StepTable) -> None:
-    """Refuse rows of steps that are no table on the device of ``x``, and others of next."""
+    """Check a table of steps: its rows of coefficients and the row after each; not its keys.
+
+    Args:
+        x: a tensor on the device that they must be on.
+        table: rows must be a contiguous float32 [R, len(Column)], next a contiguous int64 [R].
+
+    Raises:
+        ValueError: if one of them has another shape, dtype, device or layout.
+    """
     check_table("rows", table.rows, len(Column), x)
     check_vectors(x, torch.int64, len(table.rows), next=table.next)
 
 
 def check_state(x: Tensor, **others: Tensor) -> None:
-    """Refuse states of slots that are not float32, in place, and of the shape of ``x``."""
+    """Check that the states of slots are float32, channels-last and like ``x``.
+
+    Args:
+        x: [S, C, H, W], the states; checked itself.
+        others: more tensors to check, by the names of the arguments; they must have the shape and
+            device of ``x``.
+
+    Raises:
+        ValueError: if ``check_in_place`` refuses one of them, or it is not float32.
+    """
     for name, tensor in {"x": x, **others}.items():
         check_in_place(name, tensor, like=x)
         check_float32(name, tensor)

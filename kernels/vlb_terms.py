@@ -1,16 +1,16 @@
-r"""Fused term of the variational bound, with the errors of x_0 and eps, of each image   (S9, S10).
+r"""Operation ``vlb_terms``, a term of the variational bound, and errors, of images   (S9, S10).
 
-With error e = out - (k0 x_0 + k1 eps) of the network's own target, the predicted x_0 is off by
-x0_out e, clipped where the row clips, and the predicted eps by eps_out e: what cancels in x_0 =
-x0_xt x_t + x0_out out is never computed. In deviations of the posterior (S5) the model's mean is
-off by s = gain (x_0's error); d = offset + slope v is its log variance over the posterior's. In
-nats,
+The errors are those of the predicted x_0 and eps. With error e = out - (k0 x_0 + k1 eps) of the
+network's own target, the predicted x_0 is off by x0_out e, clipped where the row clips, and the
+predicted eps by eps_out e: what cancels in x_0 = x0_xt x_t + x0_out out is never computed. In
+standard deviations of the posterior (S5) the model's mean is off by s = gain (x_0's error); d =
+offset + slope v is its log variance over the posterior's. In nats, a term of the bound is
 
     (d - 1 + e^-d (1 + s^2)) / 2      the divergence of two normals: L_{t-1}, and L_T
     -ln P(bin of x_0)                 where half_bin is not 0: L_0, with P as `_decoder` says
 
 (Ho et al. 2020, eq. 5 and 13.) The formulas in PyTorch: ``reference/evaluation.py``; columns:
-tables.py. Means over an image run in two stages of fixed order, without atomics. Bytes an
+tables.py. Means over an image run in two stages of fixed order, without atomics. Bytes for each
 element: one read of out, one of v where the variance is learned, one of x_0 where it is used.
 """
 
@@ -212,22 +212,32 @@ def _vlb_terms_fake(out, x0, t, seeds, keys, rows) -> Tensor:
 def vlb_terms(
     out: Tensor, x0: Tensor, t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor
 ) -> Tensor:
-    """Return term, error of x_0 and error of eps of each image, float32 [B, 3]   (S9, S10).
+    """Return a term of the variational bound and the errors of x_0 and eps of each image.
 
-    All three are means over the image's elements: of the bound's term in nats, and of the squared
-    errors of the predicted x_0, clipped, and eps. Not differentiable.
+    (S9, S10; the formula: this module.) Not differentiable.
 
     Args:
-        out: the network's output, [B, C or 2C, H, W], float32, float16 or bfloat16, any layout;
-            a learned variance (slope not 0) takes 2C channels: not checked, for that would wait.
-            Where the row has no output (the prior's), any such tensor.
-        x0: the images, [B, C, H, W] in [-1, 1], float32, float16 or bfloat16, any layout.
-        t: int64 [B], the row of each image, in [0, T]: not checked, for that would wait.
-        seeds, keys: int64 [B], those given to ``add_noise``.
-        rows: float32 [T + 1, len(VlbColumn)] (parameterization.vlb_rows).
+        out: the network's output, [B, C or 2C, H, W], float32, float16 or bfloat16, any layout. A
+            learned variance (a row whose slope is not 0) takes 2C channels: not checked, for that
+            would wait for the device. The row of the prior does not read it, so any such tensor
+            will do.
+        x0: the clean images, [B, C, H, W] in [-1, 1], float32, float16 or bfloat16, any layout.
+        t: int64 [B], the row of ``rows`` of each image, in [0, T], T being the prior's: not
+            checked, for that would wait for the device.
+        seeds, keys: int64 [B], the noise seeds and keys (the upper 64 bits of the noise counter)
+            that ``add_noise`` got, with Purpose.TRAINING.
+        rows: float32 [T + 1, len(VlbColumn)], the coefficients of each timestep and of the prior
+            (``parameterization.vlb_rows``).
+
+    Returns:
+        float32 [B, 3], means over the elements of each image: of the bound's term in nats, of the
+        squared error of the predicted x_0 after clipping, and of the squared error of the predicted
+        eps. NaN for images of no elements.
 
     Raises:
-        ValueError: a shape, dtype, layout or device that does not fit.
+        ValueError: if x0 is not a [B, C, H, W] of these dtypes with fewer than 2^34 elements an
+            image; if out is not a [B, C or 2C, H, W] of these dtypes on x0's device; or if t,
+            seeds, keys or rows is not contiguous, of this shape and dtype, and on that device.
     """
     check_image("x0", x0)
     check_output(out, x0, lanes=len(x0))

@@ -1,1 +1,1 @@
-"""What can be known of the kernels without a GPU: their compiled code, and the bytes they move."""
+"""Checks of the kernels that need no GPU: their compiled code, and the bytes that they move."""

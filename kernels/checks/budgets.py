@@ -1,7 +1,8 @@
-"""Whether a kernel keeps its budget: gated for one version of Triton, reported for others.
+"""Comparison of compiled kernels with their budgets, the most that each may use of a GPU.
 
-Another compiler gives other numbers for the same kernel, so a change of version must not look like
-a change of ours. Within one version, a budget that is exceeded says that the kernel became worse.
+Another compiler gives other numbers for the same kernel, so budgets fail a check only for the
+pinned version of Triton and are reported for others. Within one version, a budget that is exceeded
+says that the kernel became worse.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import triton
 from flashddpm.kernels.operation import Budget
 
 PINNED = "3.8"
-"""Of Triton: the major and minor version that the budgets were taken from."""
+"""The major and minor version of Triton that the budgets were taken from."""
 
 
 def pinned() -> bool:
-    """Whether the installed Triton is the version that the budgets are for."""
+    """Return whether the installed Triton has the version that the budgets were taken from."""
     return triton.__version__.split(".")[:2] == PINNED.split(".")
 
 
@@ -26,11 +27,20 @@ def exceeded(
     instructions: float | None,
     width: int | None,
 ) -> list[str]:
-    """Return what exceeds the budget, nothing if all is well; a missing budget is a fault.
+    """Return what of a kernel's resources exceeds its budget, in words; nothing if all is well.
+
+    A missing budget is a fault too.
 
     Args:
-        budget: of the kernel, None if it has none.
-        registers, shared, instructions, width: as in ``Budget``, what was found.
+        budget: the kernel's budget (the most that it may use), or None if it has none.
+        registers: registers of a thread.
+        shared: bytes of shared memory of a program (a thread block).
+        instructions: instructions for each element of an image; None where a loop makes them no
+            total.
+        width: bytes of the narrowest access of an image; None where no image is accessed.
+
+    Returns:
+        A sentence for each number beyond its budget (for the width: below it).
     """
     if budget is None:
         return ["no budget: give it one in its file, with its reason"]

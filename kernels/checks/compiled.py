@@ -1,4 +1,4 @@
-"""The kernels compiled for any NVIDIA GPU, on any machine, and what must hold of the code.
+"""Compilation of kernels for any NVIDIA GPU, on any machine, and what must hold of the code.
 
 Equal bits on every device need machine code of exact float32 operations only; images past 2^31
 elements need 64-bit offsets; memory-bound kernels need 16-byte accesses. ``faults`` reads all three
@@ -22,18 +22,25 @@ from flashddpm.kernels.operation import DTYPES as DTYPES
 from flashddpm.kernels.operation import Kernel
 
 REGISTERS = 64
-"""The most a kernel may use: with 128 threads a program, half of a GPU's threads stay resident."""
+"""The most registers of a thread that a kernel without a budget may use; with 128 threads a
+program, 64 let half of a GPU's threads stay resident.
+"""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel's code in three languages, and the resources that it takes.
+    """The code of a compiled kernel in three languages, and the resources that it takes.
 
     Attributes:
         arguments: names of the arguments that are left at run time, in order.
-        ttir, ptx, cubin: Triton's intermediate code, assembly and machine code.
-        registers, stack, local: of a thread, the last two in bytes.
-        shared: bytes of a program.
+        ttir: Triton's intermediate code (TTIR), text.
+        ptx: assembly (PTX), text.
+        cubin: machine code, an ELF file.
+        registers: registers of a thread.
+        stack: bytes of stack of a thread.
+        shared: bytes of shared memory of a program (a thread block).
+        local: bytes of local memory of a thread.
+        num_warps: warps of 32 threads in a program.
     """
 
     arguments: tuple[str, ...]
@@ -48,17 +55,21 @@ class Compiled:
 
     @property
     def threads(self) -> int:
-        """Of a program."""
+        """The number of threads of a program (a thread block)."""
         return 32 * self.num_warps
 
     @property
     def accesses(self) -> dict[str, Counter[int]]:
-        """By pointer argument, accesses of global memory by their bytes."""
+        """The accesses of global memory in the code by pointer argument and width.
+
+        A dictionary {argument: {bytes of an access: number of such instructions}}. An access whose
+        argument is not known stands under "?".
+        """
         return gates.accesses(self.ptx, self.arguments)
 
 
 KERNELS = {kernel.name: kernel for op in OPS.values() for kernel in op.kernels}
-"""Every variant of every operation, by its name."""
+"""Every variant of every operation's kernels, by the variant's name."""
 
 
 def compile_kernel(
@@ -68,17 +79,18 @@ def compile_kernel(
     arch: int,
     options: dict[str, int | bool] = OPTIONS,
 ) -> Compiled:
-    """Compile a Triton function for compute capability arch / 10; no GPU is needed.
+    """Compile a Triton function for an NVIDIA GPU, and return the code; no GPU is needed.
 
     Args:
-        fn: the function; the process must not run under TRITON_INTERPRET.
-        signature: type of each argument, "*fp32:16" for a pointer or int divisible by 16.
-        constants: value of each constexpr argument, or of an int argument that is 1.
-        arch: 80, 90, 100.
-        options: of the launch.
+        fn: the function.
+        signature: the type of each runtime argument by its name, "*fp32:16" for a pointer to
+            float32 (or an int type) that is divisible by 16, or "fp32", "i32".
+        constants: the value of each constexpr argument, or of an int argument that is 1.
+        arch: the compute capability times 10: 80, 90 or 100.
+        options: options of the compiler and launch, such as {"num_warps": 2}.
 
     Raises:
-        RuntimeError: under the interpreter, which compiles nothing.
+        RuntimeError: if TRITON_INTERPRET is set, since the interpreter compiles nothing.
     """
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing")
@@ -108,7 +120,16 @@ def compile_kernel(
 
 
 def compile_for(kernel: Kernel, dtype: str, arch: int) -> Compiled:
-    """Compile a kernel of the table for images of dtype "fp32", "fp16" or "bf16"."""
+    """Compile a variant of a kernel for images of one dtype and one architecture; no GPU is needed.
+
+    Args:
+        kernel: the variant's record.
+        dtype: the dtype of the images, "fp32", "fp16" or "bf16".
+        arch: the compute capability times 10: 80, 90 or 100.
+
+    Raises:
+        RuntimeError: if TRITON_INTERPRET is set, since the interpreter compiles nothing.
+    """
     signature = {name: type.replace("image", f"*{dtype}:16") for name, type in
                  kernel.signature.items()}  # fmt: skip
     return compile_kernel(kernel.fn, signature, kernel.constants, arch, kernel.options)
@@ -120,14 +141,18 @@ def faults(
     exact: bool = True,
     registers: int | None = REGISTERS,
 ) -> list[str]:
-    """Return what is wrong with the compiled code, nothing if all is well.
+    """Return what is wrong with compiled code, in words; nothing if all is well.
+
+    Wrong are memory for spills (stack or local), too many registers, inexact operations, offsets of
+    addresses that may wrap, and accesses of images in less than 16 bytes.
 
     Args:
         code: the compiled kernel.
-        images: pointer arguments that must be accessed 16 bytes at a time.
-        exact: whether every floating-point operation must be correctly rounded; without, float64
-            and calls are faults still.
-        registers: the most that a thread may use; None for a kernel with a budget of its own.
+        images: names of the pointer arguments that must be accessed 16 bytes at a time.
+        exact: whether every floating-point operation must be correctly rounded float32; if not,
+            only float64 operations and calls are faults.
+        registers: the most registers that a thread may use; None for a kernel with a budget (the
+            most that it may use) of its own.
     """
     found = [
         f"{name} of {size} bytes" for name in ("stack", "local") if (size := getattr(code, name))

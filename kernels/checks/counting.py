@@ -1,8 +1,8 @@
-"""Bytes an element: what the kernels move, counted; the formula; plain PyTorch.
+"""Counts of the bytes that kernels move for each element, beside the formula and plain PyTorch.
 
     TRITON_INTERPRET=1 python -m flashddpm.kernels.checks.counting [CASE ...]
 
-prints them as JSON, of all cases or of those that are named. The kernels run in Triton's
+prints them as JSON, for all cases or for those that are named. The kernels run in Triton's
 interpreter, whose loads and stores are counted under their masks. That takes a process of its own:
 the interpreter and the compiler exclude each other (``start`` starts one).
 """
@@ -30,16 +30,21 @@ from flashddpm.kernels.operation import ByteCase, Op
 
 SHAPE, BATCH = (3, 5, 7), 2
 Bytes = dict[str, dict[str, dict[str, float | None]]]
-"""By case and dtype: bytes an element, "counted", by the "formula" and "plain"."""
+"""Bytes moved for each element of an image: {case: {dtype "fp32" or "bf16": {"counted", "formula",
+"plain": bytes, or None where there is no plain PyTorch code}}}.
+"""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # float16 moves what bfloat16 does
 
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """Count the bytes of images that kernels load and store within: every block, no single numbers.
+    """Count the bytes that kernels load and store within a with-statement, in Triton's interpreter.
+
+    Only blocks of numbers are counted, not single numbers: these are images and vectors. It
+    replaces methods of the interpreter for that time, so it is not for several threads at once.
 
     Yields:
-        {"loaded": bytes, "stored": bytes}, which grow as kernels run in the interpreter.
+        {"loaded": bytes, "stored": bytes}, which grow as kernels run.
     """
     counts = {"loaded": 0, "stored": 0}
     builder = interpreter.InterpreterBuilder
@@ -66,13 +71,24 @@ def counted() -> Iterator[dict[str, int]]:
 
 
 CASES = {case.name: (op, case) for op in OPS.values() for case in op.cases}
-"""Every case of every operation, by its name."""
+"""Every case (an operation with certain arguments) of every operation, by the case's name:
+(operation, case).
+"""
 
 
 def count(op: Op, case: ByteCase, dtype: torch.dtype) -> dict[str, float | None]:
-    """Return the bytes an element of a case: counted, by the formula, and of plain PyTorch.
+    """Count the bytes that one case of an operation moves for each element of its images.
 
-    "plain" is None where no chain is given.
+    The kernels must run in the interpreter (TRITON_INTERPRET=1).
+
+    Args:
+        op: the operation's record.
+        case: the case, one of ``op.cases``.
+        dtype: the dtype of the images.
+
+    Returns:
+        Bytes for each element: "counted" in the interpreter, by the operation's "formula", and of
+        the same work in "plain" PyTorch, None where the case has no such code.
     """
     args = op.example("cpu", dtype, SHAPE, BATCH, 0)
     args |= case.change(args)
@@ -98,7 +114,14 @@ def count(op: Op, case: ByteCase, dtype: torch.dtype) -> dict[str, float | None]
 
 
 def start(cases: Collection[str]) -> subprocess.Popen[str]:
-    """Start the process that counts the cases of these names; its standard output is the JSON."""
+    """Start a process that counts the bytes of cases in Triton's interpreter, and return it.
+
+    Args:
+        cases: the names of the cases; none for all.
+
+    Returns:
+        The process, whose standard output is the JSON that ``result`` reads.
+    """
     command = [sys.executable, "-P", "-m", "flashddpm.kernels.checks.counting", *cases]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     return subprocess.Popen(
@@ -107,10 +130,17 @@ def start(cases: Collection[str]) -> subprocess.Popen[str]:
 
 
 def result(child: subprocess.Popen[str]) -> Bytes:
-    """Wait for the process that counts; return {case: {dtype: bytes}}, as ``count`` gives them.
+    """Wait for a process that counts bytes, and return what it counted.
+
+    Args:
+        child: the process of ``start``.
+
+    Returns:
+        {case: {dtype: {"counted", "formula", "plain": bytes for each element}}}, as ``count`` gives
+        them.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: if the process failed; the message holds its standard error.
     """
     out, err = child.communicate()
     if child.returncode:
@@ -119,10 +149,13 @@ def result(child: subprocess.Popen[str]) -> Bytes:
 
 
 def main(names: Collection[str] = ()) -> None:
-    """Print the bytes of the cases as JSON: {case: {dtype: {counted, formula, plain}}}.
+    """Count the bytes of cases and print them as JSON: {case: {dtype: {counted, formula, plain}}}.
 
     Args:
-        names: of the cases, in any order; none for all.
+        names: the names of the cases, in any order; none for all.
+
+    Raises:
+        RuntimeError: if TRITON_INTERPRET is not set.
     """
     if not INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is not set to 1: bytes are counted in the interpreter")

@@ -1,5 +1,6 @@
-"""The code of several cubins as one file, for nvdisasm takes longer to start than to disassemble.
+"""Joining of several cubins (compiled kernels) into one file, so that nvdisasm runs only once.
 
+nvdisasm takes longer to start than to disassemble.
 A cubin is a 64-bit little-endian ELF file. The code of its one kernel is the section
 ``.text.<kernel>``, in which symbols say where subroutines begin. Nothing else is carried over. The
 low half of the header's flags names the architecture.
@@ -78,13 +79,16 @@ class _Kernel:
 
 
 def join(cubins: Sequence[bytes]) -> bytes:
-    """Return an ELF file whose sections .text.0, .text.1, ... are the code of the cubins.
+    """Join the code of several cubins (compiled kernels) into one ELF file and return its bytes.
+
+    Its sections .text.0, .text.1, ... hold the code of the cubins, in order.
 
     Args:
-        cubins: of one kernel and the same architecture each, at least one.
+        cubins: ELF files of one kernel each, all of the same architecture; at least one.
 
     Raises:
-        ValueError: no cubins, or cubins of several architectures.
+        ValueError: if there are no cubins, they are of several architectures, or one does not have
+            exactly one kernel.
     """
     if len({struct.unpack_from("<H", cubin, 0x30) for cubin in cubins}) != 1:
         raise ValueError(f"{len(cubins)} cubins: must be one or more, of one architecture")

@@ -1,4 +1,4 @@
-"""What must hold of a kernel's intermediate code and assembly (compiled.py says why).
+"""Gates, checks of a kernel's intermediate code and assembly (compiled.py says why they must hold).
 
 Each check returns what is wrong, in words, and nothing if all is well. What a check does not
 understand it reports: silence means that the code was read.
@@ -37,11 +37,18 @@ def _instructions(ptx: str) -> Iterator[tuple[str, str]]:
 
 
 def inexact_operations(ptx: str) -> list[str]:
-    """Return the floating-point instructions that are not correctly rounded float32, and calls.
+    """Return the calls and the inexact floating-point instructions in an assembly text.
 
-    With ``.rn`` written out, the assembler may not fuse a product into a sum (PTX, 9.7.3). A fused
-    one passes where a factor is a constant 1, 1/2, 1/4, ...: its product is exact (unless it is
-    subnormal), so that nothing is left for the fusion to round.
+    An instruction is exact if it is a correctly rounded float32 operation. With ``.rn`` written
+    out, the assembler may not fuse a product into a sum (PTX, 9.7.3). A fused one passes where a
+    factor is a constant 1, 1/2, 1/4, ...: its product is exact (unless it is subnormal), so that
+    nothing is left for the fusion to round.
+
+    Args:
+        ptx: assembly of one kernel.
+
+    Returns:
+        "COUNT x NAME" for each such instruction, in alphabetical order of names.
     """
     counts = Counter[str]()
     moved: dict[str, list[str] | None] = {}  # constants by register; None if it has had another
@@ -67,13 +74,26 @@ def inexact_operations(ptx: str) -> list[str]:
 
 
 def rounding_modes(ptx: str) -> list[str]:
-    """Return the rounding modes that floating-point instructions name, in alphabetical order."""
+    """Return the rounding modes that floating-point instructions name, in alphabetical order.
+
+    Args:
+        ptx: assembly of one kernel.
+
+    Returns:
+        Modes such as "rn" (to nearest), "approx" or "ftz" (subnormals flushed to zero).
+    """
     names = {name for name, _ in _instructions(ptx) if FLOATING.search(name)}
     return sorted({part for name in names for part in name.split(".")} & set(ROUNDING))
 
 
 def wide_operations(ptx: str) -> list[str]:
-    """Return the float64 instructions and the calls: slow on every GPU, exact tier or not."""
+    """Return the float64 instructions and the calls in an assembly text: "COUNT x NAME".
+
+    They are slow on every GPU, whether the kernel is exact (the same bits everywhere) or not.
+
+    Args:
+        ptx: assembly of one kernel.
+    """
     counts = Counter(name for name, _ in _instructions(ptx))
     slow = re.compile(r"\.f64|^call")
     return [f"{count} x {name}" for name, count in sorted(counts.items()) if slow.search(name)]
@@ -127,12 +147,18 @@ def _lines(ttir: str) -> Iterator[_Value]:
 
 
 def narrow_offsets(ttir: str) -> list[str]:
-    """Return what in the offsets of addresses may wrap: sums and products in less than 64 bits.
+    """Return the operations in address offsets that may overflow, in less than 64 bits.
 
     Every offset of every address is followed back to arguments, constants, program ids, ranges,
     loop variables and loaded values; between them may stand 64-bit sums and products, and
     operations of any width that do not grow a value. Anything else is a fault, so that what the
     check does not know it refuses.
+
+    Args:
+        ttir: Triton's intermediate code of one kernel.
+
+    Returns:
+        A sentence for each kind of operation, in alphabetical order; none if all is well.
     """
     found = set()
     todo = [value.operands[1] for value in _lines(ttir) if value.operation == "tt.addptr"]
@@ -148,9 +174,16 @@ def narrow_offsets(ttir: str) -> list[str]:
 
 
 def needed_bytes(ttir: str, threads: int) -> dict[str, int] | None:
-    """Return the bytes that a thread needs to move for each pointer argument; None with loops.
+    """Return the bytes that a thread needs to move for each pointer argument.
 
     A number that is the same for all threads is read by each.
+
+    Args:
+        ttir: Triton's intermediate code of one kernel.
+        threads: the threads of a program (a thread block).
+
+    Returns:
+        {argument: bytes}; None if the code has a loop, whose accesses are not counted.
     """
     needed: dict[str, int] = defaultdict(int)
     for value in _lines(ttir):
@@ -169,14 +202,17 @@ def needed_bytes(ttir: str, threads: int) -> dict[str, int] | None:
 
 
 def accesses(ptx: str, arguments: Sequence[str]) -> dict[str, Counter[int]]:
-    """Return, for each pointer argument, how many accesses of global memory have which bytes.
+    """Count the accesses of global memory in a kernel's assembly by pointer argument and width.
 
-    An address is followed back through all that it is computed from, loaded values excepted, to
-    the parameter that holds its base; one that comes from none or several stands under "?".
+    An address is followed back through all that it is computed from, loaded values excepted, to the
+    parameter that holds its base; one that comes from none or several stands under "?".
 
     Args:
         ptx: assembly of one kernel.
         arguments: names of its parameters in order.
+
+    Returns:
+        {argument: {bytes of an access: number of instructions of that width}}.
     """
     sources: dict[str, set[str]] = defaultdict(set)
     found: dict[str, Counter[int]] = defaultdict(Counter)
@@ -203,14 +239,16 @@ def accesses(ptx: str, arguments: Sequence[str]) -> dict[str, Counter[int]]:
 def narrow_accesses(
     found: dict[str, Counter[int]], needed: dict[str, int] | None, images: Sequence[str]
 ) -> list[str]:
-    """Return accesses of images in less than 16 bytes, and what is moved beyond what is needed.
+    """Return what is wrong with a kernel's accesses of global memory, in words.
 
-    Less may be moved: the compiler merges equal loads.
+    Wrong are accesses of images in less than 16 bytes, bytes moved beyond what a thread needs,
+    accesses of unknown origin, and arguments of which no access is seen. Less may be moved than is
+    needed: the compiler merges equal loads. The list is empty if all is well.
 
     Args:
-        found: by pointer argument, accesses by bytes (``accesses``).
-        needed: by pointer argument, bytes that a thread needs (``needed_bytes``).
-        images: the arguments that must be accessed 16 bytes at a time.
+        found: accesses by pointer argument and bytes (``accesses``).
+        needed: bytes that a thread needs by pointer argument (``needed_bytes``), or None.
+        images: names of the arguments that must be accessed 16 bytes at a time.
     """
     faults = []
     for name, widths in sorted(found.items()):

@@ -1,4 +1,4 @@
-"""Triton's interpreter without what it computes for nothing: the same bits in a third of the time.
+"""A context manager that makes Triton's interpreter faster: the same bits in a third of the time.
 
 Triton 3.6 to 3.8 spend most of an interpreted kernel's time on three things that change no result:
 each call of a device function looks through all of ``triton.language`` for what is to be replaced,
@@ -22,7 +22,7 @@ from triton.runtime import errors, interpreter
 _original_call = interpreter.InterpretedFunction.__call__
 _original_dtype = interpreter._get_np_dtype
 _numpy_dtypes: dict[str, Any] = {}
-"""By the name of a Triton scalar or pointer type."""
+"""The NumPy dtypes by the name of a Triton scalar or pointer type."""
 
 
 @functools.cache
@@ -53,9 +53,10 @@ def _numpy_dtype(type: Any) -> Any:
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Within it, interpreted kernels take a third of the time; their results are the same bits.
+    """Make interpreted kernels three times as fast in a with-statement, with the same results.
 
-    Replaces attributes of ``triton.runtime.interpreter``, so it is not for several threads at once.
+    It replaces attributes of ``triton.runtime.interpreter`` and puts them back at the end, so it is
+    not for several threads at once.
     """
     builder = interpreter.interpreter_builder
     options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)

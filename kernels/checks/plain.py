@@ -1,4 +1,4 @@
-"""The bytes that eager PyTorch moves for the work of an operation, one tensor after another."""
+"""Count of the bytes that eager PyTorch moves for the work of an operation, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -51,13 +51,18 @@ class _Bytes(TorchDispatchMode):
 def bytes_moved(
     chain: Callable[..., Any], args: dict[str, Any], smallest: int, backward: bool = False
 ) -> int:
-    """Return the bytes that PyTorch's operators read and write for a chain of them.
+    """Return the bytes that the operators of a piece of eager PyTorch code read and write.
+
+    Each operator counts its tensors that are inputs and outputs; views and uninitialised tensors
+    are free.
 
     Args:
-        chain: the same work in eager PyTorch (``ByteCase.plain``).
-        args: of the chain.
-        smallest: tensors of fewer elements are left out: numbers of each image, not images.
-        backward: whether the gradient's bytes are counted instead.
+        chain: the code, the same work as an operation (``ByteCase.plain``), called with ``args`` by
+            name; for ``backward`` it must return a tensor with a gradient.
+        args: the arguments of the code.
+        smallest: tensors of fewer elements are left out: they hold numbers of each image, not
+            images.
+        backward: whether the bytes of the gradient are counted instead of those of the code.
     """
     with _Bytes(smallest) as mode:
         result = chain(**args)

@@ -1,4 +1,4 @@
-"""A scorecard as text: tables of at most 120 columns, then what fails."""
+"""The text of a scorecard of compiled kernels: tables of at most 120 columns, then what fails."""
 
 from __future__ import annotations
 
@@ -88,7 +88,11 @@ def _pipes(card: Scorecard) -> list[str]:
 
 
 def bounds(card: Scorecard) -> list[str]:
-    """Return the table of times that the counts take."""
+    """Return the lines of the table of time bounds, in picoseconds for each element.
+
+    Args:
+        card: the scorecard; without bounds there is no line.
+    """
     if not card.bounds:
         return []
     rows = [["kernel", "images", "memory", "issue", "integer", "multiply", "access", "bound", ""]]
@@ -108,7 +112,13 @@ def bounds(card: Scorecard) -> list[str]:
 
 
 def bytes_moved(card: Scorecard) -> list[str]:
-    """Return the table of bytes an element."""
+    """Return the lines of the table of bytes moved for each element.
+
+    The columns are bytes counted, by the formula, and of plain PyTorch.
+
+    Args:
+        card: the scorecard; without counted cases there is no line.
+    """
     rows: list[list[str]] = [["case", "images", "counted", "formula", "plain PyTorch", "times"]]
     for case, dtypes in card.bytes.items():
         for dtype, counts in dtypes.items():
@@ -149,7 +159,12 @@ def _grouped(faults: Iterable[str]) -> list[str]:
 
 
 def text(card: Scorecard, verbose: bool = False) -> str:
-    """Return the scorecard as text; ``verbose`` adds accesses and opcodes of every variant."""
+    """Return a scorecard as text: resources, pipes, time bounds, bytes, and the verdict.
+
+    Args:
+        card: the scorecard.
+        verbose: whether to add the accesses and opcodes of every variant.
+    """
     sections = [_resources(card), _pipes(card), bounds(card), bytes_moved(card)]
     if verbose:
         sections.append([line for entry in card.entries for line in _details(entry)])

@@ -1,4 +1,4 @@
-"""The machine code of a kernel: how many instructions, and which part of a GPU runs each.
+"""The machine code (SASS) of kernels: counts of instructions by opcode and by part of the GPU.
 
 Throughputs are those of compute capability 9.0 (H100), in results per clock and multiprocessor:
 CUDA C++ Programming Guide, "Performance Guidelines", "Arithmetic Instructions", table of the
@@ -20,16 +20,18 @@ import triton
 from flashddpm.kernels.checks import cubins
 
 ISSUE = 128
-"""Lanes a clock: 4 schedulers, each issues one instruction of one warp of 32."""
+"""Lanes (threads) a clock that a multiprocessor issues for: its 4 schedulers issue one instruction
+each for a warp of 32.
+"""
 
 
 @dataclass(frozen=True)
 class Pipe:
-    """A part of a multiprocessor.
+    """A part of a multiprocessor that runs certain instructions.
 
     Attributes:
-        rate: lanes a clock, or None where issuing is the only cost.
-        opcodes: what it runs, without the modifiers after the dot.
+        rate: threads served a clock, or None where issuing the instruction is the only cost.
+        opcodes: the instructions that it runs, without the modifiers after the dot.
     """
 
     rate: int | None
@@ -77,13 +79,14 @@ assert len(_PIPE_OF) == sum(len(pipe.opcodes) for pipe in PIPES.values()), "an o
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What a thread executes, by opcode without modifiers.
+    """The instructions that one thread executes, by opcode without modifiers.
 
     Attributes:
-        opcodes: instructions that stand in the kernel, each once.
+        opcodes: how many instructions of each opcode stand in the kernel, slow paths left out.
         slow: instructions of the rare paths of roots and divisions: subroutines, and the blocks
             that call them. They run for subnormal, infinite and NaN operands only.
-        loops: whether some instructions run more than once, so that ``opcodes`` is no total.
+        loops: whether some instructions run more than once, so that ``opcodes`` is no total of what
+            runs.
     """
 
     opcodes: Counter[str]
@@ -92,24 +95,32 @@ class MachineCode:
 
     @property
     def instructions(self) -> int:
-        """How many stand in the kernel, without the slow paths."""
+        """The number of instructions that stand in the kernel, slow paths left out."""
         return self.opcodes.total()
 
     @property
     def unknown(self) -> list[str]:
-        """Opcodes of no known pipe, in alphabetical order."""
+        """The opcodes that no pipe (part of a multiprocessor) is known to run, sorted."""
         return sorted(self.opcodes.keys() - _PIPE_OF.keys())
 
     @property
     def pipes(self) -> dict[str, int]:
-        """Instructions by pipe; those of no known pipe under "unknown"."""
+        """The number of instructions by the name of their pipe (part of a multiprocessor).
+
+        Those of no known pipe stand under "unknown".
+        """
         counts = Counter[str]()
         for opcode, count in self.opcodes.items():
             counts[_PIPE_OF.get(opcode, "unknown")] += count
         return dict(counts)
 
     def clocks(self) -> dict[str, float]:
-        """Clocks of a multiprocessor that one thread costs: at issue, and in each pipe."""
+        """Return the clock cycles of a multiprocessor that one thread costs.
+
+        Returns:
+            Cycles by "issue", for all instructions, and by each pipe (part of a multiprocessor) of
+            limited rate that runs some.
+        """
         clocks = {"issue": self.instructions / ISSUE}
         for name, count in self.pipes.items():
             if name in PIPES and (rate := PIPES[name].rate):
@@ -127,18 +138,32 @@ def _run(tool: str, options: Iterable[str], cubin: bytes) -> str:
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """Return the sizes REG, STACK, SHARED and LOCAL of the one function in a cubin."""
+    """Return the resources of the one function in a cubin (a compiled kernel).
+
+    Args:
+        cubin: the ELF file.
+
+    Returns:
+        What ``cuobjdump`` reports: REG, registers of a thread; STACK, SHARED and LOCAL, bytes; and
+        what else it prints so.
+
+    Raises:
+        subprocess.CalledProcessError: if ``cuobjdump`` fails, for instance on what is no cubin.
+    """
     text = _run(triton.knobs.nvidia.cuobjdump.path, ["--dump-resource-usage"], cubin)
     return {name: int(size) for name, size in re.findall(r"\b([A-Z]+):(\d+)", text)}
 
 
 def disassemble(files: Sequence[bytes]) -> list[str]:
-    """Return the machine code of each cubin as nvdisasm writes it, without data.
+    """Return the machine code of each cubin (a compiled kernel) as nvdisasm prints it.
 
-    nvdisasm runs once for all of them.
+    nvdisasm runs once for all of them and leaves out data.
 
     Args:
         files: cubins of one kernel and the same architecture each, at least one.
+
+    Raises:
+        ValueError: if ``cubins.join`` refuses the cubins.
     """
     text = _run(triton.knobs.nvidia.nvdisasm.path, ["-c", "-ndf"], cubins.join(files))
     _, *parts = re.split(r"^//-+ \.text\.\d+ +-+$", text, flags=re.MULTILINE)
@@ -184,12 +209,15 @@ def _blocks(sass: str) -> Iterator[_Block]:
 
 
 def read(sass: str) -> MachineCode:
-    """Count the instructions of the one kernel in nvdisasm's text.
+    """Count the instructions in nvdisasm's text of one kernel.
 
     Padding after the last instruction is left out: NOPs and the branch to itself.
 
+    Args:
+        sass: the text (an entry of what ``disassemble`` returns).
+
     Raises:
-        ValueError: a line that looks like an instruction and is not understood.
+        ValueError: if a line looks like an instruction and is not understood.
     """
     opcodes, slow, loops = Counter[str](), 0, False
     for block in _blocks(sass):

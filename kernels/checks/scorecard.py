@@ -1,4 +1,4 @@
-"""A scorecard of the compiled kernels: resources, instructions, bytes, and what bounds them.
+"""A scorecard of the compiled kernels: resources, instructions, bytes, and what bounds their time.
 
 ``scorecard`` compiles every kernel for every architecture and counts bytes in a second process;
 ``Scorecard.faults`` is what fails. No GPU is used, and nothing here is evidence of speed: the times
@@ -20,33 +20,42 @@ from flashddpm.kernels.checks import budgets, compiled, counting, gates, sass
 
 MULTIPROCESSORS = 132
 CLOCK = 1.755e9
-"""Hz. The lowest boost clock of an H100: the PCIe card's 51.2 TFLOP/s in float32 are 114
-multiprocessors x 256 x 1.755 GHz. The SXM card boosts to 1.98 GHz and falls below it under load, so
-that arithmetic is not made to look cheaper than it is."""
+"""The clock of a multiprocessor in Hz, the lowest boost clock of an H100.
+
+The PCIe card's 51.2 TFLOP/s in float32 are 114 multiprocessors x 256 x 1.755 GHz. The SXM card
+boosts to 1.98 GHz and falls below it under load, so that arithmetic is not made to look cheaper
+than it is.
+"""
 BANDWIDTH = 3.0e12
-"""Bytes a second, read and written together: a large copy, measured on an H100 SXM."""
+"""Bytes of memory a second, read and written together: a large copy, measured on an H100 SXM."""
 REFERENCE = 90
 ITEMSIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One kernel, compiled for images of one dtype and one architecture.
+    """What one kernel uses, compiled for images of one dtype and for one architecture.
 
     Attributes:
+        kernel: the name of the kernel's variant.
+        dtype: the dtype of the images, "fp32", "fp16" or "bf16".
+        arch: the compute capability times 10: 80, 90 or 100.
         images: whether the code depends on the dtype of images.
-        registers, stack, local: of a thread.
-        shared: bytes of a program.
-        accesses: by pointer argument, bytes of an access of global memory -> how many a thread.
-        instructions: an element; None where a loop makes them no total.
-        slow: instructions a thread of rare paths, which are left out of the others.
-        pipes: instructions an element by pipe.
-        opcodes: instructions a thread by opcode.
+        registers, stack, local: registers, bytes of stack and bytes of local memory of one thread.
+        shared: bytes of shared memory of a program (a thread block).
+        accesses: {pointer argument: {bytes of an access of global memory: how many a thread
+            makes}}.
+        instructions: instructions for each element of an image, slow paths left out; None where a
+            loop makes them no total.
+        slow: instructions of a thread in the rare paths, which the other counts leave out.
+        pipes: instructions for each element by pipe (part of a multiprocessor), empty with loops.
+        opcodes: instructions of a thread by opcode, the most frequent first.
         unknown: opcodes of no known pipe.
-        rounding: rounding modes named in the assembly.
-        clocks: of a multiprocessor for one element: at issue, in each pipe.
-        faults: gates that fail.
-        over: budgets that are exceeded.
+        rounding: rounding modes that floating-point instructions of the assembly name.
+        clocks: clock cycles of a multiprocessor for each element, by "issue" and pipe; empty with
+            loops.
+        faults: gates (checks of compiled code) that fail, in words.
+        over: budgets (the most that a kernel may use) that are exceeded, in words.
     """
 
     kernel: str
@@ -70,16 +79,29 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Of the kernel, the dtype and the architecture."""
+        """The kernel, the dtype and the architecture as one string: "KERNEL DTYPE sm_ARCH"."""
         return f"{self.kernel} {self.dtype} sm_{self.arch}"
 
 
 Variant = tuple[compiled.Kernel, str, int]
-"""A kernel, the dtype of its images, "fp32", "fp16" or "bf16", and the compute capability x 10."""
+"""A kernel, the dtype of its images ("fp32", "fp16" or "bf16") and the compute capability times 10.
+"""
 
 
 def measure(variants: Sequence[Variant]) -> list[Entry]:
-    """Compile the variants and read their code; nvdisasm runs once for each architecture."""
+    """Compile variants of kernels, read their machine code and return what each uses.
+
+    nvdisasm runs once for each architecture.
+
+    Args:
+        variants: the kernels to compile, each with the dtype of its images and its architecture.
+
+    Returns:
+        An entry for each variant, in order.
+
+    Raises:
+        RuntimeError: if TRITON_INTERPRET is set, since the interpreter compiles nothing.
+    """
     groups: dict[int, list[int]] = defaultdict(list)
     for i, (_, _, arch) in enumerate(variants):
         groups[arch].append(i)
@@ -134,10 +156,15 @@ def _entry(
 
 @dataclass(frozen=True)
 class Bound:
-    """Picoseconds an element that the counts take on the reference card.
+    """The time that the counts of one kernel take on the reference card, in picoseconds an element.
 
-    ``memory`` is of the lightest row that a kernel is used with; the others are of a row that uses
-    every term, since a term is a branch that stands in the code.
+    Attributes:
+        kernel: the name of the kernel's variant.
+        dtype: the dtype of the images, "fp32", "fp16" or "bf16".
+        times: picoseconds an element by what takes them: "memory", for the bytes of the lightest
+            row (the coefficients of one step) that the kernel is used with; "issue" and the pipes
+            (parts of a multiprocessor), for a row that uses every term, since a term is a branch
+            that stands in the code.
     """
 
     kernel: str
@@ -146,13 +173,20 @@ class Bound:
 
     @property
     def by(self) -> str:
-        """What takes longest."""
+        """The key of ``times`` that takes longest."""
         return max(self.times, key=lambda name: self.times[name])
 
 
 @dataclass(frozen=True)
 class Scorecard:
-    """Every entry, the bytes of every case, and the bounds that follow from both."""
+    """Everything that was measured of compiled kernels, and the bounds and faults that follow.
+
+    Attributes:
+        entries: what each compiled variant uses.
+        bytes: the bytes that each case moves for each element: {case: {dtype: {"counted",
+            "formula", "plain"}}}.
+        gated: whether exceeded budgets are faults: whether the installed Triton is the pinned one.
+    """
 
     entries: list[Entry]
     bytes: counting.Bytes
@@ -160,7 +194,10 @@ class Scorecard:
 
     @property
     def bounds(self) -> list[Bound]:
-        """Of the kernels that move images, on the reference card."""
+        """The time bounds of the kernels that move images, on the reference card (an H100 SXM).
+
+        Kernels with loops, or whose case was not counted, have none.
+        """
         light: dict[str, str] = {}
         for _, case in counting.CASES.values():
             for name in case.kernels:
@@ -179,7 +216,10 @@ class Scorecard:
 
     @property
     def faults(self) -> list[str]:
-        """What fails, a line each: gates always, budgets for the pinned version of Triton."""
+        """What fails, a sentence each; none if all is well.
+
+        Gates (checks of compiled code) and byte counts always fail, budgets only if ``gated``.
+        """
         found = [f"{entry.name}: {fault}" for entry in self.entries for fault in entry.faults]
         for case, dtypes in self.bytes.items():
             for dtype, counts in dtypes.items():
@@ -192,7 +232,7 @@ class Scorecard:
 
     @property
     def excess(self) -> list[str]:
-        """Budgets that are exceeded, whichever the version of Triton."""
+        """The budgets that are exceeded, a sentence each, whichever the version of Triton."""
         found = [f"{entry.name}: {excess}" for entry in self.entries for excess in entry.over]
         for bound in self.bounds:
             budget = compiled.KERNELS[bound.kernel].budgets.get(ITEMSIZES[bound.dtype])
@@ -203,7 +243,7 @@ class Scorecard:
         return found
 
     def json(self) -> str:
-        """Return everything as JSON."""
+        """Return the scorecard as JSON: entries, bytes, bounds, faults and the budgets exceeded."""
         return json.dumps(
             {
                 "triton": triton.__version__,
@@ -226,14 +266,15 @@ class Scorecard:
 def scorecard(
     kernels: Iterable[str] | None = None, archs: Sequence[int] = compiled.ARCHITECTURES
 ) -> Scorecard:
-    """Compile, count and judge.
+    """Compile kernels, count the bytes that they move, and return the scorecard.
 
     Args:
-        kernels: names in ``compiled.KERNELS``; all by default.
-        archs: compute capabilities x 10.
+        kernels: names of variants in ``compiled.KERNELS``; None for all.
+        archs: compute capabilities times 10.
 
     Raises:
-        RuntimeError: under TRITON_INTERPRET, or if the counting process fails.
+        KeyError: if a name is not in ``compiled.KERNELS``.
+        RuntimeError: if TRITON_INTERPRET is set, or if the counting process fails.
     """
     names = list(compiled.KERNELS if kernels is None else kernels)
     variants: list[Variant] = [

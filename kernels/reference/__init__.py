@@ -1,4 +1,4 @@
-"""Every kernel in plain PyTorch, same name and signature: what the fast path must equal."""
+"""Every operation in plain PyTorch, with the same name and signature: what kernels must equal."""
 
 from flashddpm.kernels.reference import exact
 from flashddpm.kernels.reference.evaluation import vlb_terms

@@ -1,4 +1,4 @@
-"""A term of the variational bound, in plain PyTorch (S9, S10)."""
+"""A term of the variational bound of an image, in plain PyTorch   (S9, S10)."""
 
 from __future__ import annotations
 
@@ -13,25 +13,32 @@ from flashddpm.kernels.tables import Purpose, VlbColumn
 def vlb_terms(
     out: Tensor, x0: Tensor, t: Tensor, seeds: Tensor, keys: Tensor, rows: Tensor
 ) -> Tensor:
-    """Return term, error of x_0 and error of eps of each image, float32 [B, 3]   (S9, S10).
+    """Return a term of the variational bound and the errors of x_0 and eps of each image.
 
-    All three are means over the image's elements: of the bound's term in nats, and of the squared
-    errors of the predicted x_0, clipped, and eps. With error e = out - (k0 x0 + k1 eps), which is
-    x0_out e in the predicted x_0 and eps_out e in the predicted eps, d = offset + slope v the
-    model's log variance over the posterior's, and s = gain x0_out e (clipped), the term is
+    (S9, S10; Ho et al. 2020, eq. 5 and 13.) With error e = out - (k0 x0 + k1 eps), which is x0_out
+    e in the predicted x_0 (then clipped) and eps_out e in the predicted eps, d = offset + slope v
+    the model's log variance over the posterior's, and s = gain x0_out e (clipped), the term is
 
         (d - 1 + exp(-d) (1 + s^2)) / 2     the divergence of two normals
         -ln of the probability of x0's bin of 2 half_bin under a normal of deviation exp(d / 2),
-        off by s, where half_bin is not 0; bins of the first and the last pixel are open.
+        off by s, where half_bin is not 0; bins of the first and the last pixel value are open.
 
-    float64 inputs are computed in float64, the decoder's probabilities always. No gradient.
+    A float64 ``out`` is computed in float64, the decoder's probabilities always. No gradient.
+    Arguments are not checked.
 
     Args:
-        out: [B, C or 2C, H, W], float32, float16 or bfloat16.
-        x0: [B, C, H, W], float32, float16 or bfloat16, in [-1, 1].
-        t: int64 [B], the row of each image.
-        seeds, keys: int64 [B], those given to ``add_noise``.
-        rows: float32 [T + 1, len(VlbColumn)].
+        out: the network's output, [B, C or 2C, H, W], float32, float16, bfloat16 or float64. The
+            second C channels are v; without them v is 0.
+        x0: the clean images, [B, C, H, W], float32, float16 or bfloat16, in [-1, 1].
+        t: int64 [B], the row of ``rows`` of each image, in [0, T], T being the prior's.
+        seeds, keys: int64 [B], the noise seeds and keys (the upper 64 bits of the noise counter)
+            that ``add_noise`` got, with Purpose.TRAINING.
+        rows: float32 [T + 1, len(VlbColumn)], the coefficients of each timestep and of the prior.
+
+    Returns:
+        float32 [B, 3] (float64 for a float64 ``out``), means over the elements of each image: of
+        the bound's term in nats, of the squared error of the predicted x_0 after clipping, and of
+        the squared error of the predicted eps.
     """
     dtype = torch.float64 if out.dtype is torch.float64 else torch.float32
     B, C, H, W = x0.shape

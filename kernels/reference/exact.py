@@ -1,6 +1,7 @@
-r"""Functions of float32 products and sums, each rounded: the same bits on every device.
+r"""Functions of float32 products and sums, each rounded, with the same bits on every device.
 
-Logarithm, sine, cosine and exponential by the polynomials of Cephes (logf, sinf, cosf, expf).
+Logarithm, sine, cosine and exponential by the polynomials of Cephes (logf, sinf, cosf, expf): their
+coefficients, Horner's rule and the exponential.
 """
 
 from __future__ import annotations
@@ -38,7 +39,12 @@ EXP_MIN, EXP_MAX = -86.0, 88.0  # beyond, the result is 0 or infinite
 
 
 def horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """Return the polynomial at x."""
+    """Return the value of a polynomial at x by Horner's rule, float32, of x's shape.
+
+    Args:
+        x: float32, any shape.
+        coefficients: the polynomial's coefficients, highest power first, at least two.
+    """
     y = x * coefficients[0] + coefficients[1]
     for c in coefficients[2:]:
         y = y * x + c
@@ -46,9 +52,13 @@ def horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 
 def exp(x: Tensor) -> Tensor:
-    """Return e^x, float32, to 1.5e-7 relative; 0 below EXP_MIN, infinite above EXP_MAX.
+    """Return e^x, float32 of x's shape, to a relative error of 1.5e-7.
 
-    x = n ln 2 + r with |r| <= ln 2 / 2, so e^x = 2^n (1 + r + r^2 p(r)).
+    It is 0 below EXP_MIN = -86 and infinite above EXP_MAX = 88. x = n ln 2 + r with |r| <= ln 2 /
+    2, so e^x = 2^n (1 + r + r^2 p(r)).
+
+    Args:
+        x: float32, any shape and values; NaN gives NaN.
     """
     k = x * LOG2_E + ROUNDER
     n = k - ROUNDER

@@ -1,6 +1,6 @@
-r"""The noise in plain PyTorch: a pure function of (seed, purpose, key, element).
+r"""The noise in plain PyTorch, a pure function of (seed, purpose, key, element).
 
-Philox4x32-10 (Salmon et al. 2011) with the image's 64-bit seed as key and the counter
+Philox4x32-10 (Salmon et al. 2011) with the image's 64-bit seed as Philox key and the counter
 (element // 4, purpose, low and high word of the noise key); element in channels-last order
 (h, w, c) of one image. The four words of a call give four normals by the Box-Muller transform,
 written with exact float32 operations only, each rounded separately, so that every device draws
@@ -25,14 +25,15 @@ M0, M1 = 0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32
 def philox_words(
     seeds: Tensor, keys: Tensor, purpose: int, groups: int, rounds: int = 10, first: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the four words of each of ``groups`` calls, int64 [B, groups] < 2^32.
+    """Return the four random words of each Philox call, int64 [B, groups] in [0, 2^32) each.
 
     Args:
-        seeds, keys: int64 [B].
-        purpose: the counter's second word.
-        groups: number of calls for each image.
-        rounds: 10; a test tells 7 from 10.
-        first: number of the first call.
+        seeds, keys: int64 [B], the seed of each image's noise and its key (the upper 64 bits of the
+            counter).
+        purpose: what the noise is for, in 0..2^32-1 (``Purpose``): the counter's second word.
+        groups: the number of calls for each image, one for four elements.
+        rounds: the number of rounds; 10 is the generator's, and a test tells 7 from 10.
+        first: the number of the first call.
     """
     # The mask changes nothing, but Inductor would fold the first product into arange's step, int32.
     calls = torch.arange(first, first + groups, dtype=torch.int64, device=seeds.device) & MASK
@@ -89,12 +90,18 @@ def _box_muller(m: Tensor, e: Tensor, word: Tensor) -> Tensor:
 def philox(
     seeds: Tensor, keys: Tensor, shape: tuple[int, int, int], purpose: int = Purpose.INITIAL
 ) -> Tensor:
-    """Return standard normal noise, float32 [B, C, H, W], channels-last.
+    """Return standard normal noise for a batch of images, a pure function of seed, key and purpose.
+
+    Arguments are not checked.
 
     Args:
-        seeds, keys: int64 [B].
+        seeds, keys: int64 [B], the seed of each image's noise and its key (the upper 64 bits of the
+            noise counter).
         shape: (C, H, W) of one image.
-        purpose: what the noise is for.
+        purpose: what the noise is for, in 0..2^32-1 (``Purpose``): the counter's second word.
+
+    Returns:
+        float32 [B, C, H, W], channels-last, on the device of ``seeds``.
     """
     return philox_in_pieces(PIECES, seeds, keys, shape, purpose)
 
@@ -109,7 +116,24 @@ def philox_in_pieces(
     shape: tuple[int, int, int],
     purpose: int,
 ) -> Tensor:
-    """Return ``philox``'s noise by the given forms of ``PIECES``, casts of bits between them."""
+    """Return the noise of ``philox``, computed by given forms of its three functions (``PIECES``).
+
+    Between the pieces, float32 bits are reinterpreted as int32 and back; arguments are not checked.
+
+    Args:
+        pieces: three functions that replace those of ``PIECES``: ``uniform(seeds, keys, purpose,
+            groups)`` returns u in (0, 1], float32 [B, groups, 2], and the angle's word, int64 [B,
+            groups, 2]; ``split(bits)`` takes u's bits, int32, and returns the exponent e and the
+            bits of m, u = m 2^e, int32; ``box_muller(m, e, word)`` returns normals, float32 [B,
+            groups, 4].
+        seeds, keys: int64 [B], the seed of each image's noise and its key (the upper 64 bits of the
+            noise counter).
+        shape: (C, H, W) of one image.
+        purpose: what the noise is for, in 0..2^32-1 (``Purpose``): the counter's second word.
+
+    Returns:
+        float32 [B, C, H, W], channels-last, on the device of ``seeds``.
+    """
     uniform, split, box_muller = pieces
     C, H, W = shape
     n = C * H * W

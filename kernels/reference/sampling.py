@@ -1,4 +1,4 @@
-"""Statistics of a sample, the step and the advance, in plain PyTorch (S5, S6)."""
+"""Image statistics, the reverse step and the advance of rows, in plain PyTorch   (S5, S6)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from flashddpm.kernels.step_arguments import StepSlots, StepState, StepStatistic
 from flashddpm.kernels.tables import Column, Purpose
 
 Selection = slice | list[int] | None
-"""Of slots or lanes; None for all of them."""
+"""Which slots or lanes are meant: a slice, their indices, or None for all of them."""
 
 
 def _select(index: list[int], count: int) -> Selection:
-    """Return these of ``count``: as all, or as a view, if they count up from 0."""
+    """Return these indices of ``count``: as None if all, as a slice if they count up from 0."""
     n = len(index)
     if index != list(range(n)):
         return index
@@ -45,7 +45,18 @@ def _flag(nonfinite: Tensor, slots: Selection, values: Tensor, row: int) -> None
 
 
 def combine(cond: Tensor, uncond: Tensor, guidance: Tensor) -> Tensor:
-    """Return uncond + w (cond - uncond) in float32 (Ho & Salimans 2022)."""
+    """Return the guided output of classifier-free guidance, uncond + w (cond - uncond).
+
+    (Ho & Salimans 2022.)
+
+    Args:
+        cond, uncond: [S, C, H, W], the conditional and unconditional outputs, float32, float16 or
+            bfloat16.
+        guidance: float32 [S] or of a single element, the guidance weight w.
+
+    Returns:
+        float32 [S, C, H, W].
+    """
     cond, uncond = cond.float(), uncond.float()
     return uncond + guidance.reshape(-1, 1, 1, 1) * (cond - uncond)
 
@@ -63,12 +74,17 @@ def _sum(*terms: tuple[float | Tensor, Tensor]) -> Tensor:
 
 
 def predict_x0(x: Tensor, out: Tensor, row: list[float], dynamic_threshold: Tensor) -> Tensor:
-    """Return x0 = x0_xt x + x0_out out, clipped as the row says; float32, like ``x``.
+    """Return the predicted x0 = x0_xt x + x0_out out, clipped as the row (one step) says.
 
     Args:
-        x, out: float32 [S, C, H, W].
-        row: one row of the table.
-        dynamic_threshold: float32 [S], read where the row has a threshold.
+        x: float32 [S, C, H, W], the states x_t.
+        out: float32 [S, C, H, W], the network's output.
+        row: the coefficients of one step, a number for each ``Column``.
+        dynamic_threshold: float32 [S], the bound of |x0|, read where the row has a threshold: x0 is
+            clipped to it and divided by it.
+
+    Returns:
+        float32 [S, C, H, W].
     """
     x0 = _sum((row[Column.X0_XT], x), (row[Column.X0_OUT], out))
     if row[Column.THRESHOLD]:
@@ -78,14 +94,17 @@ def predict_x0(x: Tensor, out: Tensor, row: list[float], dynamic_threshold: Tens
 
 
 def quantile(values: Tensor, q: float) -> Tensor:
-    """Return the q-quantile of each row, float32 [S], as torch.quantile does; NaN if one is NaN.
+    """Return the q-quantile of each row of a matrix as torch.quantile does, float32 [S].
 
-    Between the two ranks about q (n - 1) the quantile is on a line. torch.quantile itself takes no
-    more than 2^24 values.
+    Between the two ranks about q (n - 1) the quantile is interpolated linearly. A row with a NaN
+    gives NaN. (torch.quantile itself takes no more than 2^24 values.)
 
     Args:
         values: float32 [S, n], n >= 1.
-        q: in (0, 1].
+        q: the quantile in (0, 1].
+
+    Raises:
+        IndexError: if n is 0.
     """
     ordered = values.sort(1).values
     last = ordered.shape[1] - 1
@@ -97,7 +116,7 @@ def quantile(values: Tensor, q: float) -> Tensor:
 
 
 def _between(below: Tensor, above: Tensor, weight: float) -> Tensor:
-    """Return a point of the line, from its nearer end."""
+    """Return the point between two values at a weight in [0, 1], computed from the nearer one."""
     step = above - below
     return below + weight * step if weight < 0.5 else above - (1 - weight) * step
 
@@ -109,14 +128,21 @@ def sample_stats(
     statistics: StepStatistics,
     table: StepTable,
 ) -> None:
-    """Compute what a slot's row asks of its whole image, in place (tables.py).
+    """Compute the statistics of whole images that ``denoise_step`` will read, in place.
+
+    For each slot (the place of one image in a batch) they are the dynamic threshold of x0 and the
+    factor that rescales its guidance, where the slot's row (the coefficients of one step) asks for
+    them. Slots whose row asks for neither, or points at itself, are left untouched. Arguments are
+    not checked.
 
     Args:
-        state: whose x it reads.
-        out: [L, C or 2C, H, W], the network's output, float32, float16 or bfloat16.
-        slots: whose rows, guidance and lanes it reads.
-        statistics: what it writes, where the row asks.
-        table: whose rows it reads, and those that follow.
+        state: only ``x``, float32 [S, C, H, W], is read.
+        out: [L, C or 2C, H, W], the network's output in its L lanes (a lane is one evaluation of
+            the network), float32, float16 or bfloat16.
+        slots: each slot's row, guidance weight and lanes, which are read; its seeds are not.
+        statistics: the vectors that are written: dynamic_threshold where the row has a threshold,
+            rescale_factor where the row rescales and the slot is guided.
+        table: the rows of coefficients and the row that follows each, which are read.
     """
     x, rows = state.x, table.rows
     C = x.shape[1]
@@ -177,17 +203,24 @@ def denoise_step(
     table: StepTable,
     noise: Tensor | None = None,
 ) -> None:
-    """Apply row idx[s] to every slot s, in place (the formula: tables.py; S5).
+    """Apply one reverse step to every slot (the place of one image in a batch), in place   (S5).
 
-    Slots whose row points at itself are left untouched.
+    Slot s follows row idx[s] (the coefficients of one step; the formula: ``tables``). Slots whose
+    row points at itself (``table.next``) are left untouched. Arguments are not checked.
 
     Args:
-        state: what the step changes: x, hist, net_in and nonfinite.
-        out: [L, C or 2C, H, W], the network's output, float32, float16 or bfloat16.
-        slots: each slot's row, seed, guidance and lanes.
-        statistics: of ``sample_stats``, read where the row asks.
-        table: rows, keys and the rows that follow.
-        noise: float32 [S, C, H, W] to use for z, or None to draw it.
+        state: what the step changes: ``x`` becomes x_next; ``hist`` becomes x0 where the next row
+            reads the history; x_next goes to ``net_in`` at each lane (one evaluation of the
+            network) of the slot; ``nonfinite`` notes the row where the network's output is not
+            finite.
+        out: [L, C or 2C, H, W], the network's output, float32, float16 or bfloat16; only with 2C
+            channels, the second C of which are v, is the column log_sigma used.
+        slots: each slot's row, noise seed, guidance weight and lanes.
+        statistics: what ``sample_stats`` wrote: dynamic_threshold, read where the row has a
+            threshold, and rescale_factor, read where the row rescales and the slot is guided.
+        table: the rows, the key of each row's noise and the row that follows each.
+        noise: float32 [S, C, H, W], standard normal noise z to use; None draws it from the slot's
+            seed and the row's key.
     """
     x, hist, net_in, nonfinite = state
     _, C, H, W = x.shape
@@ -229,5 +262,15 @@ def denoise_step(
 
 
 def advance(slots: StepSlots, table: StepTable) -> None:
-    """Set idx[s] = next[idx[s]] for every slot, in place."""
+    """Move every slot (the place of one image in a batch) to its next row, idx[s] = next[idx[s]].
+
+    A row is the coefficients of one step; a row that points at itself keeps its slots.
+
+    Args:
+        slots: only ``idx``, int64 [S] in [0, R), is used; it is changed in place.
+        table: only ``next``, int64 [R], the row that follows each row, is read.
+
+    Raises:
+        IndexError: if an entry of idx lies outside [0, R), on the CPU.
+    """
     slots.idx.copy_(table.next.index_select(0, slots.idx))

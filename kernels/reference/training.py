@@ -1,4 +1,4 @@
-"""Noising and losses, in plain PyTorch (S2, S4, S7, S10)."""
+"""Forward noising and the training losses, in plain PyTorch   (S2, S4, S7, S10)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,21 @@ def add_noise(
     rows: Tensor,
     purpose: int = Purpose.TRAINING,
 ) -> Tensor:
-    """Return x_t = rows[t, 0] x0 + rows[t, 1] eps in x0's dtype, computed in float32   (S2, S4).
+    """Return the images with noise added, x_t = rows[t, 0] x0 + rows[t, 1] eps   (S2, S4).
+
+    Computed in float32 whatever the dtype. Arguments are not checked.
 
     Args:
-        x0: [B, C, H, W], float32, float16 or bfloat16.
-        t: int64 [B], the row of each image.
-        seeds, keys: int64 [B].
-        rows: float32 [T, 2].
-        purpose: what the noise is for.
+        x0: [B, C, H, W], the images, float32, float16 or bfloat16.
+        t: int64 [B], the row of ``rows`` of each image, in [0, T).
+        seeds, keys: int64 [B], the seed of each image's noise eps and its key (the upper 64 bits of
+            the noise counter).
+        rows: float32 [T, 2], the factors of x0 and of eps.
+        purpose: what the noise is for, in 0..2^32-1 (``Purpose``): the second word of the noise
+            counter.
+
+    Returns:
+        [B, C, H, W], in x0's dtype.
     """
     a, b = rows[t].reshape(-1, 2, 1, 1, 1).unbind(1)
     _, C, H, W = x0.shape
@@ -47,19 +54,26 @@ def diffusion_loss(
     loss: str = "mse",
     delta: float = 1.0,
 ) -> Tensor:
-    """Return w mean(l(out - (k0 x0 + k1 eps))) for each image, float32 [B]   (S7).
+    """Return the training loss w mean(l(out - (k0 x0 + k1 eps))) of each image   (S7).
 
-    (k0, k1, w) = rows[t]; eps is the noise that ``add_noise`` drew for the same seeds and keys.
-    float64 inputs are computed in float64 (for gradient checks). Gradient for ``out`` only.
+    (k0, k1, w) = rows[t], and l is the penalty ``loss``; eps is the noise that ``add_noise`` drew
+    for the same seeds and keys. A float64 ``out`` is computed in float64 (for gradient checks).
+    Differentiable with respect to ``out`` only. Arguments are not checked.
 
     Args:
-        out: the network's output, [B, C, H, W], float32, float16 or bfloat16.
-        x0: [B, C, H, W], float32, float16 or bfloat16.
-        t: int64 [B], the row of each image.
-        seeds, keys: int64 [B].
-        rows: float32 [T, 3].
-        loss: "mse", "l1" or "huber" (tables.LOSSES).
-        delta: where huber turns from a parabola to a line.
+        out: the network's output, [B, C, H, W], float32, float16, bfloat16 or float64.
+        x0: the clean images, [B, C, H, W], float32, float16 or bfloat16.
+        t: int64 [B], the row of ``rows`` of each image, in [0, T).
+        seeds, keys: int64 [B], the noise seeds and keys (the upper 64 bits of the noise counter)
+            that ``add_noise`` got, with Purpose.TRAINING.
+        rows: float32 [T, at least 3], whose first columns are the factors k0 and k1 of the target
+            and the weight w.
+        loss: the penalty of an error e: "mse" (e^2), "l1" (|e|) or "huber" (e^2 / 2 where |e| <=
+            delta, delta (|e| - delta / 2) beyond).
+        delta: the |e| where "huber" turns from a parabola to a line; above 0.
+
+    Returns:
+        float32 [B]; float64 for a float64 ``out``.
     """
     error, weight = _error(out, x0, t, seeds, keys, rows)
     return weight.flatten() * _penalty(error, loss, delta).flatten(1).mean(1)
@@ -76,10 +90,16 @@ def diffusion_loss_backward(
     loss: str = "mse",
     delta: float = 1.0,
 ) -> Tensor:
-    """Return w d_loss / n l'(out - target), the gradient for ``out``, in its dtype.
+    """Return the gradient of ``diffusion_loss`` for ``out``: w d_loss / n l'(out - target).
+
+    n is the number of elements of an image.
 
     Args:
-        d_loss: float32 [B], the gradient of the loss; the others as for ``diffusion_loss``.
+        d_loss: float32 [B], the gradient of the loss of each image.
+        out, x0, t, seeds, keys, rows, loss, delta: the arguments of ``diffusion_loss``.
+
+    Returns:
+        [B, C, H, W], in out's dtype.
     """
     error, weight = _error(out, x0, t, seeds, keys, rows)
     scale = weight * d_loss.reshape(-1, 1, 1, 1) / max(out.shape[1:].numel(), 1)
@@ -125,22 +145,32 @@ def hybrid_loss(
     loss: str = "mse",
     delta: float = 1.0,
 ) -> Tensor:
-    """Return w mean(l(error)) + b mean(bound) for each image, float32 [B]   (S7 and S10).
+    """Return the hybrid loss w mean(l(error)) + b mean(bound) of each image   (S7 and S10).
 
     Nichol & Dhariwal 2021, eq. 16: the first C channels of ``out`` are the prediction, the second,
-    v, set the variance; the bound's term has a gradient for v only. Over the log variance of the
-    posterior the model's is d = offset + slope v, and with error e of the prediction the term is
+    v, set the variance; the bound's term, in nats, has a gradient for v only. The log variance of
+    the model over that of the posterior is d = offset + slope v, and with error e of the prediction
+    the term is
 
         (d - 1 + exp(-d) (1 + (gain precision e)^2)) / 2     (the divergence of two normals)
 
     or, where half_bin is not 0, -ln of the probability of x0's bin of 2 half_bin under a normal of
     deviation exp(d / 2) / precision, off by gain e; its distribution function as `_cdf` has it.
+    Arguments are not checked.
 
     Args:
-        out: [B, 2C, H, W], float32, float16 or bfloat16.
-        x0: [B, C, H, W], float32, float16 or bfloat16, in [-1, 1].
-        t, seeds, keys, loss, delta: as for ``diffusion_loss``.
-        rows: float32 [T, len(LossColumn)].
+        out: the network's output, [B, 2C, H, W], float32, float16, bfloat16 or float64.
+        x0: the clean images, [B, C, H, W], float32, float16 or bfloat16, in [-1, 1].
+        t: int64 [B], the row of ``rows`` of each image, in [0, T).
+        seeds, keys: int64 [B], the noise seeds and keys (the upper 64 bits of the noise counter)
+            that ``add_noise`` got, with Purpose.TRAINING.
+        rows: float32 [T, len(LossColumn)], the coefficients of each timestep.
+        loss: the penalty l of an error e: "mse" (e^2), "l1" (|e|) or "huber" (e^2 / 2 where |e| <=
+            delta, delta (|e| - delta / 2) beyond).
+        delta: the |e| where "huber" turns from a parabola to a line; above 0.
+
+    Returns:
+        float32 [B]; float64 for a float64 ``out``.
     """
     prediction, v = out.chunk(2, 1)
     error, weight = _error(prediction, x0, t, seeds, keys, rows)
@@ -166,7 +196,7 @@ def _bound(
     precision: Tensor,
     half: Tensor,
 ) -> Tensor:
-    """Return the term of the bound of each element."""
+    """Return the term of the variational bound of each element, in nats."""
     shift = gain * precision * error
     d = offset + slope * v
     divergence = 0.5 * (d - 1 + torch.exp(-d) * (1 + shift * shift))
@@ -183,15 +213,15 @@ CDF_SLOPE, CDF_CUBE = 1.5957691216, 0.044715  # 2 sqrt(2 / pi); Page 1977
 
 
 def _cdf(y: Tensor) -> Tensor:
-    """The normal distribution function, to 3e-4: that of Nichol & Dhariwal's training loss."""
+    """Return the normal distribution function to 3e-4, as Nichol & Dhariwal's loss does."""
     return torch.sigmoid(CDF_SLOPE * (y + CDF_CUBE * (y * y * y)))
 
 
 def _edges(d: Tensor, shift: Tensor, x0: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a pixel's bin in deviations from the mean, where both ends are at their smallest.
+    """Return the ends of a pixel's bin, in deviations from the mean, or of its mirror image.
 
-    The probability of [a, b] is that of [-b, -a]: of the two, the one nearer to minus infinity
-    has values of the distribution function that do not cancel.
+    The probability of [a, b] is that of [-b, -a]: of the two, the one nearer to minus infinity has
+    values of the distribution function that do not cancel.
     """
     inverse = torch.exp(-0.5 * d)
     upper = ((half - shift) * inverse).clamp(-FARTHEST, FARTHEST)
@@ -211,10 +241,14 @@ def hybrid_loss_backward(
     loss: str = "mse",
     delta: float = 1.0,
 ) -> Tensor:
-    """Return the gradient of ``hybrid_loss`` for ``out``, in its dtype.
+    """Return the gradient of ``hybrid_loss`` for ``out``.
 
     Args:
-        d_loss: float32 [B], the gradient of the loss; the others as for ``hybrid_loss``.
+        d_loss: float32 [B], the gradient of the loss of each image.
+        out, x0, t, seeds, keys, rows, loss, delta: the arguments of ``hybrid_loss``.
+
+    Returns:
+        [B, 2C, H, W], in out's dtype.
     """
     prediction, v = out.chunk(2, 1)
     error, weight = _error(prediction, x0, t, seeds, keys, rows)
@@ -235,7 +269,7 @@ def _bound_slope(
     precision: Tensor,
     half: Tensor,
 ) -> Tensor:
-    """Return the derivative of the term for v."""
+    """Return the derivative for v of the term of the variational bound of each element."""
     shift = gain * precision * error
     d = offset + slope * v
     divergence = 1 - torch.exp(-d) * (1 + shift * shift)
