@@ -1,1 +1,1 @@
-"""Model folders: their configs and weights, read with distrust and written whole."""
+"""Model folders: their configs and weights, read as untrusted files and written atomically."""

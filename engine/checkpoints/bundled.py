@@ -1,4 +1,4 @@
-"""The models that come with the package."""
+"""`bundled`: the folders of the trained models that come with the package."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ MODELS = Path(__file__).parents[1] / "models"
 
 
 def bundled(name: str = "fashion-mnist") -> Path:
-    """Return the folder of a model that comes with the package.
+    """Return the path of the folder of a model that comes with the package.
+
+    Args:
+        name: the name of the model, such as "fashion-mnist".
 
     Raises:
-        ValueError: no such model.
+        ValueError: if there is no such model; the text lists those that there are.
     """
     names = sorted(index.parent.name for index in MODELS.glob("*/model_index.json"))
     return MODELS / arguments.one_of("name", name, names)

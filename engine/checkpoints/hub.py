@@ -1,4 +1,4 @@
-"""Where a model is: a folder, or a repository of the Hugging Face Hub, which is then downloaded."""
+"""`locate`: the folder of a model, on this machine or downloaded from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ CONFIGS = [
 def locate(
     source: str | PathLike[str], allow_pickle: bool = False, revision: str | None = None
 ) -> Path:
-    """Return the folder of a model.
+    """Return the path of a model's folder; a Hugging Face repository is downloaded.
 
     Args:
-        source: a folder; or, where there is none of this name, OWNER/NAME on the hub.
-        allow_pickle: download .bin weights too, where there are no others.
-        revision: a branch, tag or commit on the hub.
+        source: a folder; or, where there is none of this name, OWNER/NAME on the hub, as a string.
+        allow_pickle: whether .bin weights (a pickle) are downloaded where there are no safetensors.
+        revision: a branch, tag or commit on the hub; None for the default branch.
 
     Raises:
-        CheckpointError: neither, huggingface_hub is not installed, or the download failed.
-        ValueError: the source is no path.
+        CheckpointError: if the source is neither a folder nor OWNER/NAME, huggingface_hub is not
+            installed, the download failed, or the repository has no safetensors and
+            ``allow_pickle`` is false.
+        ValueError: if the source is no path.
     """
     try:
         path = Path(source)

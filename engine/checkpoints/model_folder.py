@@ -3,10 +3,10 @@
     model_index.json
     unet/config.json, unet/diffusion_pytorch_model.safetensors
     scheduler/scheduler_config.json
-    flashddpm.json        ours: {"num_classes": 10, "null_label": 10, "class_names": [...]}
+    flashddpm.json        our own: {"num_classes": 10, "null_label": 10, "class_names": [...]}
 
 A flat folder (config.json, scheduler_config.json and weights in one place) is read too. Nothing
-that a file says is imported or run: classes are names, looked up in the lists below.
+that a file names is imported or run: classes are strings, looked up in lists of allowed ones.
 """
 
 from __future__ import annotations
@@ -37,7 +37,15 @@ MAX_PARAMETERS = 4_000_000_000
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a hash of the files that a model is read from, in diffusers' layout or flat."""
+    """Return the fingerprint of a model folder, "sha256:...": a hash of the files it is read from.
+
+    These are unet/config.json, all unet/*.safetensors, scheduler/scheduler_config.json and
+    flashddpm.json, as far as they exist; in a flat folder they lie in the folder itself. Pickled
+    weights and model_index.json are left out.
+
+    Args:
+        folder: the model folder.
+    """
     unet, scheduler = (
         folder / sub if (folder / sub).is_dir() else folder for sub in ("unet", "scheduler")
     )
@@ -53,7 +61,13 @@ def fingerprint(folder: Path) -> str:
 
 
 def find(folder: Path, sub: str, name: str) -> Path:
-    """Return folder/sub/name, or folder/name in a flat folder."""
+    """Return the path folder/sub/name, or folder/name where only that file exists (a flat folder).
+
+    Args:
+        folder: the model folder.
+        sub: the subfolder in diffusers' layout, "unet" or "scheduler".
+        name: the name of the file.
+    """
     nested, flat = folder / sub / name, folder / name
     return flat if flat.exists() and not nested.exists() else nested
 
@@ -68,19 +82,21 @@ def load_unet(
     """Load the U-Net of a model folder, in evaluation mode and without gradients.
 
     Args:
-        folder: a pipeline's, with unet/ in it, or a U-Net's own, with config.json and the weights.
-        device: the device of the weights: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: the dtype of the weights; float32 by default.
+        folder: a pipeline's folder, with unet/ in it, or a U-Net's own, with config.json and
+            weights.
+        device: the device of the weights: "auto", "cpu", "cuda", "cuda:N" or a torch.device.
+        dtype: the dtype of the weights: float32, bfloat16 or float16, as a name or a torch.dtype;
+            None for float32.
         allow_pickle: whether diffusion_pytorch_model.bin is read where there are no safetensors.
 
     Returns:
         A UNet or an RMSUNet, whichever config.json names.
 
     Raises:
-        CheckpointError: files missing or broken, a config that cannot be built or asks for more
-            than 4e9 parameters, keys or shapes that do not match it (every mismatch is listed),
-            weights that are not finite, or a pickle that was not asked for.
-        ValueError: a device or dtype that is not allowed.
+        CheckpointError: if files are missing or broken, the config cannot be built or asks for more
+            than 4e9 parameters, keys or shapes do not match it (every mismatch is listed), weights
+            are not finite in ``dtype``, or there is only a pickle and ``allow_pickle`` is false.
+        ValueError: if the device or dtype is not allowed.
     """
     device = arguments.resolve_device(device)
     dtype = arguments.resolve_dtype(dtype, torch.float32)
@@ -114,13 +130,19 @@ def _plan_unet(path: Path) -> Network:
 
 
 def load_scheduler_config(folder: str | PathLike[str]) -> dict[str, Any]:
-    """Return the scheduler's config; its class must be one that we have the solver of.
+    """Return the config of a model folder's scheduler, with diffusers' keys and "_class_name".
 
-    Where model_index.json names another class than the config, it is that one, as in diffusers.
+    The class is one of `SCHEDULERS`, for which there is a solver here. Where model_index.json names
+    another class than the config, that one is returned, as in diffusers; a DDIMPipeline makes it
+    DDIMScheduler.
+
+    Args:
+        folder: the model folder.
 
     Raises:
-        CheckpointError: files missing or broken, or a class that is not one of UNETS, PIPELINES
-            and SCHEDULERS.
+        CheckpointError: if a file is missing or broken, or a class is not known: the scheduler's
+            must be one of `SCHEDULERS`, the pipeline's of `PIPELINES`, the U-Net's UNet2DModel or
+            RMSUNet.
     """
     path = find(Path(folder), "scheduler", "scheduler_config.json")
     config = read_json(path)
@@ -151,7 +173,10 @@ def _read_index(path: Path) -> str | None:
 
 
 def _class(entry: Any) -> Any:
-    """Return the class of an entry of model_index.json, ["diffusers", class]."""
+    """Return the class in an entry of model_index.json, such as ["diffusers", class].
+
+    An entry of another form is returned as it is.
+    """
     well = (
         isinstance(entry, list) and len(entry) == 2 and entry[0] in ("diffusers", "flashddpm", None)
     )
@@ -159,7 +184,18 @@ def _class(entry: Any) -> Any:
 
 
 def load_conditioning(folder: str | PathLike[str], config: NetworkConfig) -> Conditioning:
-    """Return what flashddpm.json says of labels; without it, every embedding is a class."""
+    """Return the class labels that a model takes, as flashddpm.json says.
+
+    Without that file every class embedding of the network is a class, and there is no null class.
+
+    Args:
+        folder: the model folder.
+        config: the config of its network, whose number of class embeddings limits the labels.
+
+    Raises:
+        CheckpointError: if the file is broken, num_classes or null_label do not fit the number of
+            embeddings, or class_names is not a list of num_classes names.
+    """
     path = Path(folder) / "flashddpm.json"
     if not path.exists():
         return Conditioning(config.num_class_embeds)
@@ -187,18 +223,22 @@ def save_model(
     scheduler: Mapping[str, Any],
     conditioning: Conditioning,
 ) -> None:
-    """Write a folder that diffusers loads, each file atomically, what is found first last.
+    """Write a model folder that diffusers loads; each file is written atomically, the weights late.
 
-    A kill leaves the old weights or the new ones to be found, whatever layout the old ones had
-    (one file, shards, a flat folder), with a scheduler that may already be the new one. Only over
-    a network of another config no order of files will do: write to a new folder then.
+    A kill leaves the old weights or the new ones to be found, whatever layout the old ones had (one
+    file, shards, a flat folder), perhaps with the new scheduler beside old weights. Only over a
+    network with another config no order of files is safe: write to a new folder then.
 
     Args:
-        folder: made if it does not exist.
-        config: the U-Net's.
-        state: its state dict, in the dtype to be stored.
-        scheduler: the keys of scheduler_config.json.
-        conditioning: written to flashddpm.json.
+        folder: the model folder, which is made if it does not exist.
+        config: the config of the network.
+        state: the state dict of the network: tensors by name, on any device, in the dtype to be
+            stored.
+        scheduler: the keys and values of scheduler_config.json.
+        conditioning: the class labels that the network takes, written to flashddpm.json.
+
+    Raises:
+        OSError: if a file cannot be written.
     """
     root = Path(folder)
     name = scheduler.get("_class_name", "DDPMScheduler")
@@ -220,7 +260,10 @@ def save_model(
 
 
 def _remove_shards(index: Path) -> None:
-    """Remove an older model's index, which is preferred to the one file, and then its shards."""
+    """Remove the index of an older model's shards, and then the shards.
+
+    The index goes first, since it would be read in preference to the new single file.
+    """
     if not index.exists():
         return
     try:

@@ -1,9 +1,10 @@
-"""PyTorch's .bin files: a zip of one pickle and the bytes of every tensor. Read only when asked.
+"""PyTorch's .bin weights, read only when asked for: a zip of one pickle and all tensors' bytes.
 
 A pickle is a program. torch.load(weights_only=True) runs a small part of its language, and the
-pickle is first run here without values, so that only what torch.save writes of a state dict
-reaches it: entries that are stored and fit in the file, the names of ``GLOBALS``, and tuples that
-are neither deep nor shared, as the hash of such a tuple takes forever or overflows the stack.
+pickle is first run here without values, so that only what torch.save writes for a state dict
+reaches it: zip entries that are not compressed and fit in the file, the names in ``GLOBALS``, and
+tuples that are neither deep nor shared, as the hash of such a tuple takes forever or overflows the
+stack.
 """
 
 from __future__ import annotations
@@ -45,27 +46,30 @@ CONSTANTS = {
 }  # fmt: skip
 POPS = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "REDUCE": 2, "BINPERSID": 1, "SETITEM": 2,
         "BUILD": 1, "APPEND": 1}  # fmt: skip
-"""How many values an opcode takes from the stack; those that begin at a mark take all above it."""
+"""The number of values that an opcode takes from the stack; opcodes that are not listed here take
+all values above the latest mark."""
 
 
 NESTED = {"EMPTY_LIST", "APPEND", "APPENDS", "BINFLOAT"}
 NESTED_GLOBALS = {"torch LongStorage", "torch BoolStorage"}
-"""What a trainer's file has besides: numbers and lists, of an optimizer's settings, say."""
+"""The opcodes and names that a file of a training run needs besides: those of numbers and lists,
+such as an optimizer's settings."""
 MAX_DICTS = 8
 
 
 def read_pickled(path: Path, nested: bool = False) -> dict[str, Tensor]:
-    """Return the tensors of a state dict that torch.save wrote, on the CPU.
+    """Return the tensors of a state dict that torch.save wrote, by name, on the CPU, as stored.
 
     Args:
-        path: of the file.
-        nested: also read dicts of dicts, whose names are joined by dots, and leave out what is
-            no tensor.
+        path: the .bin file.
+        nested: whether dicts of dicts, at most 8 deep, are read too: their names are joined by
+            dots, and what is no tensor is left out.
 
     Raises:
-        CheckpointError: missing, broken, not a dict of names and tensors, a tensor that is not
-            contiguous, a storage that tensors do not fill from end to end, or PyTorch is older
-            than 2.10, whose loader can be made to read and write outside of its memory.
+        CheckpointError: if the file is missing or broken, is not a dict of names and tensors, if a
+            tensor is not contiguous or a storage is not filled from end to end by tensors, or if
+            PyTorch is older than 2.10, whose loader can be made to read and write outside of its
+            memory.
     """
     require_file(path)
     if torch.__version__ < "2.10":  # a TorchVersion, compared as a version
@@ -84,7 +88,10 @@ def read_pickled(path: Path, nested: bool = False) -> dict[str, Tensor]:
 
 
 def _check_directory(file: BinaryIO) -> None:
-    """Refuse all but one short directory at the very end: no two readers may find two of them."""
+    """Refuse a zip unless it has one short directory, at its very end.
+
+    Two readers could otherwise find two different directories.
+    """
     size = file.seek(0, 2)
     file.seek(max(size - 98, 0))
     record, locator, end = struct.unpack("56s20s22s", file.read().rjust(98, b"\0"))
@@ -136,7 +143,7 @@ def _check_program(program: bytes, nested: bool) -> None:
 
 
 def _check_opcode(name: str, argument: Any, nested: bool) -> None:
-    """Refuse an opcode, or a global, that no state dict needs."""
+    """Refuse an opcode, or a global name, that no state dict needs."""
     globals_ = GLOBALS | NESTED_GLOBALS if nested else GLOBALS
     if name == "GLOBAL" and argument not in globals_:
         raise ValueError(f"it asks for {argument!r}, which a state dict has no need of")
@@ -153,10 +160,14 @@ class _Depths:
         self._memo: dict[Any, int] = {}
 
     def run(self, name: str, argument: Any) -> None:
-        """Run one opcode.
+        """Run one opcode of a pickle.
+
+        Args:
+            name: the opcode's name, as pickletools has it.
+            argument: its argument, or None.
 
         Raises:
-            ValueError: it is none that torch.save writes, or nests tuples too deep.
+            ValueError: if torch.save never writes it, or it nests tuples too deep or shares one.
         """
         if name in CONSTANTS or name == "GLOBAL":
             self._stack.append(0)
@@ -189,7 +200,10 @@ class _Depths:
 
 
 def _check_state(state: Any) -> dict[str, Tensor]:
-    """Return a state dict whose tensors are what they seem: a view may show more than is there."""
+    """Return a state dict once its tensors are contiguous and fill their storages.
+
+    A view may otherwise show more numbers than the file has.
+    """
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__}, must hold a dict of tensors")
     tiles: dict[int, set[tuple[int, int]]] = {}
@@ -214,7 +228,10 @@ def _storage(value: Tensor) -> int:
 
 
 def _fill(tiles: set[tuple[int, int]], nbytes: int) -> bool:
-    """Whether tiles lie end to end from 0 to nbytes: tensors that were one when they were saved."""
+    """Return whether tiles (start, stop), in bytes, lie end to end from 0 to nbytes.
+
+    They do where the tensors were one storage when they were saved.
+    """
     end = 0
     for start, stop in sorted(tiles):
         if start != end:
@@ -226,7 +243,7 @@ def _fill(tiles: set[tuple[int, int]], nbytes: int) -> bool:
 def _flatten(
     value: Any, depth: int, seen: set[int], name: str = ""
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of dicts of dicts; each dict may stand in one place only."""
+    """Yield (name, tensor) of dicts of dicts; each dict may occur in one place only."""
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, must hold a dict of tensors")
     if not depth or id(value) in seen:

@@ -1,6 +1,7 @@
-"""A trained model and how it is sampled: from a folder, the hub or live diffusers objects.
+"""Loading and saving a trained model with its sampling settings, as a `Pretrained`.
 
-What Sampler.from_pretrained, Sampler.from_diffusers and Sampler.save_pretrained do.
+A model comes from a folder, the Hugging Face Hub or live diffusers objects. This is what
+Sampler.from_pretrained, Sampler.from_diffusers and Sampler.save_pretrained do.
 """
 
 from __future__ import annotations
@@ -49,14 +50,18 @@ log = logging.getLogger("flashddpm")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What a sampler is made of.
+    """The parts that a sampler is made of.
 
     Attributes:
-        unet: the network: ours, or diffusers' own where it is more than its weights and config.
-        scheduler: the config that the rest is read from, with diffusers' keys and ``_class_name``.
-        schedule, prediction_type, defaults: what that config says.
-        shape: (C, H, W) of an image.
-        conditioning: what labels the network takes.
+        unet: the network: ours, or diffusers' own where it was changed beyond its weights and
+            config.
+        scheduler: the scheduler config, with diffusers' keys and ``_class_name``, from which
+            schedule, prediction_type and defaults are read.
+        schedule: the noise schedule of the forward process.
+        prediction_type: what the network predicts: "epsilon", "sample" or "v_prediction".
+        defaults: how the model is sampled by default: solver, spacing, clipping, variance.
+        shape: (C, H, W) of an image, in pixels.
+        conditioning: the class labels that the network takes.
     """
 
     unet: Network | DiffusersUNet
@@ -69,14 +74,24 @@ class Pretrained:
 
 
 class DiffusersUNet(nn.Module):
-    """A UNet2DModel of diffusers, called as our networks are."""
+    """A UNet2DModel of diffusers, with the calling convention of our networks.
+
+    Attributes:
+        unet: the UNet2DModel, which is called itself.
+    """
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """[B, C, H, W], [B], int64 [B] or None -> [B, C or 2C, H, W]."""
+        """Return the network's output, [B, C, H, W], or [B, 2C, H, W] if it learns the variance.
+
+        Args:
+            x_t: the noisy images, [B, C, H, W], in the dtype of the weights, as is the output.
+            t: the timestep of each image, [B], integers or floats.
+            labels: the class of each image, int64 [B]; None for an unconditional network.
+        """
         return self.unet(x_t, t, class_labels=labels).sample
 
 
@@ -88,18 +103,23 @@ def load_pretrained(
     revision: str | None = None,
     tables: str = "float64",
 ) -> Pretrained:
-    """Load a model in diffusers' layout.
+    """Load a model in diffusers' layout, with its sampling settings.
 
     Args:
-        source: a folder, of a pipeline or flat; or OWNER/NAME on the Hugging Face Hub.
-        device, dtype: of the network.
-        allow_pickle: read .bin weights where there are no safetensors.
-        revision: on the hub, a branch, tag or commit.
-        tables: of the schedule, as NoiseSchedule.from_config takes it.
+        source: a folder, of a pipeline or flat (all files in one place); or OWNER/NAME on the
+            Hugging Face Hub.
+        device: the device of the network's weights.
+        dtype: the dtype of the network's weights: float32, bfloat16 or float16.
+        allow_pickle: whether .bin weights are read where there are no safetensors.
+        revision: a branch, tag or commit on the hub; None for the default branch.
+        tables: how the schedule's betas are computed: "float64", or "diffusers" for its own values
+            in float32.
 
     Raises:
-        CheckpointError: no such model, files missing or broken, or one that we cannot sample.
-        ValueError: an argument that is not allowed.
+        CheckpointError: if there is no such model, files are missing or broken, or it has settings
+            that cannot be sampled here.
+        ValueError: if ``allow_pickle`` is no bool, ``tables`` or the dtype is another value, the
+            device cannot be used, or ``source`` is no path.
     """
     arguments.boolean("allow_pickle", allow_pickle)
     arguments.one_of("tables", tables, TABLES)
@@ -126,14 +146,19 @@ def load_diffusers(
     """Take over a live DDPMPipeline or DDIMPipeline of diffusers, or a UNet2DModel.
 
     Args:
-        model: the pipeline or the U-Net; its weights are copied, on their device, in their dtype.
-            A U-Net with hooks, or otherwise not as its config builds it, is called itself.
-        scheduler: diffusers', needed beside a U-Net; beside a pipeline, in place of its own.
-        conditioning: what labels the network takes; by default every embedding is a class.
-        tables: of the schedule, as NoiseSchedule.from_config takes it.
+        model: the pipeline or the U-Net; its weights are copied, on their device, in their dtype. A
+            U-Net with hooks, or otherwise not as its config builds it, is not copied but called
+            itself.
+        scheduler: a scheduler of diffusers; it must be given beside a U-Net, and replaces a
+            pipeline's own. None for the pipeline's own.
+        conditioning: the class labels that the network takes; None if every embedding is a class.
+        tables: how the schedule's betas are computed: "float64", or "diffusers" for its own values
+            in float32.
 
     Raises:
-        ValueError: objects of other classes, or settings that we have no rows or layers for.
+        ValueError: if model or scheduler is of another class or missing, has settings that are not
+            supported, or if the weights do not match the config, or are of several dtypes or
+            devices.
     """
     arguments.one_of("tables", tables, TABLES)
     whole = getattr(model, "unet", model)
@@ -161,7 +186,7 @@ def load_diffusers(
 
 
 def _alteration(unet: Any) -> str | None:
-    """Return how a UNet2DModel differs from what diffusers builds of its config, if it does."""
+    """Return, in words, how a UNet2DModel differs from what its config builds, or None."""
     from diffusers import UNet2DModel
 
     with plain_factories("meta"):
@@ -171,14 +196,20 @@ def _alteration(unet: Any) -> str | None:
 def read_live_scheduler(
     scheduler: Any, tables: str = "float64"
 ) -> tuple[dict[str, Any], NoiseSchedule, str, SamplingDefaults]:
-    """Return scheduler, schedule, prediction_type and defaults of Pretrained.
+    """Read the sampling settings of a live scheduler of diffusers.
 
     Args:
-        scheduler: a live one of diffusers.
-        tables: of the schedule, as NoiseSchedule.from_config takes it.
+        scheduler: an object of a class in `SCHEDULERS`.
+        tables: how the schedule's betas are computed: "float64", or "diffusers" for its own values
+            in float32.
+
+    Returns:
+        The fields ``scheduler`` (the config as a dict), ``schedule``, ``prediction_type`` and
+        ``defaults`` of a `Pretrained`.
 
     Raises:
-        ValueError: an object of another class, or settings that we have no rows for.
+        ValueError: if the object is of another class, has settings that are not supported, or
+            ``tables`` is another value.
     """
     name = arguments.one_of("scheduler", type(scheduler).__name__, SCHEDULERS)
     config = {**_plain(scheduler.config), "_class_name": name}
@@ -192,16 +223,18 @@ def read_live_scheduler(
 def save_pretrained(
     folder: str | PathLike[str], network: Any, scheduler: Mapping[str, Any], labels: Conditioning
 ) -> None:
-    """Write a folder that diffusers loads, and load_pretrained too; over an old one, if need be.
+    """Write a model folder that diffusers and `load_pretrained` load; it may replace an older one.
 
     Args:
-        folder: made if it does not exist.
-        network: our UNet; its weights are stored in their dtype.
-        scheduler: of Pretrained, or scheduler_config's.
-        labels: what labels the network takes.
+        folder: the folder, which is made if it does not exist.
+        network: our own network, a UNet or RMSUNet; its weights are stored in their dtype.
+        scheduler: the scheduler config with diffusers' keys: ``Pretrained.scheduler``, or what
+            `scheduler_config` returns.
+        labels: the class labels that the network takes.
 
     Raises:
-        ValueError: the network is not our UNet, or the folder is a file.
+        ValueError: if the network is not our own, or the folder is a file.
+        OSError: if a file cannot be written.
     """
     if not isinstance(network, Network):
         kind = type(network).__name__
@@ -215,10 +248,16 @@ def save_pretrained(
 def scheduler_config(
     schedule: NoiseSchedule, prediction_type: str, defaults: SamplingDefaults
 ) -> dict[str, Any]:
-    """Return the scheduler config of a sampler that was not loaded: its betas, one by one.
+    """Return the scheduler config, with diffusers' keys, of a model that was not loaded from one.
+
+    Args:
+        schedule: the noise schedule, whose betas are listed one by one (``trained_betas``).
+        prediction_type: "epsilon", "sample" or "v_prediction".
+        defaults: how the model is sampled by default; their solver decides the class.
 
     Raises:
-        ValueError: defaults that diffusers' class for this solver has no setting for.
+        ValueError: if diffusers has no class for the solver, or that class has no setting for one
+            of the defaults.
     """
     solver = SOLVERS[defaults.solver]
     name = solver.scheduler_class
@@ -263,7 +302,7 @@ def _read_scheduler(
 
 
 def _shape(config: NetworkConfig) -> tuple[int, int, int]:
-    """Return (C, H, W) of an image; there are C channels out, or 2C with learned variance."""
+    """Return (C, H, W) of an image; the network returns C channels, or 2C to learn a variance."""
     C, size = config.in_channels, config.sample_size
     if size is None:
         raise ValueError("sample_size=None: must name the size of an image")

@@ -1,4 +1,4 @@
-"""The weights of a U-Net's folder: found, read under today's names, and checked against it.
+"""The weights of a U-Net's folder: found, read, and renamed to diffusers' present parameter names.
 
 In order of preference, as diffusers has it:
 
@@ -26,15 +26,25 @@ SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{,200}\.safetensors")
 MAX_SHARDS = 1000
 
 LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""The names of attention's layers before diffusers 0.15, and today's."""
+"""The names of attention's layers before diffusers 0.15, each with today's name."""
 LEGACY_KEY = re.compile(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 
 
 def read_weights(folder: Path, allow_pickle: bool = False) -> tuple[Path, dict[str, Tensor]]:
-    """Return the file that says what the weights are, and the state dict under today's names.
+    """Read the weights of a U-Net's folder, under the parameter names of today's diffusers.
+
+    Args:
+        folder: the folder with the weights.
+        allow_pickle: whether diffusion_pytorch_model.bin is read where there are no safetensors.
+
+    Returns:
+        The path of the file that was read (the index, for shards), and the state dict: tensors by
+        name, on the CPU, in their stored dtypes; not yet compared with a network.
 
     Raises:
-        CheckpointError: missing, broken, or a pickle that was not asked for.
+        CheckpointError: if files are missing or broken, shards do not match their index, a name
+            occurs in its old and its new form, or there is only a pickle and ``allow_pickle`` is
+            false.
     """
     index, single, pickled = (folder / name for name in (INDEX, WEIGHTS, PICKLED))
     if index.exists():
@@ -52,10 +62,14 @@ def read_weights(folder: Path, allow_pickle: bool = False) -> tuple[Path, dict[s
 
 
 def shards(index: Path) -> dict[str, str]:
-    """Return the file in which each tensor is, after an index.
+    """Return an index of shards: a dictionary from a tensor's name to the name of its file.
+
+    Args:
+        index: the file diffusion_pytorch_model.safetensors.index.json.
 
     Raises:
-        CheckpointError: not an index, or one that names anything but plain files beside it.
+        CheckpointError: if it is missing, broken or no index, names more than 1000 files, or
+            anything but .safetensors files that exist in the same folder.
     """
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
@@ -76,7 +90,10 @@ def shards(index: Path) -> dict[str, str]:
 
 
 def _inside(path: Path) -> bool:
-    """Whether a file is in its folder. The hub's cache links from snapshots/REVISION to blobs."""
+    """Return whether a file really is in its folder and not a link elsewhere.
+
+    A link from snapshots/REVISION to blobs, as in the hub's cache, counts as in it.
+    """
     real, folder = path.resolve(), path.parent.resolve()
     if real.parent == folder:
         return True
@@ -100,7 +117,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _rename(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give attention's layers their names of today."""
+    """Return the state dict with old names of attention's layers replaced by today's."""
     result = {}
     for key, value in state.items():
         match = LEGACY_KEY.fullmatch(key)

@@ -1,6 +1,6 @@
 """Training data: IDX files, folders of pictures, .npz archives and PyTorch's data sets.
 
-Each becomes an ``ImageSource``: numbered 8-bit images of one shape, checked before training.
+Each is read as an `ImageSource`: numbered 8-bit images of one shape, checked before training.
 """
 
 from __future__ import annotations
@@ -40,19 +40,25 @@ def load_data(
     labels: bool = True,
     memory_mb: int = 4096,
 ) -> ImageSource:
-    """Load the images to train on, whatever they lie in.
+    """Load the images to train on from an IDX file, a .npz archive or a folder of pictures.
 
     Args:
-        path: an IDX file or a folder with one (``load_idx``), a .npz (``load_npz``), or a folder
-            of pictures, with class folders or without (``ImageFolder``).
-        multiple: height and width must be multiples of this (2 to the number of down-samplings).
-        labels: False leaves labels out.
-        memory_mb: a folder of pictures that needs more MiB is decoded as it goes; a .npz that
-            does is refused.
+        path: an IDX file or a folder with one (`load_idx`), a .npz (`load_npz`), or a folder of
+            pictures, with one folder a class in it or without (`ImageFolder`).
+        multiple: height and width must be multiples of this number of pixels (2 to the number of
+            the network's down-samplings); at least 1.
+        labels: whether labels are loaded, where there are some.
+        memory_mb: a limit in MiB, at least 0: pictures of a folder that need more are decoded at
+            each fetch instead of once; a .npz that needs more is refused. IDX files are not
+            limited.
+
+    Returns:
+        An `ImageFolder` for pictures, else the images and labels in memory, an `ImageData`.
 
     Raises:
-        DataError: naming the file or folder, what is wrong with it and what is allowed.
-        ValueError: ``multiple`` or ``memory_mb`` that is no number of these.
+        DataError: if the data are missing, broken, of mixed or of wrong sizes; the text names the
+            file or folder, what is wrong with it and what is allowed.
+        ValueError: if ``multiple`` or ``memory_mb`` is no integer or below its minimum.
     """
     arguments.integer("multiple", multiple, 1)
     arguments.integer("memory_mb", memory_mb, 0)

@@ -1,4 +1,4 @@
-"""Any map-style Dataset of PyTorch as a source of images."""
+"""`from_dataset`: any map-style Dataset of PyTorch as a source of training images."""
 
 from __future__ import annotations
 
@@ -22,22 +22,28 @@ from flashddpm.host import ints, isolated
 def from_dataset(
     dataset: Any, multiple: int = 1, *, labels: bool = True, num_classes: int | None = None
 ) -> ImageSource:
-    """Wrap a map-style Dataset; its first item is checked now, each other one when it is fetched.
+    """Wrap a map-style Dataset as an `ImageSource`.
 
-    Items are fetched one after the other, in a thread of the loader. A run can be repeated only
-    if item i is the same at every call: the loader flips, so leave random transforms out.
+    The first item is checked now, every other one when it is fetched. Items are fetched one after
+    the other, in a thread of the loader. A run can be repeated only if item i is the same at every
+    call: leave random transforms out (the loader itself can mirror images).
 
     Args:
-        dataset: with ``len`` and items (image, label) or image. An image is a PIL picture of mode
-            L or RGB, or a uint8 tensor or array [C, H, W] with 1 or 3 channels.
-        multiple: height and width must be multiples of this.
-        labels: False leaves the labels out.
-        num_classes: of labelled items; by default as many as ``dataset.classes`` names, which
-            torchvision's data sets have.
+        dataset: an object with ``len`` and indexing, whose items are (image, label) or image. An
+            image is a PIL picture of mode L or RGB, or a uint8 tensor or array [C, H, W] with 1 or
+            3 channels; a label is an integer in 0..num_classes-1.
+        multiple: height and width must be multiples of this number of pixels; at least 1.
+        labels: whether the labels of the items are used.
+        num_classes: the number of classes of labelled items; None for as many as
+            ``dataset.classes`` names, which torchvision's data sets have.
 
     Raises:
-        ValueError: no map-style data set, or labels without a number of classes.
-        DataError: the data set is empty, or an item is not as above.
+        ValueError: if the dataset is not map-style, if ``multiple`` or ``num_classes`` is no
+            integer of at least 1, if items have labels but there is no number of classes, if
+            num_classes is given without labels, or if it is not the number of names in
+            ``dataset.classes``.
+        DataError: if the data set is empty, or the first item is not as described above, or its
+            size is no multiple of ``multiple``.
     """
     if isinstance(dataset, IterableDataset) or not (
         hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
@@ -88,10 +94,14 @@ class _Wrapped:
 
     @isolated(grad=False)
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return uint8 [B, C, H, W] and int64 [B] or None, for int64 [B].
+        """Return the images, uint8 [B, C, H, W], and labels, int64 [B] or None, on the CPU.
+
+        Args:
+            index: int64 [B] on the CPU, the numbers of the items, each in 0..len-1.
 
         Raises:
-            DataError: an item is of another kind or shape than the first.
+            DataError: if an item is of another kind or shape than the first.
+            ValueError: if the index is of another dtype or shape, or out of range.
         """
         check_index(index, self._count)
         images = np.empty((len(index), *self.shape), np.uint8)
@@ -111,11 +121,14 @@ class _Wrapped:
         return torch.from_numpy(images), found
 
     def fingerprint(self) -> str:
-        """Return "sha256:..." of length, shape and classes: to read every item may take hours."""
+        """Return "sha256:..." of the length, the shape and the classes.
+
+        The items are left out, as reading all of them may take hours.
+        """
         return digest(self, ())
 
     def _parts(self, position: int, item: Any) -> tuple[Any, Any]:
-        """Return image and label (None without one) of an item."""
+        """Return the image and the label of an item; the label is None if it has none."""
         if not isinstance(item, (tuple, list)):
             return item, None
         if len(item) != 2:
@@ -126,7 +139,7 @@ class _Wrapped:
         return item[0], item[1]
 
     def _pixels(self, position: int, image: Any) -> np.ndarray:
-        """Return uint8 [C, H, W]."""
+        """Return the pixels of an item's image, uint8 [C, H, W]."""
         mode = getattr(image, "mode", None)
         if mode in MODES:
             pixels = np.asarray(image)

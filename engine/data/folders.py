@@ -1,4 +1,4 @@
-"""Folders of pictures: all in one folder, or in one folder a class."""
+"""`ImageFolder`: folders of pictures to train on, all in one folder or in one folder a class."""
 
 from __future__ import annotations
 
@@ -27,23 +27,32 @@ CHUNK = 64
 
 
 class ImageFolder:
-    """An ``ImageSource`` of the pictures in a folder, decoded once if they fit in memory.
+    """An `ImageSource` of the pictures in a folder, decoded once if they fit in memory.
 
-    Every file is read, hashed and decoded once when the source is made, so that a broken one
-    shows before the first step and not in the middle of a run. Names that start with a dot are
-    left out; other files that are no pictures too, with a line in the log. Links are followed.
-    A picture is taken as it is stored: its EXIF orientation is not applied.
+    Every file is read, hashed and decoded once when the source is made, so that a broken one shows
+    before the first step and not in the middle of a run. Names that start with a dot are left out,
+    and so are files that are no pictures, with a line in the log. Links are followed. A picture is
+    taken as it is stored: its EXIF orientation is not applied.
 
     Args:
-        folder: holding pictures (no labels), or one folder of pictures a class (labels 0, 1, ...
-            in the order of the folders' names); .png, .jpg, .jpeg, .bmp or .webp, all of one
-            size, and all of mode L or all RGB.
-        multiple: height and width must be multiples of this.
-        labels: False leaves the labels of class folders out.
-        memory_mb: pictures that need more than this many MiB are decoded at each fetch.
+        folder: a folder that holds either pictures (no labels), or one folder of pictures for each
+            class (labels 0, 1, ... in the order of the folders' names). A picture is a .png, .jpg,
+            .jpeg, .bmp or .webp; all are of one size, and all of mode L (C = 1) or all RGB (C = 3).
+        multiple: height and width must be multiples of this number of pixels; at least 1.
+        labels: whether class folders give labels.
+        memory_mb: a limit in MiB, at least 0: pictures that need more are decoded at each fetch.
+
+    Attributes:
+        folder: the folder, a Path.
+        shape: (C, H, W) of every image, in pixels.
+        num_classes: the number of classes; None without labels.
+        class_names: the names of the class folders, a tuple; None without labels.
 
     Raises:
-        DataError: no picture, or a class without one; broken files; mixed sizes or modes.
+        DataError: if the folder cannot be read, if it or a class folder holds no picture, if
+            pictures lie beside class folders or folders in these, if files are broken, if sizes or
+            modes are mixed or not allowed, or if the size is no multiple of ``multiple``.
+        ValueError: if ``multiple`` or ``memory_mb`` is no integer or below its minimum.
     """
 
     @isolated(grad=False)
@@ -82,10 +91,14 @@ class ImageFolder:
 
     @isolated(grad=False)
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return uint8 [B, C, H, W] and int64 [B] or None, for int64 [B].
+        """Return copies of images, uint8 [B, C, H, W], and labels, int64 [B] or None, on the CPU.
+
+        Args:
+            index: int64 [B] on the CPU, the numbers of the images, each in 0..len-1.
 
         Raises:
-            DataError: a file is not any more what it was when the source was made.
+            DataError: if a file that is decoded at each fetch has gone, or no longer has its shape.
+            ValueError: if the index is of another dtype or shape, or out of range.
         """
         check_index(index, len(self))
         labels = None if self._labels is None else self._labels[index]
@@ -98,13 +111,16 @@ class ImageFolder:
         return torch.from_numpy(images), labels
 
     def fingerprint(self) -> str:
-        """Return "sha256:..." of shape and classes, and of every file's name and bytes."""
+        """Return "sha256:..." of the shape, the classes, and of every file's name and bytes.
+
+        The bytes are those that the files had when the source was made.
+        """
         names = (os.fsencode(file) for file in self._files)
         pairs = zip(names, self._hashes, strict=True)
         return digest(self, (part for pair in pairs for part in pair))
 
     def _look(self, start: int) -> list[Found]:
-        """Hash and decode the next CHUNK files, and keep their pixels if there is room."""
+        """Hash and decode CHUNK files from number ``start`` on; store pixels if they are kept."""
         files = self._files[start : start + CHUNK]
         result = []
         for number, file in enumerate(files, start):
@@ -115,7 +131,7 @@ class ImageFolder:
         return result
 
     def _decode(self, number: int) -> np.ndarray:
-        """Return uint8 [C, H, W]."""
+        """Return the pixels of a picture, uint8 [C, H, W]."""
         path = self.folder / self._files[number]
         found, pixels = look(path, self.shape)
         if pixels is None:
@@ -126,7 +142,7 @@ class ImageFolder:
     @staticmethod
     @contextmanager
     def _pool() -> Iterator[ThreadPoolExecutor]:
-        """Threads that decode: Pillow lets others run meanwhile. An error cancels what waits."""
+        """Run a block with threads that decode; an error cancels the decoding that waits."""
         pool = ThreadPoolExecutor(THREADS, "flashddpm-decode")
         try:
             yield pool
@@ -134,7 +150,7 @@ class ImageFolder:
             pool.shutdown(cancel_futures=True)
 
     def _check(self, found: list[Found]) -> None:
-        """Refuse broken files, modes other than L and RGB, and mixtures, in this order."""
+        """Refuse broken files, modes other than L and RGB, and mixed modes or sizes, in order."""
         pairs = list(zip(self._files, found, strict=True))
         broken = [f"{file} ({f.error})" for file, f in pairs if f.error]
         if broken:
@@ -164,14 +180,19 @@ class ImageFolder:
 
 
 def list_files(folder: Path) -> tuple[list[str], list[int], tuple[str, ...] | None]:
-    """Return the pictures' names below a folder, their classes, and the classes' names.
+    """List the pictures in a folder or in its class folders; files that are no pictures are logged.
 
-    Names are sorted, those in class folders by class first. Without class folders the classes
-    are all 0 and their names None.
+    Args:
+        folder: a folder of pictures, or of one folder a class.
+
+    Returns:
+        The paths of the pictures relative to the folder, as strings, sorted (by class first); the
+        number of the class of each, all 0 without class folders; and the names of the class
+        folders, sorted, or None without them.
 
     Raises:
-        DataError: no picture; a class folder without one, or with a folder in it; pictures both
-            beside and in class folders.
+        DataError: if the folder cannot be read or holds no picture, if a class folder holds none or
+            has a folder in it, or if there are pictures both beside and in class folders.
     """
     pictures, folders, other = _entries(folder)
     if not pictures and not folders:

@@ -1,4 +1,4 @@
-"""IDX files of 8-bit images (LeCun's format, as MNIST's), plain or gzipped."""
+"""IDX files of 8-bit images (LeCun's format, in which MNIST comes), plain or gzipped."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ IMAGES, LABELS = "images-idx3", "labels-idx1"
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Return the uint8 array in an IDX file.
+    """Return the array in an IDX file: uint8, of 1 to 4 dimensions, read-only.
+
+    Args:
+        path: the file, which is gzipped if its name ends in .gz.
 
     Raises:
-        DataError: the file cannot be read, is no IDX file of bytes, is empty, or is shorter or
+        DataError: if the file cannot be read, is no IDX file of bytes, is empty, or is shorter or
             longer than its header says.
     """
     try:
@@ -44,10 +47,14 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def find_images(data: str | PathLike[str]) -> Path:
-    """Return the IDX file of images that ``data`` names: itself, or the training one in a folder.
+    """Return the path of the IDX file of images that a path names.
+
+    Args:
+        data: a file, which is returned unread; or a folder, of whose files with "images-idx3" in
+            the name the one with "train" in it, or else the only one, is returned.
 
     Raises:
-        DataError: there is none, or more than one.
+        DataError: if there is no such file or folder, or the folder has none or several to choose.
     """
     path = Path(data)
     if path.is_file():
@@ -63,7 +70,7 @@ def find_images(data: str | PathLike[str]) -> Path:
 
 
 def _labels_beside(path: Path) -> Path | None:
-    """Return the file of labels next to the images, plain or gzipped whichever the images are."""
+    """Return the file of labels next to a file of images, gzipped or not; None if there is none."""
     if IMAGES not in path.name:
         return None
     beside = path.with_name(path.name.replace(IMAGES, LABELS))
@@ -74,15 +81,26 @@ def _labels_beside(path: Path) -> Path | None:
 
 @isolated(grad=False)
 def load_idx(data: str | PathLike[str], multiple: int = 1, *, labels: bool = True) -> ImageData:
-    """Load images, and labels from the file beside them if it exists.
+    """Load the images of an IDX file, and labels from the file beside them if it exists.
+
+    The file of labels has "labels-idx1" in its name where that of the images has "images-idx3", and
+    may be gzipped or not.
 
     Args:
-        data: an IDX file of images, or a folder with one (train-images-idx3-ubyte[.gz]).
-        multiple: height and width must be multiples of this (2 to the number of down-samplings).
-        labels: False leaves a file of labels alone.
+        data: an IDX file of images, uint8 [N, H, W], or a folder with one
+            (train-images-idx3-ubyte[.gz]).
+        multiple: height and width must be multiples of this number of pixels (2 to the number of
+            the network's down-samplings).
+        labels: whether a file of labels is read.
+
+    Returns:
+        The images, uint8 [N, 1, H, W], and the labels, int64 [N], with as many classes as the
+        largest label + 1; no labels and classes (None) where there are none.
 
     Raises:
-        DataError: naming the file and what is wrong with it.
+        DataError: if a file is missing or broken, if images have not three dimensions, if their
+            size is no multiple of ``multiple``, or if there are not as many labels as images; the
+            text names the file.
     """
     path = find_images(data)
     images = read_idx(path)

@@ -1,7 +1,8 @@
-"""NumPy's .npz archives: a zip of one .npy file an array, read without pickles.
+"""`load_npz`: images and labels from NumPy's .npz archives, zips of one .npy file for each array.
 
-Every size is checked before memory is taken: the header of an array against the length that the
-zip states, and the sum against what is allowed. zipfile never gives out more bytes than that.
+No pickle is read. Every size is checked before memory is taken: the header of an array against the
+length that the zip states, and the sum against what is allowed. zipfile never returns more bytes
+than that length.
 """
 
 from __future__ import annotations
@@ -29,17 +30,24 @@ CHUNK = 1 << 20
 def load_npz(
     path: Path, multiple: int = 1, *, labels: bool = True, memory_mb: int = 4096
 ) -> ImageData:
-    """Load an archive's images, and its labels if it has some.
+    """Load the images of a .npz archive, and its labels if it has some.
 
     Args:
-        path: of a .npz with ``images`` or ``arr_0``, uint8 [N, H, W], [N, H, W, C] or
-            [N, C, H, W] with 1 or 3 channels, and maybe ``labels`` or ``arr_1``, integers [N].
-        multiple: height and width must be multiples of this.
-        labels: False leaves the labels out.
-        memory_mb: the arrays may hold this many MiB.
+        path: a .npz with an array ``images`` or ``arr_0``, uint8 [N, H, W], [N, H, W, C] or
+            [N, C, H, W] with 1 or 3 channels, and maybe ``labels`` or ``arr_1``, integers [N] in
+            0..2^20-1.
+        multiple: height and width must be multiples of this number of pixels.
+        labels: whether labels are read.
+        memory_mb: the largest size of the arrays together, in MiB.
+
+    Returns:
+        The images, uint8 [N, C, H, W], and the labels, int64 [N], with as many classes as the
+        largest label + 1; no labels and classes (None) where there are none.
 
     Raises:
-        DataError: naming the file and what is wrong with it.
+        DataError: if the file is missing or broken, an array is missing, of another dtype or shape
+            or empty, labels are out of range, the arrays are larger than ``memory_mb``, or the size
+            of images is no multiple of ``multiple``; the text names the file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -74,7 +82,7 @@ def _the_one(names: set[str], allowed: tuple[str, str], what: str) -> str:
 
 
 def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """Return an array of the archive, of integers."""
+    """Return an array of integers from the archive, C-contiguous."""
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as file:
         shape, fortran, dtype = _header(file)
@@ -95,7 +103,7 @@ def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Read the header of a .npy file; numpy caps its length at 10,000 characters."""
+    """Return (shape, whether in Fortran order, dtype) from the header of a .npy file."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
@@ -105,7 +113,7 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _images(name: str, array: np.ndarray) -> Tensor:
-    """Return uint8 [N, C, H, W] from an array whose layout leaves no doubt."""
+    """Return images, uint8 [N, C, H, W]; refuse an array whose layout is ambiguous."""
     if array.dtype != np.uint8 or array.ndim not in (3, 4):
         raise DataError(
             f"{name} is {array.dtype} {list(array.shape)}; must be uint8 [N, H, W], "

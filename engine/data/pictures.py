@@ -1,4 +1,4 @@
-"""One file with a picture: opened with care, looked at, hashed and decoded."""
+"""One picture file: opened with care, inspected, hashed and decoded."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
-"""The only ones that Pillow may try: some of its other readers start programs."""
+"""The only formats that Pillow may try: some of its other readers start programs."""
 MODES = {"L": 1, "RGB": 3}
-"""Channels of the modes that can be trained on."""
+"""The number of channels of each Pillow mode that can be trained on."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a look at a file gave: Pillow's mode, the size, a hash of the bytes, or an error."""
+    """The result of looking at one file: its picture's mode and size, or an error.
+
+    Attributes:
+        mode: Pillow's name of the pixel format, such as "L" or "RGB"; "" if there is an error.
+        height, width: the size in pixels; 0 if there is an error.
+        sha256: the SHA-256 of the file's bytes, 32 bytes; b"" if it was not hashed.
+        error: why the file cannot be read, as one line of text; "" if it can.
+    """
 
     mode: str = ""
     height: int = 0
@@ -31,16 +38,20 @@ class Found:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W); 0 channels if the mode is none to train on."""
+        """(C, H, W), ints in pixels; C is 0 if the mode is not one that can be trained on."""
         return MODES.get(self.mode, 0), self.height, self.width
 
 
 def open_picture(path: Path) -> Image:
-    """Open a picture without decoding it.
+    """Open a picture file with Pillow without decoding it; the caller closes the picture.
+
+    Args:
+        path: a PNG, JPEG, BMP or WebP file, by its content.
 
     Raises:
-        Exception: whatever Pillow has to say of a broken file.
-        ValueError: no plain file, an animation, or more pixels than Pillow holds to be safe.
+        ValueError: if the file is missing or no plain file, is an animation, or has more pixels
+            than Pillow's MAX_IMAGE_PIXELS.
+        Exception: whatever Pillow raises for a broken file.
     """
     from PIL import Image
 
@@ -61,14 +72,18 @@ def open_picture(path: Path) -> Image:
 def look(
     path: Path, shape: tuple[int, int, int] | None, hashed: bool = False
 ) -> tuple[Found, np.ndarray | None]:
-    """Look at a file, and decode it to uint8 [C, H, W] if that is its shape.
+    """Read a picture file's mode and size, and decode it if it has the wanted shape.
 
-    Nothing of another shape is decoded, however large it is.
+    A picture of another shape is not decoded, however large it is. No error of the file is raised:
+    it is in ``Found.error``.
 
     Args:
-        path: of the file.
-        shape: the wanted shape; None only looks.
+        path: the file.
+        shape: (C, H, W) of the pictures to decode, in pixels; None to decode none.
         hashed: whether a file of the wanted shape is hashed too.
+
+    Returns:
+        What was found, and the pixels, uint8 [C, H, W], or None if they were not decoded.
     """
     try:
         with open_picture(path) as picture:

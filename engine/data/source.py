@@ -1,4 +1,4 @@
-"""What a trainer trains on: numbered 8-bit images of one shape, with labels or without."""
+"""`ImageSource`: numbered 8-bit images of one shape to train on, with labels or without."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ LISTED = 10
 
 
 class ImageSource(Protocol):
-    """Images 0..len-1, all of one shape. ``fetch`` may be called from a thread of its own."""
+    """The protocol of training data: images numbered 0..len-1, all of one shape.
+
+    ``len(source)`` is the number of images. ``fetch`` may be called from a thread of its own.
+    """
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image."""
+        """(C, H, W) of every image, ints in pixels."""
         ...
 
     @property
     def num_classes(self) -> int | None:
-        """Labels are below this; None where there are no labels."""
+        """The number K of classes: labels are in 0..K-1; None where there are no labels."""
         ...
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """One name a class, if they have names."""
+        """The name of each class, num_classes strings; None where they have no names."""
         ...
 
     def __len__(self) -> int: ...
@@ -43,30 +46,36 @@ class ImageSource(Protocol):
         """Return the images and labels of these numbers, in memory that nobody else writes.
 
         Args:
-            index: int64 [B], on the CPU, each in 0..len-1.
+            index: int64 [B] on the CPU, the numbers of the images, each in 0..len-1.
 
         Returns:
-            uint8 [B, C, H, W], contiguous, and int64 [B] or None, on the CPU.
+            The images, uint8 [B, C, H, W], contiguous, and the labels, int64 [B] in
+            0..num_classes-1 or None; both on the CPU.
         """
         ...
 
     def fingerprint(self) -> str:
-        """Return "sha256:..." of what can be hashed cheaply; the same on every machine."""
+        """Return the fingerprint of the data: "sha256:...", a hash, the same on every machine.
+
+        It covers what can be hashed cheaply; a run is resumed only with data of the same one.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images and labels in memory.
+    """An `ImageSource` of images and labels in memory.
 
     Attributes:
-        images: uint8 [N, C, H, W], on the CPU.
-        labels: int64 [N] in 0..num_classes-1, or None.
-        num_classes: how many classes there are, or None without labels.
-        class_names: one name a class, or None.
+        images: uint8 [N, C, H, W] on the CPU, none of these sizes 0.
+        labels: int64 [N] in 0..num_classes-1 on the CPU, or None.
+        num_classes: the number of classes, at least 1; None without labels.
+        class_names: the name of each class, num_classes strings, or None.
 
     Raises:
-        ValueError: another shape or dtype, no image, or labels and classes that do not fit.
+        ValueError: if images or labels are of another shape or dtype, there is no image, a label is
+            out of range, num_classes is given without labels or missing beside them, or there are
+            not as many names as classes.
     """
 
     images: Tensor
@@ -100,7 +109,7 @@ class ImageData:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image."""
+        """(C, H, W) of every image, ints in pixels."""
         C, H, W = self.images.shape[1:]
         return C, H, W
 
@@ -109,7 +118,14 @@ class ImageData:
 
     @isolated(grad=False)
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return copies: uint8 [B, C, H, W] and int64 [B] or None, for int64 [B]."""
+        """Return copies of images, uint8 [B, C, H, W], and labels, int64 [B] or None, on the CPU.
+
+        Args:
+            index: int64 [B] on the CPU, the numbers of the images, each in 0..len-1.
+
+        Raises:
+            ValueError: if the index is of another dtype or shape, or out of range.
+        """
         check_index(index, len(self))
         images = self.images[index].contiguous()
         return images, None if self.labels is None else self.labels[index]
@@ -126,7 +142,15 @@ class ImageData:
 
 
 def check_classes(num_classes: int | None, class_names: Sequence[str] | None) -> None:
-    """Refuse fewer than one class, and another number of names than of classes."""
+    """Refuse a number of classes below 1, or another number of class names than of classes.
+
+    Args:
+        num_classes: the number of classes, or None for no labels.
+        class_names: the names of the classes, or None for no names.
+
+    Raises:
+        ValueError: if either is so; names without a number of classes too.
+    """
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: must be at least 1")
     if class_names is not None and len(class_names) != num_classes:
@@ -136,7 +160,15 @@ def check_classes(num_classes: int | None, class_names: Sequence[str] | None) ->
 
 
 def check_index(index: Tensor, count: int) -> None:
-    """Refuse numbers that are not int64 [B] in 0..count-1: -1 would be the last image."""
+    """Refuse numbers of images that are not int64 [B] in 0..count-1: -1 would be the last image.
+
+    Args:
+        index: the numbers, on the CPU; B may be 0.
+        count: the number of images.
+
+    Raises:
+        ValueError: if the dtype or the number of dimensions is another, or a number out of range.
+    """
     if index.dtype is not torch.int64 or index.ndim != 1:
         raise ValueError(f"index: {index.dtype} {list(index.shape)}; must be int64 [B]")
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < count:
@@ -146,10 +178,16 @@ def check_index(index: Tensor, count: int) -> None:
 
 
 def check_multiple(where: object, height: int, width: int, multiple: int) -> None:
-    """Refuse a size that cannot be halved as often as the network does.
+    """Refuse a size of images that cannot be halved as often as the network does.
+
+    Args:
+        where: the file, folder or name of the data, for the error's text.
+        height: the height of the images in pixels.
+        width: the width of the images in pixels.
+        multiple: the number that must divide both, 2 to the number of down-samplings.
 
     Raises:
-        DataError: naming ``where``, the size and what is allowed.
+        DataError: if height or width is no multiple of it.
     """
     if height % multiple or width % multiple:
         raise DataError(
@@ -159,13 +197,19 @@ def check_multiple(where: object, height: int, width: int, multiple: int) -> Non
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the first ten names, and how many more there are."""
+    """Return the first ten names joined by commas, and how many more there are, as a text."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
 
 
 def digest(source: ImageSource, contents: Iterable[bytes | memoryview]) -> str:
-    """Return "sha256:..." of a source's length, shape and classes, and of contents, in order."""
+    """Return "sha256:..." of a source's length, shape and classes, and of contents, in order.
+
+    Args:
+        source: the source, of which no image is fetched.
+        contents: byte strings; each is hashed with its length, so that cutting the same bytes
+            elsewhere gives another hash.
+    """
     about = [len(source), source.shape, source.num_classes, source.class_names]
     sha = hashlib.sha256(json.dumps(about).encode())
     for content in contents:
@@ -175,6 +219,13 @@ def digest(source: ImageSource, contents: Iterable[bytes | memoryview]) -> str:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Return uint8 images as float32 in [-1, 1], with the same bits on every device."""
+    """Return 8-bit images as float32 in [-1, 1]: x / 127.5 - 1, with the same bits on every device.
+
+    Args:
+        images: uint8, of any shape.
+
+    Returns:
+        float32 of the same shape, on the same device.
+    """
     # The divisor is a tensor: CUDA multiplies by a number's reciprocal, which rounds otherwise.
     return images.float() / torch.full((), 127.5, dtype=torch.float32, device=images.device) - 1

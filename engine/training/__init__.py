@@ -1,1 +1,1 @@
-"""The Trainer: its settings, data loader, training step, states and progress."""
+"""The training of a model: `Trainer`, its settings, data loader, step, states and progress."""

@@ -1,6 +1,6 @@
-"""The settings of a training run: one frozen dataclass, stored beside the run.
+"""`TrainConfig`: the settings of a training run, one frozen dataclass, stored beside the run.
 
-The flags of ``flashddpm train`` are its fields: a field's ``help`` is the flag's.
+Each field is a flag of ``flashddpm train``; the field's ``help`` is the flag's help text.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ ONLY_WITH = {
     "min_snr_gamma": ("loss_weighting", "min_snr"),
     "p2_gamma": ("loss_weighting", "p2"),
 }
-"""Settings that must have their defaults unless another setting has the value given here."""
+"""For each of these settings (the key), the other setting and the value of it beside which alone
+the first may differ from its default."""
 NETWORK = ("block_out_channels", "layers_per_block", "attention_head_dim", "norm_num_groups")
-"""Settings of a new network; they must have their defaults where ``init`` names one."""
+"""Settings of a new network; they must have their defaults where ``init`` names a model folder."""
 MAY_CHANGE = ("steps", "data", "save_every", "keep", "sample_every", "checkpoint_activations")
-"""Settings that may change when a run is resumed. Data are compared by their content instead, and
-``steps`` may not change under a cosine schedule, whose learning rates depend on it."""
+"""Settings that may change when a run is resumed. Of the data, the content is compared and not the
+path; ``steps`` may not change under a cosine schedule, whose learning rates depend on it."""
 
 INTEGERS: dict[str, tuple[int, ...]] = {
     "steps": (1,),
@@ -69,8 +70,8 @@ CHOICES = {
     "timestep_sampling": TIMESTEP_SAMPLINGS,
     "beta_schedule": BETA_SCHEDULES,
 }
-"""Allowed values of settings: in INTEGERS and NUMBERS the lowest and the highest, where there is
-one, in CHOICES all of them."""
+"""The allowed values of settings, by name: INTEGERS and NUMBERS hold the lowest value and, where
+there is one, the highest; CHOICES holds all the strings that are allowed."""
 
 
 def _field(default: Any, help: str) -> Any:
@@ -79,10 +80,50 @@ def _field(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a run, and the path of its data; a field's ``help`` says what it is.
+    """The settings of a training run and the path of its data; ``steps`` alone has no default.
+
+    Attributes:
+        FILE: the name of the file in the run's folder that holds the settings as JSON.
+        steps: the number of steps of the whole run, those before a resume included; at least 1.
+        data: the path of the images.
+        init: the model folder whose network and weights the run starts from; "" for a new network.
+        batch_size: the number of images in a step, over all processes; a multiple of accumulate.
+        accumulate: the number of equal parts of a batch that are computed in turn to save memory.
+        seed: the seed of weights, image order, timesteps and noise, in [-2^63, 2^64).
+        learning_rate: AdamW's learning rate after the warm-up, at least 0.
+        lr_schedule: constant or cosine (half a cosine, which would be 0 at step number steps).
+        warmup_steps: the number of steps in which the learning rate grows linearly.
+        grad_clip: the norm that gradients are clipped to; 0 for no clipping.
+        ema_half_lives: half-lives of the moving averages of the weights, in steps, all different;
+            the first average is the run's model.
+        label_dropout: the probability, in [0, 1], that a label is replaced by the null class.
+        horizontal_flip: whether each image is mirrored left to right with probability 1/2.
+        precision: float32 or bfloat16 (autocast of the network).
+        prediction_type: what the network predicts: epsilon, sample or v_prediction.
+        variance_type: fixed_small, fixed_large, or (trained with the hybrid loss) learned or
+            learned_range.
+        loss: the penalty of the error: mse, l1 or huber.
+        huber_delta: the error at which huber turns from quadratic to linear; above 0.
+        loss_weighting: constant, min_snr, truncated_snr or p2.
+        min_snr_gamma: the gamma of min_snr, the largest SNR that counts; above 0.
+        p2_gamma: the gamma of p2, at least 0: how steeply weights fall with the SNR.
+        timestep_sampling: uniform, or low_discrepancy for timesteps evenly spread over a batch.
+        beta_schedule: linear, scaled_linear, squaredcos_cap_v2 or sigmoid.
+        num_train_timesteps: the number of timesteps T of the forward process, 1..100000.
+        block_out_channels: the number of channels at each resolution, finest first.
+        layers_per_block: the number of residual blocks at each resolution.
+        attention_head_dim: the number of channels of an attention head.
+        norm_num_groups: the number of groups of the group norms.
+        checkpoint_activations: whether activations are computed again in the backward pass.
+        save_every: the number of steps between two saves.
+        keep: the number of newest states (files to resume from) that are kept.
+        sample_every: the number of steps between two grids of samples; 0 for none.
 
     Raises:
-        ValueError: a setting is of another type or out of its range, or does not go with another.
+        ValueError: if a setting is of a wrong type or out of its range, if accumulate does not
+            divide batch_size, if a half-life occurs twice, if huber_delta, min_snr_gamma or
+            p2_gamma is not its default without the loss or weighting that it belongs to, or if a
+            setting of a new network (`NETWORK`) is not its default beside init.
     """
 
     FILE: ClassVar[str] = "train_config.json"
@@ -195,10 +236,14 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Return the settings that a run stored; one that is missing has its default.
+        """Build the settings of a run from the dictionary that `to_dict` returned for it.
+
+        Args:
+            values: settings by field name, with lists or tuples; all but "steps" may be missing,
+                and then have their defaults.
 
         Raises:
-            ValueError: ``steps`` is missing, a name is no setting, or a value is not allowed.
+            ValueError: if ``steps`` is missing, a name is not a setting, or a value is not allowed.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
@@ -209,25 +254,28 @@ class TrainConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings by name, as JSON stores them."""
+        """Return the settings by field name as JSON can store them: tuples become lists."""
         values = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the network predicts the variance too, in C more output channels."""
+        """Whether the network also predicts the variance, in C more output channels."""
         return self.variance_type in LEARNED_VARIANCES
 
     @property
     def weighting_gamma(self) -> float | None:
-        """The gamma of the loss weighting, or None if it has none."""
+        """The gamma of the loss weighting (min_snr or p2), or None for the others."""
         return {"min_snr": self.min_snr_gamma, "p2": self.p2_gamma}.get(self.loss_weighting)
 
     def part_of(self, processes: int) -> int:
-        """Return the number of images of a batch that each of so many processes takes.
+        """Return the number of images of a batch that each process takes: batch_size / processes.
+
+        Args:
+            processes: the number of processes that train.
 
         Raises:
-            ValueError: the batch has no so many equal parts, or these no ``accumulate`` ones.
+            ValueError: if batch_size is not a multiple of processes times accumulate.
         """
         if self.batch_size % (processes * self.accumulate):
             raise ValueError(
@@ -238,12 +286,20 @@ class TrainConfig:
 
     @property
     def may_change(self) -> tuple[str, ...]:
-        """Names of the settings that may change when the run is resumed."""
+        """The names, a tuple of strings, of the settings that may change when the run is resumed.
+
+        They are those of `MAY_CHANGE`, without "steps" under a cosine schedule, whose learning
+        rates depend on it.
+        """
         fixed = "steps" if self.lr_schedule == "cosine" else ""
         return tuple(name for name in MAY_CHANGE if name != fixed)
 
     def learning_rate_at(self, step: int) -> float:
-        """Return a step's learning rate: linear warm-up, times 1 or half a cosine down to 0."""
+        """Return the learning rate of a step: linear warm-up, times half a cosine if so scheduled.
+
+        Args:
+            step: the number of the step, from 0; step 0 already has learning_rate / warmup_steps.
+        """
         rate = self.learning_rate * min(1.0, (step + 1) / max(self.warmup_steps, 1))
         if self.lr_schedule == "cosine":
             rate *= 0.5 * (1 + math.cos(math.pi * step / self.steps))
@@ -253,9 +309,14 @@ class TrainConfig:
         """Return the config of a new network, with attention at the lowest resolution only.
 
         Args:
-            shape: shape (C, H, W) of an image.
-            num_classes: number of classes; the network has one more, the null class. None for an
-                unconditional network.
+            shape: (C, H, W) of an image, in pixels; the network returns C channels, or 2C if it
+                learns the variance.
+            num_classes: the number of classes; the network has one more embedding, for the null
+                class. None for an unconditional network.
+
+        Raises:
+            ValueError: if the settings make no network (`UNetConfig`), such as channels that are
+                not multiples of norm_num_groups.
         """
         C, H, W = shape
         plain = len(self.block_out_channels) - 1
@@ -273,7 +334,10 @@ class TrainConfig:
         )
 
     def scheduler_config(self) -> dict[str, Any]:
-        """Return the content of scheduler_config.json, with diffusers' keys."""
+        """Return the content of scheduler_config.json as a dict with the keys of diffusers.
+
+        Its class is DDPMScheduler, with samples clipped to [-1, 1] and trailing timesteps.
+        """
         return {
             "_class_name": "DDPMScheduler",
             "num_train_timesteps": self.num_train_timesteps,

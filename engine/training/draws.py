@@ -1,4 +1,4 @@
-r"""The random choices of a training run: images, flips, timesteps, dropped labels, noise keys.
+r"""`Draws`: the random choices of a training run: images, flips, timesteps, dropped labels, keys.
 
 Each choice is a pure function of the run's seed and of an image's key k = step B + i, its number in
 the run, i being its place in the batch of B. So a run can be resumed anywhere, in any number of
@@ -28,14 +28,21 @@ WORD = 2**32
 
 
 class Draws:
-    """The random choices of a run: ``keys(step)``, and of keys int64 [B] everything else.
+    """Draws the random choices of a training run, each as a pure function of seed and key.
 
-    All tensors are on the CPU, of B rows, one for each key.
+    ``keys(step)`` returns the keys of a step's images: a key is an image's number in the run, and
+    the second word of its noise counter. Every other method takes keys, int64 [n] on the CPU, and
+    returns a CPU tensor of n entries, one for each key.
 
     Args:
-        config: settings of the run.
-        count: number of images of the data.
-        rank, size: number of this process, and of all; each draws an equal part of every batch.
+        config: the settings of the run.
+        count: the number of images in the data, at least 1.
+        rank: the number of this process, 0..size-1.
+        size: the number of processes; each draws an equal part of every batch.
+
+    Attributes:
+        config, count, rank, size: the arguments.
+        seed: the seed of the run as a signed 64-bit int.
     """
 
     def __init__(self, config: TrainConfig, count: int, rank: int = 0, size: int = 1) -> None:
@@ -45,21 +52,36 @@ class Draws:
         self._last = (-1, ints([]))
 
     def keys(self, step: int) -> Tensor:
-        """Return the keys of this process's images in a step, int64 [B].
+        """Return the keys of this process's images in a step, int64 [batch_size / size] on the CPU.
+
+        They are consecutive: the whole batch has step batch_size to (step + 1) batch_size - 1.
+
+        Args:
+            step: the number of the step, from 0.
 
         Raises:
-            ValueError: the processes cannot have equal parts of a batch.
+            ValueError: if batch_size is not a multiple of the number of processes times accumulate.
         """
         part = self.config.part_of(self.size)
         first = step * self.config.batch_size + self.rank * part
         return torch.arange(first, first + part, device="cpu")
 
     def seeds(self, keys: Tensor) -> Tensor:
-        """Return the seed of each image's noise, that of the run, int64 [B]."""
+        """Return the seed of each image's noise, int64 [n]: the run's seed for all.
+
+        Args:
+            keys: int64 [n] on the CPU, the images' numbers in the run, as `keys` returns them.
+        """
         return torch.full_like(keys, self.seed)
 
     def index(self, keys: Tensor) -> Tensor:
-        """Return the number of each image in the data, int64 [B] in 0..count-1."""
+        """Return the index of each image in the data, int64 [n] in 0..count-1.
+
+        Each epoch (``count`` consecutive keys) goes through a permutation of the data of its own.
+
+        Args:
+            keys: int64 [n] on the CPU, the images' numbers in the run, as `keys` returns them.
+        """
         epochs, places = keys // self.count, keys % self.count
         index = torch.empty_like(keys)
         for epoch in epochs.unique().tolist():
@@ -68,11 +90,22 @@ class Draws:
         return index
 
     def flips(self, keys: Tensor) -> Tensor:
-        """Return which images are mirrored left to right, bool [B]."""
+        """Return which images are mirrored left to right, bool [n].
+
+        Each is with probability 1/2 if ``horizontal_flip`` is set, else none.
+
+        Args:
+            keys: int64 [n] on the CPU, the images' numbers in the run, as `keys` returns them.
+        """
         return (self._words(keys, Purpose.FLIP) < WORD // 2) & self.config.horizontal_flip
 
     def timesteps(self, keys: Tensor) -> Tensor:
-        """Return the timestep of each image, int64 [B] in 0..T-1."""
+        """Return the timestep of each image, int64 [n] in 0..T-1.
+
+        Args:
+            keys: int64 [n] on the CPU, the images' numbers in the run, as `keys` returns them; with
+                low_discrepancy sampling all are of one step, n at least 1.
+        """
         config, B = self.config, self.config.batch_size
         if config.timestep_sampling == "uniform":
             words = self._words(keys, Purpose.TIMESTEP)
@@ -82,7 +115,13 @@ class Draws:
         return (words * config.num_train_timesteps) >> 32
 
     def label_drops(self, keys: Tensor) -> Tensor:
-        """Return which images lose their label, for classifier-free guidance, bool [B]."""
+        """Return which images lose their label, bool [n], as classifier-free guidance needs it.
+
+        Each does with probability ``label_dropout``.
+
+        Args:
+            keys: int64 [n] on the CPU, the images' numbers in the run, as `keys` returns them.
+        """
         # float32, in which torch compares integers with a fraction where no dtype is set.
         words = self._words(keys, Purpose.LABEL_DROPOUT).float()
         return words < self.config.label_dropout * WORD
@@ -93,7 +132,7 @@ class Draws:
         return reference.philox_words(seeds, keys, purpose, 1)[0][:, 0]
 
     def _permutation(self, epoch: int) -> Tensor:
-        """Return the order of the data in an epoch, int64 [count]."""
+        """Return the order of the data in an epoch (counted from 0), int64 [count]."""
         known, order = self._last  # read and set as one: a loader's thread may draw beside us
         if known != epoch:
             seed = (self.config.seed + epoch * 0x9E3779B9) % 2**63

@@ -1,4 +1,4 @@
-r"""Exponential moving averages of the weights, several half-lives h (in steps) at once:
+r"""`Ema`: exponential moving averages of the weights, for several half-lives h (in steps) at once.
 
     average += (1 - d) (weights - average),    d = min(2^(-1/h), (1 + s) / (10 + s))    at step s
 
@@ -15,14 +15,18 @@ from torch import Tensor
 
 
 class Ema:
-    """The averages of a network's weights, one for each half-life.
+    """The exponential moving averages of a network's weights, one for each half-life.
+
+    They start as copies of the weights.
 
     Args:
-        parameters: weights by name, float32; they are read at every `update`.
-        half_lives: half-lives in steps.
+        parameters: the weights by name, float32, all on one device, at least one; they are read at
+            every `update`.
+        half_lives: the half-lives in steps, all different.
 
     Attributes:
-        weights: for each half-life the averages by the weights' names, float32.
+        weights: a dictionary from half-life to a dictionary from the parameter's name to its
+            average, float32 of the parameter's shape, on its device.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], half_lives: Sequence[int]) -> None:
@@ -36,13 +40,17 @@ class Ema:
         self._rates = {h: torch.zeros((), dtype=torch.float32, device=device) for h in half_lives}
 
     def set_rates(self, step: int) -> None:
-        """Set 1 - d of every average to that of a step."""
+        """Set the rate 1 - d by which the next `update` moves each average, for a step.
+
+        Args:
+            step: the number of the step, from 0.
+        """
         for half_life, rate in self._rates.items():
             rate.fill_(1 - min(2 ** (-1 / half_life), (1 + step) / (10 + step)))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move every average towards the weights, in place."""
+        """Move every average towards the current weights, in place, by the rates of `set_rates`."""
         for half_life, average in self.weights.items():
             values = list(average.values())
             change = torch._foreach_sub(self._parameters, values)
@@ -50,7 +58,7 @@ class Ema:
             torch._foreach_add_(values, change)
 
     def are_finite(self) -> bool:
-        """Return whether every weight was finite at every update so far.
+        """Return whether every weight was finite at every update so far; waits for the device.
 
         An average that met a NaN or an infinity stays NaN or infinite.
         """

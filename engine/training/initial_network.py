@@ -1,4 +1,4 @@
-"""The network that a run starts from: a new one, or that of a model folder."""
+"""The network that a training run starts from: a new one, or that of a model folder."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from flashddpm.training.config import TrainConfig
 
 
 def initial_network(config: TrainConfig, data: ImageSource) -> UNet:
-    """Return the network to train, float32 on the CPU.
+    """Return the network to train, a `UNet` in float32 on the CPU, whose weights take gradients.
 
     Args:
-        config: settings of the run: its seed draws the weights, unless ``init`` names a model.
-        data: images, whose shape and classes the network must fit.
+        config: the settings of the run. If ``init`` names a model folder, its network is loaded;
+            otherwise a new one is built, with random weights from the run's seed.
+        data: the images, whose shape (C, H, W) and number of classes the network must fit.
 
     Raises:
-        ValueError: the settings make no network.
-        CheckpointError: ``init`` names no model, or one that does not fit data and settings.
+        ValueError: if the settings make no network for images of this shape.
+        CheckpointError: if ``init`` is no model folder, holds another network than a UNet2DModel,
+            or if its sizes, channels, class embeddings, prediction type or betas are not those of
+            data and settings.
     """
     if config.init:
         return _load_network(Path(config.init), config, data)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, held back until a block has ended."""
+"""`held_signals`: a context manager that holds back Ctrl-C and SIGTERM until its block ends."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ from contextlib import contextmanager
 
 @contextmanager
 def held_signals() -> Iterator[list[int]]:
-    """Hold back SIGINT and SIGTERM until the block ends, then raise the first that came.
+    """Hold back SIGINT and SIGTERM until the block ends, then raise the first one that came.
 
-    Yields the list of the numbers of the signals that came so far. An interrupt inside a step would
-    leave weights, averages and position of two different steps. Outside of the main thread, where
-    Python allows no handlers, nothing is held back. SIG_IGN handlers are kept, such as the one for
-    SIGINT of a shell's background jobs.
+    An interrupt inside a training step would leave weights, averages and position of two different
+    steps. Outside of the main thread, where Python allows no handlers, nothing is held back. A
+    signal that is ignored (SIG_IGN), as SIGINT is in a shell's background jobs, stays ignored.
+
+    Yields:
+        The list of the numbers of the signals that came so far, ints; it grows within the block.
+
+    Raises:
+        KeyboardInterrupt: at the end of a block that raised nothing itself, if SIGINT came first
+            and has Python's own handler. After a SIGTERM the handler from before the block runs; by
+            default it ends the process.
     """
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():

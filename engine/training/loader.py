@@ -1,13 +1,15 @@
-"""The data loader of a run: a `TrainBatch` for every step, fetched ahead by a thread of its own.
+"""`Loader`: the data loader of a training run, which makes a `TrainBatch` for every step.
 
-A batch is a pure function of its step: `Draws` makes the random choices, and this file applies
-them: it reads the images, mirrors some, and drops some labels.
+Batches are fetched ahead by a thread of the loader's own. A batch is a pure function of its step:
+`Draws` makes the random choices, and this file applies them: it reads the images, mirrors some, and
+drops some labels.
 
 One thread is enough, and no DataLoader of PyTorch's with its processes is needed: NumPy, PyTorch
-and Pillow let other Python threads run while they copy, hash or decode, folders that are decoded
-as they go have decoding threads of their own, and nothing has to be sent between processes.
+and Pillow let other Python threads run while they copy, hash or decode; folders of pictures that
+are decoded at each fetch have decoding threads of their own; and nothing has to be sent between
+processes.
 
-The thread itself calls nothing of CUDA, as a call from another thread may break the capture of a
+The thread itself makes no CUDA call, since a call from another thread may break the capture of a
 graph. So ``next`` pins the bytes, copies them without waiting, and makes them floats on the device.
 """
 
@@ -31,15 +33,16 @@ from flashddpm.training.draws import Draws
 
 
 class TrainBatch(NamedTuple):
-    """What a training step takes: one process's part of a batch, all on one device.
+    """The inputs of a training step: one process's part of a batch, B images, all on one device.
 
     Attributes:
-        x0: images, float32 [B, C, H, W] in [-1, 1], channels_last.
-        t: timestep of each image, int64 [B] in 0..T-1.
-        seeds: seed of each image's noise, int64 [B].
-        keys: key of each image's noise, its number in the run, int64 [B].
-        labels: class of each image, int64 [B] in 0..K-1, or K, the null class, where the label is
-            dropped; None for an unconditional network.
+        x0: the images, float32 [B, C, H, W] in [-1, 1], channels_last.
+        t: the timestep of each image, int64 [B] in 0..T-1.
+        seeds: the seed of each image's noise, int64 [B].
+        keys: the key of each image's noise (the second word of the noise counter), which is the
+            image's number in the run, int64 [B].
+        labels: the class of each image, int64 [B] in 0..K-1, or K, the null class, where the label
+            is dropped; None for an unconditional network.
     """
 
     x0: Tensor
@@ -49,37 +52,49 @@ class TrainBatch(NamedTuple):
     labels: Tensor | None
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors that are there, in the order of the fields."""
+        """Return the tensors of the batch in the order of the fields, without None."""
         return [value for value in self if value is not None]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
-        """Return the batch of what a function makes of each tensor."""
+        """Return the batch with each tensor replaced by what a function returns for it.
+
+        Args:
+            function: called with each field's tensor and returns one; it is not called for None.
+        """
         return TrainBatch._make(None if value is None else function(value) for value in self)
 
     def chunk(self, parts: int) -> list[TrainBatch]:
-        """Return so many equal parts, views of this batch; ``parts`` must divide B."""
+        """Return the batch cut into equal parts along the images, in order, as views of this batch.
+
+        Args:
+            parts: the number of parts, which must divide B (not checked).
+        """
         columns = [repeat(None) if value is None else value.chunk(parts) for value in self]
         return [TrainBatch._make(rows) for rows in zip(*columns, strict=False)]
 
 
 class Loader:
-    """The batches of steps start, start + 1, ...; a context manager that closes itself.
+    """Fetches the batches of steps start, start + 1, ...: each call of `next` returns one.
+
+    It is a context manager, which closes itself at the end of the block.
 
     Args:
-        source: images and labels.
-        draws: random choices of the run. With ``ahead`` they are made in the loader's thread, one
-            step at a time and in the order of steps.
-        start: first step.
-        device: device that batches are copied to.
-        ahead: number of batches that are fetched while one is trained on; with 0 there is no
-            thread, and ``next`` fetches.
+        source: the images and labels.
+        draws: the random choices of the run. If ``ahead`` is above 0 they are made in the loader's
+            thread, one step at a time and in the order of steps.
+        start: the number of the first step, at least 0.
+        device: the device that batches are copied to: "auto", "cpu", "cuda", "cuda:N" or a
+            torch.device.
+        ahead: the number of batches that are fetched while one is trained on; with 0 there is no
+            thread, and ``next`` itself fetches.
 
     Attributes:
-        step: step of the batch that ``next`` returns.
-        wait_seconds: time that ``next`` has waited for batches, in all.
+        step: the number of the step whose batch ``next`` returns.
+        wait_seconds: the total time that ``next`` has waited for batches, in seconds.
 
     Raises:
-        ValueError: ``start`` or ``ahead`` is below 0.
+        ValueError: if ``start`` or ``ahead`` is below 0 or no integer, or the device cannot be
+            used.
     """
 
     def __init__(
@@ -103,13 +118,14 @@ class Loader:
                 self._fetching.append(self._thread.submit(self._fetch, step))
 
     def next(self) -> TrainBatch:
-        """Return the batch of ``step`` and go on to the next; ``wait_seconds`` grows by the wait.
+        """Return the batch of ``step`` on the device, and go on to the next step.
 
-        What ``draws`` or the source raised comes out here, and again at each further call: no step
-        is left out.
+        ``wait_seconds`` grows by the time that it waited. Errors of ``draws`` and of the source
+        (such as `DataError`) are raised here; no step is left out then: a further call is for the
+        same step, and where a thread fetches it raises the same error.
 
         Raises:
-            RuntimeError: the loader is closed.
+            RuntimeError: if the loader is closed, also by another thread meanwhile.
         """
         self._check_open()
         began = perf_counter()
@@ -123,7 +139,10 @@ class Loader:
         return batch._replace(x0=to_float(pixels))
 
     def close(self) -> None:
-        """Drop what is fetched ahead, without waiting for a fetch that has begun."""
+        """Drop the batches fetched ahead, without waiting for a fetch that has begun.
+
+        The loader cannot be used afterwards; closing it again does nothing.
+        """
         with self._lock:
             self._closed = True
             if self._thread is not None:
@@ -146,7 +165,7 @@ class Loader:
             raise RuntimeError("loader: is closed; make another")
 
     def _wait(self) -> TrainBatch:
-        """Return what was fetched for ``step``; the thread gets another step to fetch."""
+        """Return the batch fetched for ``step``, and have the thread fetch one step further."""
         if self._thread is None:
             return self._fetch(self.step)
         with self._lock:
@@ -182,7 +201,7 @@ class Loader:
         return TrainBatch(images, draws.timesteps(keys), draws.seeds(keys), keys, labels)
 
     def _send(self, tensor: Tensor) -> Tensor:
-        """Copy to the device; on CUDA without waiting, from pinned memory."""
+        """Return the tensor on the device, copied from pinned memory without waiting on CUDA."""
         if self._device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self._device, non_blocking=True)

@@ -1,4 +1,7 @@
-"""The progress of a run: its progress bar, metrics.jsonl, and loss.png if matplotlib is there."""
+"""The progress of a training run: its progress bar, its log metrics.jsonl, and the plot loss.png.
+
+The plot is drawn only where matplotlib is installed.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ METRICS = "metrics.jsonl"
 
 
 class Progress:
-    """The progress bar of a run, and its log, metrics.jsonl.
+    """The progress bar of a training run, and its log, the file OUT/metrics.jsonl.
 
     Args:
-        out: folder of the run.
-        step: number of steps that the run has taken.
-        steps: number of steps at which it ends.
-        batch_size: number of images of a step.
-        shown: whether there is a progress bar.
+        out: the folder of the run, OUT.
+        step: the number of steps that the run has taken.
+        steps: the number of steps at which it ends.
+        batch_size: the number of images in a step, over all processes.
+        shown: whether a progress bar is shown; the log is written in either case.
     """
 
     def __init__(self, out: Path, step: int, steps: int, batch_size: int, shown: bool) -> None:
@@ -34,19 +37,24 @@ class Progress:
         self._step, self._wait, self._start = step, 0.0, time.perf_counter()
 
     def advance(self) -> None:
-        """Move the progress bar on by a step."""
+        """Move the progress bar on by one step."""
         self._bar.update()
 
     def log(self, step: int, wait_seconds: float, **values: float) -> None:
-        """Append a line to the log, and show it at the progress bar.
+        """Append a line, a JSON object, to metrics.jsonl, and show it beside the progress bar.
 
-        The line holds ``values``, and since the last line the images a second and the share of the
-        time that was spent waiting for images.
+        The keys are "step", those of ``values``, "images_per_second" and "loader_wait", the
+        fraction (0..1) of the time spent waiting for images; the last two are of the time since the
+        last line.
 
         Args:
-            step: number of steps that the run has taken.
-            wait_seconds: time that the run has waited for images, in all.
-            values: what else the line holds; must have ``loss``.
+            step: the number of steps that the run has taken.
+            wait_seconds: the total time that the run has waited for images, in seconds.
+            values: further numbers of the line by key; "loss" is required.
+
+        Raises:
+            KeyError: if ``values`` has no "loss".
+            OSError: if the file cannot be written.
         """
         seconds = max(time.perf_counter() - self._start, 1e-9)
         rate = (step - self._step) * self.batch_size / seconds
@@ -67,7 +75,7 @@ class Progress:
 
 
 def _missing_newline(path: Path) -> bytes:
-    """Return the newline that the end of a file lacks, if it does."""
+    """Return a newline, as bytes, if a file is not empty and does not end with one, else none."""
     with open(path, "rb") as file:
         if not file.seek(0, os.SEEK_END):
             return b""
@@ -76,7 +84,17 @@ def _missing_newline(path: Path) -> bytes:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's log, sorted by step; of a step taken twice, the later line."""
+    """Return the lines of a run's metrics.jsonl, sorted by step; [] if there is no such file.
+
+    Of a step that was logged twice the later line is returned; lines that are cut off are left out.
+
+    Args:
+        out: the folder of the run.
+
+    Returns:
+        The JSON object of each line: "step", "loss", "learning_rate", "images_per_second" and
+        "loader_wait" (a fraction, 0..1), as `Progress.log` and `Trainer.run` wrote them.
+    """
     path = out / METRICS
     if not path.exists():
         return []
@@ -91,9 +109,17 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def plot_loss(out: Path) -> Path | None:
-    """Draw OUT/loss.png, the loss over the steps, and return its path.
+    """Draw the loss of a run over its steps, on a logarithmic axis, as the picture OUT/loss.png.
 
-    Without matplotlib, or with fewer than two lines in the log, nothing is drawn: return None.
+    Args:
+        out: the folder of the run, OUT, whose metrics.jsonl is read.
+
+    Returns:
+        The path of the picture; None, and nothing is drawn, without matplotlib or with fewer than
+        two lines in the log.
+
+    Raises:
+        OSError: if the picture cannot be written.
     """
     lines = read_metrics(out)
     if len(lines) < 2 or importlib.util.find_spec("matplotlib") is None:

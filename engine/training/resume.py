@@ -1,7 +1,8 @@
-"""The states that a run can be resumed from: OUT/states/STEP.safetensors, the newest few of them.
+"""The states from which a training run is resumed: OUT/states/STEP.safetensors, the newest few.
 
 A state holds weights, averages and the optimizer's moments. Its metadata hold the step, the
-settings, the fingerprint of the data, and the machine, on which the last bits of a step depend.
+settings, the fingerprint of the data (a hash that identifies them), and the machine, on which the
+last bits of a step depend.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ FOLDER = "states"
 
 @dataclass(frozen=True)
 class State:
-    """Everything that the rest of a run depends on.
+    """The state of a training run after a step: everything that its further steps depend on.
 
     Attributes:
-        step: number of steps that the run has taken.
-        tensors: float32 tensors; the name of each is "model.", "ema-H.", "exp_avg." or
-            "exp_avg_sq.", then the parameter's name.
-        config: settings that the run had, as `TrainConfig.to_dict` returns them.
-        data: fingerprint of the data.
+        step: the number of steps that the run has taken.
+        tensors: float32 tensors of the parameters' shapes, by name: "model.", "ema-H." (H being a
+            half-life in steps), "exp_avg." or "exp_avg_sq." (AdamW's moments), then the parameter's
+            name.
+        config: the settings that the run had, as `TrainConfig.to_dict` returns them.
+        data: the fingerprint of the data, "sha256:..." (`ImageSource.fingerprint`).
         machine: what else the last bits of a step depend on, as `machine` returns it.
     """
 
@@ -49,7 +51,18 @@ class State:
 
 
 def machine(device: torch.device, compiled: bool, processes: int) -> dict[str, Any]:
-    """Return what the last bits of a step depend on besides settings and data."""
+    """Return a dictionary of what the last bits of a step depend on besides settings and data.
+
+    Args:
+        device: the device of the run.
+        compiled: whether the network is compiled.
+        processes: the number of processes that train.
+
+    Returns:
+        By key: "device" ("cpu" or "cuda"), "torch" (its version), on CUDA "card" (the GPU's name),
+        on the CPU "threads" (the number of torch's threads) and "instructions" (the instruction
+        set, such as "AVX2"), "compiled" and "processes".
+    """
     where: dict[str, Any] = {"device": device.type, "torch": torch.__version__}
     if device.type == "cuda":
         where["card"] = torch.cuda.get_device_name(device)
@@ -62,15 +75,26 @@ def machine(device: torch.device, compiled: bool, processes: int) -> dict[str, A
 
 
 def states(out: Path) -> list[Path]:
-    """Return the files of a run's states, the newest first."""
+    """Return the paths of a run's state files, the newest (of the highest step) first; [] for none.
+
+    Args:
+        out: the folder of the run.
+    """
     return sorted((out / FOLDER).glob("[0-9]*.safetensors"), reverse=True)
 
 
 def write(out: Path, state: State, keep: int) -> None:
-    """Write a state, then remove all but the newest ``keep``; a kill at any moment loses none.
+    """Write a state to OUT/states/STEP.safetensors, then remove older states.
+
+    The file is written whole or not at all, so a kill at any moment loses no state that was there.
+
+    Args:
+        out: the folder of the run, OUT; folders are made if they are missing.
+        state: the state to write.
+        keep: the number of states of the highest steps that are kept; the new one always is.
 
     Raises:
-        OSError: the state could not be written; those before it are kept.
+        OSError: if the state could not be written; those before it are then kept.
     """
     metadata = {
         "step": str(state.step),
@@ -89,10 +113,13 @@ def write(out: Path, state: State, keep: int) -> None:
 
 
 def read_newest(out: Path) -> State:
-    """Return the newest state that can be read; the log names those that cannot.
+    """Return the newest state of a run that can be read; the log names those that cannot.
+
+    Args:
+        out: the folder of the run.
 
     Raises:
-        CheckpointError: there is no state, or none that can be read.
+        CheckpointError: if there is no state, or none that can be read.
     """
     found = states(out)
     if not found:
@@ -109,10 +136,13 @@ def read_newest(out: Path) -> State:
 
 
 def read(path: Path) -> State:
-    """Return the state in a file.
+    """Return the state in a file, its tensors on the CPU.
+
+    Args:
+        path: a safetensors file that `write` wrote.
 
     Raises:
-        CheckpointError: the file is missing or broken, or holds no state of a run.
+        CheckpointError: if the file is missing or broken, or holds no state of a run.
     """
     tensors = read_tensors(path)
     with safetensors.safe_open(path, "pt") as file:
@@ -129,14 +159,16 @@ def check_settings(state: State, config: TrainConfig, data: str, allow: Sequence
     """Refuse to resume with other settings or data than those that the run was started with.
 
     Args:
-        state: state to resume from. A setting that it does not name, as the version that wrote it
-            did not have it, was at its default.
-        config: settings to resume with.
-        data: fingerprint of the data to resume with.
-        allow: names of settings that may differ, besides MAY_CHANGE; "data" for the data.
+        state: the state to resume from. A setting that it does not name, since the version that
+            wrote it did not have it, counts as having been at its default.
+        config: the settings to resume with.
+        data: the fingerprint of the data to resume with.
+        allow: names of settings that may differ, besides ``config.may_change``; "data" for other
+            data.
 
     Raises:
-        ValueError: something else differs; the message lists all of it.
+        ValueError: if another setting or the data differ (the message lists all that do), or a name
+            in ``allow`` is not a setting.
     """
     given = config.to_dict()
     for name in allow:
@@ -158,10 +190,15 @@ def check_settings(state: State, config: TrainConfig, data: str, allow: Sequence
 
 
 def check_tensors(out: Path, state: State, expected: Mapping[str, Tensor]) -> None:
-    """Refuse a state whose tensors have other names or shapes than those of the run in ``out``.
+    """Refuse a state whose tensors have other names or shapes than those of the run.
+
+    Args:
+        out: the folder of the run, for the error's text.
+        state: the state.
+        expected: the run's own tensors by name, of which names and shapes are compared.
 
     Raises:
-        CheckpointError: they have; the message names some.
+        CheckpointError: if a name or shape differs; the message has up to five such names.
     """
     found = {name: tensor.shape for name, tensor in state.tensors.items()}
     names = {*found, *expected}
@@ -172,7 +209,12 @@ def check_tensors(out: Path, state: State, expected: Mapping[str, Tensor]) -> No
 
 
 def report_machine(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Warn in the log where this machine differs from the one that wrote a state."""
+    """Log a warning that names where this machine differs from the one that wrote a state.
+
+    Args:
+        there: the machine that wrote the state, as `machine` returns it.
+        here: this machine, in the same form.
+    """
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     if names:
         changes = ", ".join(f"{n}={there.get(n)!r} there, {here.get(n)!r} now" for n in names)

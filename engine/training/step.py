@@ -1,4 +1,4 @@
-r"""The training step, for any of the three prediction types (Ho et al. 2020, eq. 14; S7):
+r"""`TrainStep`: the training step, for all three prediction types (Ho et al. 2020, eq. 14; S7).
 
     x_t = add_noise(x0)        the noise drawn in registers
     out = unet(x_t, t, label)
@@ -42,22 +42,37 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainStep:
-    """Weights, optimizer and averages of a run, and the step that updates them.
+    """The weights, optimizer and averages of a training run, and the step that updates them.
+
+    Call it with a batch and the step's number to take a step.
 
     Args:
-        config: settings of the run.
-        unet: network on its device, float32; it is trained in place.
-        schedule: noise schedule of the forward process.
+        config: the settings of the run.
+        unet: the network on its device, in float32; it is trained in place.
+        schedule: the noise schedule of the forward process, T timesteps.
         compile: whether the network is compiled.
-        capture: whether the step is captured as a CUDA graph; in one process only.
+        capture: whether the step is captured as a CUDA graph, after three steps that are not; for
+            one process on a GPU only.
         parallel: whether gradients are averaged over the processes of torch.distributed, which
             meet at the first step.
 
     Attributes:
-        params: weights by name.
-        ema: averages of the weights.
-        whole: False if an error came after the weights' update and before the averages': then they
-            are of two different steps.
+        config, unet: the arguments.
+        device: the torch.device of the network.
+        ops: the module with the operations add_noise, diffusion_loss and hybrid_loss:
+            flashddpm.kernels on CUDA, kernels.reference on the CPU.
+        noising: float32 [T, 2] on the device, the coefficients of x_0 and of eps in x_t.
+        targets: float32 [T, columns] on the device, the table of the loss, as `target_rows` or, if
+            the variance is learned, `hybrid_rows` returns it.
+        params: the trained parameters by name, float32.
+        ema: the averages of the parameters, an `Ema`.
+        optimizer: the torch.optim.AdamW of the parameters, without weight decay.
+        whole: whether weights and averages are of the same step; False if an error came after the
+            weights' update and before the averages'.
+
+    Raises:
+        ValueError: if the loss weighting or the learned variance cannot be had with this schedule
+            (`target_rows`, `hybrid_rows`).
     """
 
     def __init__(
@@ -93,7 +108,11 @@ class TrainStep:
 
     @cached_property
     def network(self) -> Any:
-        """The network as a step calls it: compiled, and with gradients averaged over processes."""
+        """The network as a training step calls it: a callable (x_t, t, labels) -> out.
+
+        It is made at first use: compiled if ``compile``, with gradients averaged over processes if
+        ``parallel``, and else the network itself.
+        """
         network: Any = self.unet
         if self._compile:
             keep_compiled_code()
@@ -116,10 +135,10 @@ class TrainStep:
         return target_rows(schedule, config.prediction_type, *weighting)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return everything that a step updates, float32; these are not copies.
+        """Return all that a step updates, float32 tensors by name: the originals, not copies.
 
-        The name of a tensor is "model.", "ema-H.", "exp_avg." or "exp_avg_sq.", then the
-        parameter's name.
+        A name is "model.", "ema-H." (H being a half-life in steps), "exp_avg." or "exp_avg_sq."
+        (AdamW's moments), then the parameter's name, whose shape the tensor has.
         """
         found: dict[str, Tensor] = {}
         for name, parameter in self.params.items():
@@ -131,11 +150,15 @@ class TrainStep:
         return found
 
     def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Copy a state into `tensors`, in place, for a captured step knows their addresses.
+        """Copy a state into the step's own tensors, in place: a graph knows their addresses.
 
         Args:
-            tensors: tensors of the names and shapes of `tensors`.
-            step: number of steps that they have been through.
+            tensors: tensors of the same names and shapes as those that `tensors` returns.
+            step: the number of steps that they have been through, for AdamW's bias correction.
+
+        Raises:
+            KeyError: if a name is missing.
+            RuntimeError: if a shape does not fit.
         """
         for name, own in self.tensors().items():
             own.copy_(tensors[name])
@@ -152,7 +175,14 @@ class TrainStep:
         return {key: state[key] for key in MOMENTS}
 
     def loss(self, batch: TrainBatch) -> Tensor:
-        """Return the mean loss of a batch, a float32 scalar."""
+        """Return the mean loss of a batch, a float32 scalar with its graph for the backward pass.
+
+        It is the hybrid loss if the variance is learned, else the diffusion loss. The network runs
+        under bfloat16 autocast if the settings say so.
+
+        Args:
+            batch: the images with their timesteps, noise and labels, on the network's device.
+        """
         x0, t, seeds, keys, labels = batch
         config = self.config
         # Without the cache of cast weights: within the caller's autocast it outlives the step.
@@ -165,9 +195,14 @@ class TrainStep:
         return losses(out, *args).mean()
 
     def gradients(self, batch: TrainBatch) -> Tensor:
-        """Leave the gradients of a batch's mean loss in the parameters; return the loss.
+        """Compute the gradients of a batch's mean loss, and return it, a float32 scalar.
 
-        The batch is taken in ``config.accumulate`` parts, one after the other.
+        The gradients replace those in the parameters' ``grad``.
+
+        Args:
+            batch: this process's part of a step's batch, on the network's device. It is taken in
+                ``config.accumulate`` equal parts, one after the other; that number must divide its
+                size.
         """
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.config.accumulate
@@ -195,13 +230,16 @@ class TrainStep:
         return torch.stack([loss, norm])
 
     def __call__(self, batch: TrainBatch, step: int) -> Tensor:
-        """Take a step; return (loss, norm of the gradient before clipping), float32 [2].
-
-        What a captured step returns is overwritten by the next one.
+        """Take a training step: update the weights, AdamW's moments and the averages.
 
         Args:
-            batch: what to train on.
-            step: number of the step, from 0, which decides the learning rate and the EMAs' rates.
+            batch: this process's part of the step's batch, on the network's device.
+            step: the number of the step, from 0, by which the learning rate and the rates of the
+                averages are chosen.
+
+        Returns:
+            float32 [2] on the device: the mean loss, and the norm of the gradient before clipping.
+            The next step overwrites it if the step is captured. Neither is checked to be finite.
         """
         self._rate.fill_(self.config.learning_rate_at(step))
         self.ema.set_rates(step)
@@ -222,7 +260,7 @@ class TrainStep:
         return self._graph()
 
     def _fill_buffers(self, batch: TrainBatch) -> bool:
-        """Copy a batch to where the graph reads it; return False if its shapes are others."""
+        """Copy a batch to where the graph reads it; return False if its shapes do not fit."""
         buffers = [] if self._buffers is None else self._buffers.tensors()
         values = batch.tensors()
         if [buffer.shape for buffer in buffers] != [value.shape for value in values]:
@@ -232,7 +270,7 @@ class TrainStep:
         return True
 
     def _captured(self, batch: TrainBatch) -> CapturedSteps:
-        """Return a graph of the step on a copy of this batch, its buffers; nothing is run."""
+        """Return the captured graph of a step on buffers, copies of this batch; nothing is run."""
         buffers = self._buffers = batch.map(torch.clone)
         self.optimizer.zero_grad(set_to_none=True)  # gradients of the graph lie in its own memory
         with CAPTURING:
@@ -242,7 +280,7 @@ class TrainStep:
             return CapturedSteps(lambda: self._step(buffers), 1, pool, stream)
 
     def _aside(self, batch: TrainBatch) -> Tensor:
-        """Take a step on a stream of its own, as the captured one will be."""
+        """Take a step on another CUDA stream than the current one, as the captured step will be."""
         stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):

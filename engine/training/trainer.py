@@ -1,7 +1,8 @@
-"""A training run, from images to a model folder.
+"""`Trainer`: a training run, from images to a model folder.
 
-An image goes from its source (`flashddpm.data`) through the `Loader`, which draws its noise key and
-timestep, into a `TrainBatch`; `TrainStep` updates the weights with it, and `Ema` their averages.
+An image goes from its source (`flashddpm.data`) through the `Loader`, which draws its noise key
+(second word of the noise counter) and timestep, into a `TrainBatch`; `TrainStep` updates the
+weights with it, and `Ema` their averages.
 
 A step is a pure function of weights, moments, averages, seed and the step's number, so a resumed
 run continues exactly where it stopped, whatever stopped it.
@@ -50,29 +51,40 @@ from flashddpm.training.step import TrainStep
 log = logging.getLogger("flashddpm")
 
 AHEAD = 4
-"""Number of batches that are fetched ahead."""
+"""The number of batches that the loader fetches ahead."""
 NEVER = 2**62
-"""First step that was not finite, in a run whose steps were all finite."""
+"""Stands for the number of the first step that was not finite while all steps were finite."""
 
 
 class Trainer:
     """A training run: its network, averaged weights, optimizer and position.
 
     Args:
-        config: settings of the run.
-        data: images and labels. With labels the network is class-conditional and has one more
+        config: the settings of the run.
+        data: the images and labels. With labels the network is class-conditional and has one more
             class, the null class, which dropped labels are replaced by.
-        out: folder of the run.
+        out: the folder of the run, OUT; it is made when something is written.
         device: "auto", "cpu", "cuda" or "cuda:N".
         compile: whether the network is compiled: True, False, or "auto", which is True on CUDA.
-        world: processes that train; each takes an equal part of every batch, and the first writes.
+        world: the processes that train; each takes an equal part of every batch, and the first
+            writes. None for one process.
 
     Attributes:
-        step: number of steps that the run has taken.
+        config, data: the arguments.
+        out: the folder of the run, a Path.
+        world: the processes that train, a `World`.
+        device: the torch.device of the network.
+        compiled: whether the network is compiled.
+        schedule: the `NoiseSchedule` of the forward process.
+        unet: the network that is trained, float32, channels_last.
+        stepper: the `TrainStep`, which holds optimizer and averages.
+        draws: the random choices of the run, `Draws`.
+        step: the number of steps that the run has taken.
 
     Raises:
-        ValueError: the settings or the device cannot be used.
-        CheckpointError: ``init`` names no model, or one that does not fit data and settings.
+        ValueError: if the settings make no network, batch_size is not a multiple of the number of
+            processes times accumulate, ``compile`` is another value, or the device cannot be used.
+        CheckpointError: if ``init`` names no model, or one that does not fit data and settings.
     """
 
     @isolated(grad=True)
@@ -112,14 +124,25 @@ class Trainer:
 
     @property
     def conditioning(self) -> Conditioning:
-        """Labels that the model takes; the null class only if labels are dropped in training."""
+        """The labels that the model takes, a `Conditioning`.
+
+        It has a null class (the label for "no label") only if labels are dropped in training.
+        """
         classes = self.data.num_classes
         null = classes if self.config.label_dropout else None
         return Conditioning(classes, null, self.data.class_names)
 
     @isolated(grad=True)
     def batch(self, step: int) -> TrainBatch:
-        """Return the batch of a step, read from the data now."""
+        """Return this process's part of a step's batch on the run's device, read from the data now.
+
+        Args:
+            step: the number of the step, from 0.
+
+        Raises:
+            ValueError: if ``step`` is below 0.
+            DataError: if an image cannot be read.
+        """
         with self._loader(step, ahead=0) as loader:
             return loader.next()
 
@@ -128,10 +151,16 @@ class Trainer:
 
     @isolated(grad=True)
     def train_step(self, batch: TrainBatch | None = None) -> Tensor:
-        """Take one step and return its mean loss, a float32 scalar on the device.
+        """Take one training step and return its mean loss, a float32 scalar on the device.
+
+        A loss that is not finite raises nothing here: see `check_finite`.
 
         Args:
-            batch: batch of this step; by default it is read now.
+            batch: this process's part of the batch of this step, on the device; None to read it
+                now.
+
+        Raises:
+            DataError: if the batch is read, and an image cannot be.
         """
         batch = self.batch(self.step) if batch is None else batch
         loss, norm = self.stepper(batch, self.step)
@@ -142,13 +171,14 @@ class Trainer:
 
     @isolated(grad=True)
     def averaged_unet(self, half_life: int | None = None) -> UNet:
-        """Return a copy of the network with averaged weights, in evaluation mode.
+        """Return a copy of the network with averaged weights, in eval mode and without gradients.
 
         Args:
-            half_life: half-life of the average in steps; by default the first of the settings'.
+            half_life: the half-life of the average in steps, one of the settings'
+                ``ema_half_lives``; None for the first of them.
 
         Raises:
-            ValueError: the run has no average of this half-life.
+            ValueError: if the run has no average of this half-life.
         """
         averages = self.stepper.ema.weights
         chosen = next(iter(averages)) if half_life is None else half_life
@@ -161,11 +191,11 @@ class Trainer:
 
     @isolated(grad=True)
     def check_finite(self) -> None:
-        """Refuse to go on if a loss, a gradient or a weight was not finite so far.
+        """Raise if a loss, a gradient or a weight was not finite so far; waits for the device.
 
         Raises:
-            DivergedError: one was not; the error names the first step whose loss or gradient was
-                not finite, or the last step if only weights were not.
+            DivergedError: if one was not; it has the number, from 1, of the first step whose loss
+                or gradient was not finite, or of the last step if only weights were not.
         """
         bad = int(self._first_bad)
         if bad != NEVER or not self.stepper.ema.are_finite():
@@ -173,13 +203,14 @@ class Trainer:
 
     @isolated(grad=True)
     def save(self) -> None:
-        """Write the run's models, then the state to resume from; the first process writes.
+        """Write the run's model folders, settings and loss plot, then the state to resume from.
 
-        Every file is written whole or not at all, and older states are removed only after that.
+        In processes other than the first it only checks. Every file is written whole or not at all,
+        and older states are removed only after all is written.
 
         Raises:
-            DivergedError: a loss, a gradient or a weight was not finite; nothing is written.
-            OSError: a file could not be written, as on a full disk; older states are kept.
+            DivergedError: if a loss, a gradient or a weight was not finite; nothing is written.
+            OSError: if a file could not be written, as on a full disk; older states are kept.
         """
         self.check_finite()
         if self.world.rank:
@@ -206,7 +237,7 @@ class Trainer:
 
     @isolated(grad=True)
     def state(self) -> State:
-        """Return a copy, on the CPU, of everything that the rest of the run depends on."""
+        """Return the `State` of the run: copies, on the CPU, of all that its further steps use."""
         tensors = self.stepper.tensors()
         copies = {key: value.to("cpu", copy=True).contiguous() for key, value in tensors.items()}
         return State(
@@ -221,14 +252,16 @@ class Trainer:
         """Continue from the newest state in the run's folder that can be read.
 
         Where the machine, the libraries or the number of processes differ, the log says so: the
-        data, noise and schedule are the same, the last bits of sums may not be.
+        data, noise and schedule are the same, but the last bits of sums may not be.
 
         Args:
-            allow: names of settings that may differ from the run's, besides those that always may.
+            allow: names of settings that may differ from those the run was started with, besides
+                those that always may (``config.may_change``); "data" for other data.
 
         Raises:
-            CheckpointError: there is no state, none that can be read, or one of another network.
-            ValueError: the run was started with other settings or data; the message names each.
+            CheckpointError: if there is no state, none that can be read, or one of another network.
+            ValueError: if the run was started with other settings or data (the message names each),
+                or a name in ``allow`` is not a setting.
         """
         state = resume.read_newest(self.out)
         resume.check_settings(state, self.config, self.data.fingerprint(), allow)
@@ -238,18 +271,35 @@ class Trainer:
 
     @isolated(grad=True)
     def load(self, state: State) -> None:
-        """Continue from a state whose tensors have the run's names and shapes."""
+        """Continue from a state: copy its tensors into the run's own, and take over its step.
+
+        Args:
+            state: a state whose tensors have the run's names and shapes; its settings, data and
+                machine are not compared.
+
+        Raises:
+            KeyError: if a tensor is missing.
+            RuntimeError: if the shape of a tensor does not fit.
+        """
         self.step = state.step
         self._first_bad.fill_(NEVER)
         self.stepper.load(state.tensors, state.step)
 
     @isolated(grad=True)
     def save_samples(self, count: int = 20, num_steps: int = 25) -> None:
-        """Write OUT/samples/STEP.png, a grid of images of the averaged weights by DDIM.
+        """Write OUT/samples/STEP.png, a grid of images drawn by DDIM with averaged weights.
+
+        The weights are those of the first half-life of the settings.
 
         Args:
-            count: number of images, of seeds 0 to count-1, their labels the classes in turn.
-            num_steps: number of solver steps.
+            count: the number of images, of seeds 0 to count-1, their labels being the classes in
+                turn; at least 1.
+            num_steps: the number of solver steps; at most T are taken.
+
+        Raises:
+            ValueError: if ``count`` or ``num_steps`` is below 1.
+            NonFiniteError: if the network's output turned NaN or infinite.
+            OSError: if the picture cannot be written.
         """
         classes = self.data.num_classes
         sampler = Sampler(
@@ -273,16 +323,21 @@ class Trainer:
     def run(self, progress: bool = True, log_every: int = 50) -> None:
         """Train until ``config.steps``, saving on the way, at the end and on Ctrl-C or SIGTERM.
 
+        A signal is held back until the step under way has ended and the run is saved; then it is
+        raised.
+
         Args:
             progress: whether the first process shows a progress bar.
-            log_every: number of steps between lines of the log. The host waits for the device to
-                write one, to save and to draw samples, and never else.
+            log_every: the number of steps between two lines of metrics.jsonl, at least 1. The host
+                waits for the device only to write such a line, to save and to draw samples.
 
         Raises:
-            ValueError: ``log_every`` is below 1.
-            DivergedError: a loss, a gradient or a weight turned NaN or infinite; the last save is
-                untouched.
-            OSError: a save failed; the one before is kept.
+            ValueError: if ``log_every`` is below 1.
+            DivergedError: if a loss, a gradient or a weight turned NaN or infinite; the last save
+                is untouched.
+            DataError: if an image cannot be read; the steps before it are saved.
+            OSError: if a save failed; the one before is kept.
+            KeyboardInterrupt: on Ctrl-C, after the run was saved.
         """
         arguments.integer("log_every", log_every, 1)
         config = self.config
