@@ -1,1 +1,1 @@
-"""The Engine: images for many requests at once, in one batch that never waits."""
+"""`Engine`: images for many requests at once, batched in flight: a batch never waits to fill."""

@@ -1,10 +1,10 @@
-"""In-flight batching: requests come and go while the batch steps on.
+"""`Engine`: in-flight (continuous) batching: requests come and go while the batch steps on.
 
     submit -> queue -> [ schedule, execute, update ] -> future
 
-One thread turns: it puts waiting requests into free slots, takes one step of all slots, whatever
-step of whatever plan each is at, and hands out what is finished. docs/engine.md says what is
-promised.
+One thread takes the turns: it puts waiting requests into free slots (a slot is the place of one
+image in the batch), takes one step of all slots, whatever step of whatever plan each is at, and
+hands out what is finished. docs/engine.md says what is promised.
 """
 
 from __future__ import annotations
@@ -43,24 +43,33 @@ CACHED_PLANS = 128
 class Engine:
     """Draws images for many callers at once, in one batch that never waits to be full.
 
+    It is a context manager, which shuts itself down at the end of the block.
+
     Args:
         sampler: the sampler whose network, schedule and device the engine uses; its own ``sample``
             takes turns with the engine's steps. An image that enters is drawn by the network as it
             is then; if weights change while it is under way, other than by ``update_weights``, its
             future fails.
-        max_batch: the number of images at a time.
-        exact: run the compiled network on one bucket always, so that an image's bits do not
-            depend on load, slot or neighbours.
-        buckets: numbers of evaluations that the network may run at a time, besides all that
-            ``max_batch`` images may need; each is compiled. By default, where it is compiled or
-            captured, the powers of two: more of them waste less and take longer to compile.
-        queue_size: the number of requests that may wait for a slot.
+        max_batch: the number of slots: of images that are drawn at a time; at least 1.
+        exact: whether the compiled network always runs on one bucket, a full batch, so that an
+            image's bits do not depend on load, slot or neighbours.
+        buckets: the numbers of lanes (network evaluations; a guided image takes two a step) that
+            the network may run at a time, besides all that max_batch images may need; each is
+            compiled or captured. None for the powers of two where the network is compiled or
+            captured, and else for any number; more buckets waste fewer lanes and take longer to
+            compile.
+        queue_size: the number of requests that may wait for a slot; at least 1.
         max_failures: the number of failed steps in a row after which the engine closes itself.
         threaded: whether the engine has a thread of its own that takes turns; if not, call `turn`,
             from one thread at a time.
 
+    Attributes:
+        sampler, max_batch, exact: the arguments.
+
     Raises:
-        ValueError: an argument that is not allowed; exact for a sampler that does not compile.
+        ValueError: if an argument is out of its range, or exact is asked for beside buckets or for
+            a sampler that does not compile.
+        RuntimeError: if called by a callback of the sampler.
     """
 
     @isolated(grad=False)
@@ -106,21 +115,22 @@ class Engine:
     def submit(self, request: Request, on_step: OnStep | None = None) -> Future[Result]:
         """Queue a request; it enters the batch at the next step boundary with a free slot.
 
-        ``cancel()`` of the future frees the slot within one step, and changes no other image.
-
         Args:
             request: the request, which is checked before it is queued.
             on_step: called on the engine's thread after each of the request's steps with the x0
-                that it predicts, float32 [C, H, W]; whatever it raises fails this request alone.
+                that it predicts, float32 [C, H, W] in about [-1, 1]; whatever it raises fails this
+                request alone. None for no calls.
 
         Returns:
-            The future of a `Result`. It fails with `NonFiniteError`, `DeadlineExceeded`,
-            `RequestFailed` or `EngineClosed`.
+            The future of a `Result`. Its ``cancel()`` frees the slot within one step. It fails with
+            `NonFiniteError`, `DeadlineExceeded`, `RequestFailed` or `EngineClosed`.
 
         Raises:
-            ValueError: an argument that is not allowed.
-            QueueFull: the queue is full.
-            EngineClosed: the engine was shut down.
+            ValueError: if a field of the request is not allowed, or exact mode is on and its plan
+                has timesteps between the integers.
+            CompilationError: if exact mode is on and the compiler has failed.
+            QueueFull: if the queue is full.
+            EngineClosed: if the engine was shut down or has closed itself.
         """
         image = self._check(request, on_step)
         self._scheduler.add(image)
@@ -128,23 +138,51 @@ class Engine:
 
     @isolated(grad=False)
     def warm(self) -> None:
-        """Compile and capture for every bucket now, so that no request waits for it.
+        """Compile and capture the step for every bucket now, so that no request waits for it.
 
-        Without it a bucket is compiled when it is first wanted, which takes tens of seconds. Images
+        Otherwise each bucket is compiled at its first use, which takes tens of seconds. Images
         under way wait meanwhile and are the same.
+
+        Raises:
+            RuntimeError: if called by a callback of the engine or sampler.
         """
         with self.sampler.executor.exclusive():
             self._loop.batch.warm()
 
     async def generate(self, request: Request) -> Result:
-        """Return the result; cancelling the task cancels the request. Raises as `submit` does."""
+        """Submit a request and wait for its `Result`; cancelling the task cancels the request.
+
+        Args:
+            request: the request.
+
+        Raises:
+            ValueError: if a field of the request is not allowed.
+            CompilationError: if exact mode is on and the compiler has failed.
+            QueueFull: if the queue is full.
+            EngineClosed: if the engine was shut down or has closed itself.
+            DeadlineExceeded: if the deadline passed before the image was finished.
+            NonFiniteError: if the network's output turned NaN or infinite.
+            RequestFailed: if a stage of the request failed.
+        """
         return await asyncio.wrap_future(self.submit(request))
 
     async def stream(self, request: Request) -> AsyncIterator[Tensor | Result]:
-        """Yield the x0 of each step, float32 [C, H, W], then the result.
+        """Yield the x0 that each step predicts, float32 [C, H, W], and last the `Result`.
 
-        The request is submitted, or refused, at the first ``anext``. Leaving the iteration cancels
-        it. For a slow reader previews wait, at most one for each of the request's steps.
+        The request is submitted, or refused, at the first ``anext``; leaving the iteration cancels
+        it. While the reader is slow its x0 wait, at most one for each step of the request.
+
+        Args:
+            request: the request.
+
+        Raises:
+            ValueError: if a field of the request is not allowed.
+            CompilationError: if exact mode is on and the compiler has failed.
+            QueueFull: if the queue is full.
+            EngineClosed: if the engine was shut down or has closed itself.
+            DeadlineExceeded: if the deadline passed before the image was finished.
+            NonFiniteError: if the network's output turned NaN or infinite.
+            RequestFailed: if a stage of the request failed.
         """
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[Tensor | None] = asyncio.Queue()
@@ -168,24 +206,25 @@ class Engine:
     def update_weights(self, state: dict[str, Tensor]) -> None:
         """Copy new weights into the sampler's network, once the images under way are finished.
 
-        Requests that wait, and those of other engines of the sampler, wait for that and are drawn
-        by the new network. Without a thread of the engine's own it turns here.
+        Requests that wait, also in other engines of the sampler, wait for that and are drawn by the
+        new network. An engine without a thread of its own takes its turns here.
 
         Args:
-            state: as for `Sampler.update_weights`, which does the same.
+            state: a state dict with diffusers' keys, whose shapes match the network's.
 
         Raises:
-            ValueError: as there.
-            RuntimeError: called on the engine's thread, by a callback.
+            ValueError: if the network is not flashddpm's own, or the state does not match it or is
+                not finite; nothing is changed then.
+            RuntimeError: if called by a callback of the engine or sampler.
         """
         self.sampler.update_weights(state)
 
     @contextmanager
     def emptied(self) -> Iterator[None]:
-        """Let the images under way be finished; within the context no request enters.
+        """Let the images under way be finished; within this context no request enters the batch.
 
         Raises:
-            RuntimeError: called on the engine's thread, by a callback.
+            RuntimeError: if called on the engine's thread, by a callback.
         """
         if self._loop.turning == threading.get_ident():
             raise RuntimeError("update_weights: a callback called it, for which its image waits")
@@ -198,17 +237,28 @@ class Engine:
             yield
 
     def metrics(self) -> dict[str, Any]:
-        """Return what was counted; rates, occupancy and percentiles over the latest 1024.
+        """Return counts and rates by name; rates, occupancy and percentiles are of the latest 1024.
 
-        submitted = completed + failed + cancelled + expired + queue_depth + active. Occupancy is
-        the mean fraction of slots in use in a step; latencies are seconds from ``submit`` to the
-        image; steps_per_second is of the time spent stepping; graph_bytes is the memory that the
-        sampler's captured steps hold.
+        The counts are submitted, rejected (by a full queue), steps, completed, failed, cancelled,
+        expired (their deadline passed), queue_depth (waiting) and active (in a slot or being copied
+        out), so that submitted = completed + failed + cancelled + expired + queue_depth + active.
+        steps_per_second is of the time spent in steps; occupancy is the mean fraction (0..1) of
+        slots in use in a step; latency_p50 and latency_p99 are percentiles, in seconds, from
+        ``submit`` to the image. These four are None before the first step or image. graph_bytes is
+        the GPU memory, in bytes, that the sampler's captured steps hold.
         """
         return {**self._scheduler.metrics(), "graph_bytes": self.sampler.executor.graphs.bytes}
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Wait until every request submitted so far has ended; return whether that came to be."""
+        """Wait until every request submitted so far has ended.
+
+        Args:
+            timeout: the longest wait in seconds, None for no limit; an engine without a thread of
+                its own takes its turns first, however long that lasts.
+
+        Returns:
+            Whether all have ended.
+        """
         futures = self._scheduler.futures
         if self._thread is None:
             while self.turn():
@@ -216,11 +266,11 @@ class Engine:
         return not wait(futures, timeout).not_done
 
     def shutdown(self, wait: bool = True, cancel: bool = False) -> None:
-        """Accept nothing more; finish what was accepted, or cancel it.
+        """Accept no more requests; finish those that were accepted, or cancel them.
 
         Args:
             wait: whether to return only when every future is resolved.
-            cancel: whether to cancel what is not finished.
+            cancel: whether to cancel the requests that are not finished.
         """
         self._scheduler.stop_accepting()
         if cancel:
@@ -239,14 +289,17 @@ class Engine:
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        """Shut down: finish everything, or, when left by an exception, cancel it."""
+        """Shut down: finish every request, or cancel all if an exception leaves the block."""
         self.shutdown(cancel=kind is not None)
 
     def turn(self) -> bool:
-        """Schedule, execute and update, once; return whether work is left.
+        """Take one turn: fill free slots, take one step of all images, and hand out finished ones.
+
+        Returns:
+            Whether some request has not ended.
 
         Raises:
-            RuntimeError: the engine has its own thread.
+            RuntimeError: if the engine has a thread of its own.
         """
         if self._thread is not None:
             raise RuntimeError("turn: this engine has a thread of its own (threaded=True)")
@@ -256,7 +309,7 @@ class Engine:
         raise TypeError("an Engine: must not be pickled; send its sampler, and make one there")
 
     def after_fork(self) -> None:
-        """In a forked child, be closed: the thread that turns is not there."""
+        """Close the engine in a forked child, which lacks the thread that takes turns."""
         self._thread = None
         self._loop.after_fork()
         self._scheduler.after_fork()
@@ -265,10 +318,10 @@ class Engine:
         self.shutdown(cancel=True)
 
     def _check(self, request: Request, on_step: OnStep | None) -> PendingImage:
-        """Return the pending image of a request, which is checked.
+        """Return the pending image of a request once the request is found to be allowed.
 
         Raises:
-            ValueError: as `submit`.
+            ValueError: if it is not.
         """
         if not isinstance(request, Request):
             raise ValueError(f"request={request!r}: must be a Request")

@@ -1,4 +1,4 @@
-"""The loop of in-flight batching, also called continuous batching: schedule, execute, update.
+"""`EngineLoop`: the loop of in-flight (continuous) batching: schedule, execute, update, and again.
 
 Each turn is a step boundary. A failure ends the requests that it concerns and no others: one
 request where its rows, its slot, its ``on_step`` or the copy of its image fail; those that enter
@@ -28,11 +28,14 @@ class EngineLoop:
 
     Args:
         scheduler: the requests, which begin and end there.
-        batch: the slots. Calls of its sampler take turns with the steps here.
+        batch: the running batch: the slots (places of images) and the step that they take together.
+            Calls of its sampler take turns with the steps here.
         max_failures: the number of failed steps in a row after which the loop closes.
 
     Attributes:
-        turning: the thread that takes a turn now, or None.
+        scheduler, batch, max_failures: the arguments.
+        executor: the `Executor` of the batch, which runs the network.
+        turning: the identifier (threading.get_ident) of the thread that takes a turn now, or None.
     """
 
     def __init__(self, scheduler: RequestScheduler, batch: RunningBatch, max_failures: int) -> None:
@@ -44,7 +47,11 @@ class EngineLoop:
 
     @isolated(grad=False)
     def turn(self) -> bool:
-        """Schedule, execute and update, once; return whether work is left."""
+        """Take one turn: schedule, execute and update.
+
+        Returns:
+            Whether some request has not ended.
+        """
         self.turning = threading.get_ident()
         try:
             with self.executor.on_device():
@@ -57,7 +64,10 @@ class EngineLoop:
         return self.scheduler.busy
 
     def run(self) -> None:
-        """Turn until no more is accepted and every request has ended, whatever happens."""
+        """Take turns until no more is accepted and every request has ended, then close.
+
+        It also closes, with a line in the log, if anything is raised; it raises nothing itself.
+        """
         cause: BaseException | None = None
         try:
             while self.scheduler.wait_for_work():
@@ -69,7 +79,12 @@ class EngineLoop:
             self.close(cause)
 
     def close(self, cause: BaseException | None) -> None:
-        """Hand out what is finished, fail every other request and let go of the graphs."""
+        """Hand out finished images, fail all other requests with EngineClosed, and free the graphs.
+
+        Args:
+            cause: the error because of which the engine closes, the ``__cause__`` of those that
+                requests fail with; None for none.
+        """
         while self._leaving:
             with suppress(BaseException):  # a callback's SystemExit keeps nobody else waiting
                 self._hand_out(*self._leaving.popleft())
@@ -80,12 +95,12 @@ class EngineLoop:
             self.executor.graphs.sweep()
 
     def after_fork(self) -> None:
-        """Forget what is under way: nobody turns in a forked child."""
+        """Forget the images under way: no thread takes turns in a forked child."""
         self._leaving.clear()
         self.batch.after_fork()
 
     def _schedule(self) -> None:
-        """End the requests that nobody wants any more, and fill free slots from the queue."""
+        """End the late and the cancelled requests, and fill free slots from the queue."""
         for image in self.scheduler.late(time.monotonic()):
             self._end(image, DeadlineExceeded(f"deadline={image.request.deadline}: has passed"))
         for image in self.scheduler.cancelled():
@@ -116,7 +131,7 @@ class EngineLoop:
             raise problem
 
     def _execute(self) -> None:
-        """Take one step of all slots, and show what it predicts to those who asked."""
+        """Take one step of all slots, and call each ``on_step`` with the x0 predicted."""
         began, occupancy = time.monotonic(), len(self.batch) / self.batch.max_batch
         problem: BaseException | None = None
         with self.executor.exclusive():
@@ -147,10 +162,11 @@ class EngineLoop:
             self.close(error)
 
     def _update(self) -> None:
-        """Take the images that are finished out of their slots, and hand out those that are there.
+        """Take finished images out of their slots, and hand out those taken out in the turn before.
 
-        On a GPU the images of a step are handed out while the next one runs, so that the device
-        never waits for the host.
+        So on a GPU the images of a step are handed out while the next one runs, and the device
+        never waits for the host. On the CPU, or with no image left in the batch, those of this turn
+        are handed out too.
         """
         there = len(self._leaving)
         for image in self.batch.finished:
@@ -182,7 +198,7 @@ class EngineLoop:
         self._end(image, Result(x0, image.request, timings))
 
     def _fail(self, failed: dict[PendingImage, BaseException], stage: str) -> None:
-        """End images with errors that name the stage of the turn that failed.
+        """End images with `RequestFailed` errors that name the stage of the turn that failed.
 
         All slots are free before the first future is resolved, whose callback may turn the engine;
         and all futures are resolved, whatever the callbacks of one raise.
@@ -195,7 +211,7 @@ class EngineLoop:
                 ends.callback(self.scheduler.end, image, failure(stage, error))
 
     def _end(self, image: PendingImage, outcome: Outcome) -> None:
-        """Free what the image holds and resolve its future."""
+        """Free the slot that the image holds and resolve its future."""
         if image in self.batch:
             self.batch.remove(image)
         self.scheduler.end(image, outcome)

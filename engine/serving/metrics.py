@@ -1,4 +1,4 @@
-"""What an `Engine` counts: totals, and windows of bounded length."""
+"""`Metrics`: what an `Engine` counts: totals, and windows of the latest steps and images."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 
 WINDOW = 1024
-"""How many of the latest steps and images rates and percentiles are taken over."""
+"""The number of the latest steps and images over which rates and percentiles are taken."""
 
 OUTCOMES = ("completed", "failed", "cancelled", "expired")
-"""How a request that was accepted ends; each ends in exactly one way."""
+"""The ways in which a request that was accepted can end; each ends in exactly one."""
 
 
 class Metrics:
-    """Counts of one engine; whoever holds its lock calls these.
+    """The counts of one engine; whoever calls a method holds the engine's lock.
 
     Attributes:
-        totals: of submitted, rejected, steps and each of `OUTCOMES`.
+        totals: counts, ints by name: submitted, rejected, steps and each of `OUTCOMES`.
     """
 
     def __init__(self) -> None:
@@ -27,18 +27,34 @@ class Metrics:
         self._steps: deque[tuple[float, float]] = deque(maxlen=WINDOW)
 
     def step(self, seconds: float, occupancy: float) -> None:
-        """Count a step that took so long, with this fraction of the slots in use."""
+        """Count a step.
+
+        Args:
+            seconds: the time that it took, in seconds.
+            occupancy: the fraction (0..1) of the slots (places of images in the batch) in use.
+        """
         self.totals["steps"] += 1
         self._steps.append((seconds, occupancy))
 
     def end(self, outcome: str, latency: float) -> None:
-        """Count the end of a request, so many seconds after it was submitted."""
+        """Count the end of a request.
+
+        Args:
+            outcome: how it ended, one of `OUTCOMES`.
+            latency: the time since it was submitted, in seconds; kept for "completed" only.
+        """
         self.totals[outcome] += 1
         if outcome == "completed":
             self._latencies.append(latency)
 
     def summary(self) -> dict[str, Any]:
-        """Return totals, rates and percentiles; None where nothing was counted yet."""
+        """Return the counts, rates and percentiles by name.
+
+        Returns:
+            The counts submitted, rejected, steps and those of `OUTCOMES`; and, of the latest 1024
+            steps or completed images, steps_per_second, occupancy (the mean fraction of slots in
+            use), and latency_p50 and latency_p99 in seconds, each None before the first one.
+        """
         seconds = sum(step[0] for step in self._steps)
         p50 = p99 = occupancy = None
         if self._latencies:

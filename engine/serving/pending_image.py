@@ -1,4 +1,4 @@
-"""The image of a request under way: from `Engine.submit` until its future is resolved."""
+"""`PendingImage`: the image of a request, from `Engine.submit` until its future is resolved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flashddpm.execution.slot_table import Occupant
 from flashddpm.serving.request import OnStep, Request, RequestFailed, Result
 
 Outcome = Result | Exception | None
-"""How a request ends; None where it was cancelled."""
+"""How a request ends: with a result, an error, or None where it was cancelled."""
 
 
 class FinishedCopy(NamedTuple):
@@ -39,26 +39,27 @@ class FinishedCopy(NamedTuple):
 class PendingImage(Occupant):
     """The image of a request that was checked: all that the engine knows of it, until it ends.
 
-    It waits in the queue, occupies a slot of the running batch, and is copied out of it. What a
-    slot needs (seed, labels, guidance, index and row) are the attributes of an `Occupant`; its row
-    is set by `place`.
+    It waits in the queue, occupies a slot (a place in the running batch), and is copied out of it.
+    What a slot needs (seed, labels, guidance, index and row, the step it is at) are the attributes
+    of an `Occupant`; its row is set by `place`.
 
     Attributes:
         request: the request as it was submitted.
-        plan: the plan that it follows.
-        needs_stats: whether some row of the plan asks for ``sample_stats``.
+        plan: the plan (table of steps) that it follows.
+        needs_stats: whether some row of the plan asks for ``sample_stats`` (statistics of whole
+            images).
         fractional: whether the network is told a timestep between the integers.
         init_image: the image to begin at, float32 [1, C, H, W] on the device, a copy; None for
             noise.
-        on_step: called after each step with the x0 that it predicts, or None.
-        submitted: when it was submitted, in seconds by the engine's clock.
+        on_step: called after each step with the x0 that it predicts, float32 [C, H, W]; or None.
+        submitted: when it was submitted, in seconds by the engine's clock (time.monotonic).
         deadline: when it is not wanted any more, by the same clock; infinity for never.
         future: the future of its `Result`.
         start: the first row of its plan in the table of plans.
         admitted: when it got its slot, in seconds by the engine's clock.
         version: the version of what was derived from the network's weights when it entered.
-        weights: some words of the network's parameters when it entered, as `Glimpse` takes them;
-            None where they cannot be seen.
+        weights: some words of the network's parameters when it entered, integers [n] on the device,
+            as `Glimpse` takes them; None where they cannot be seen.
     """
 
     request: Request
@@ -77,7 +78,11 @@ class PendingImage(Occupant):
     weights: Tensor | None = None
 
     def place(self, start: int) -> None:
-        """Put it at the first row of its plan, which the table of plans has from ``start`` on."""
+        """Set the image to the first row of its plan.
+
+        Args:
+            start: the number of that row in the table of plans; the plan's other rows follow it.
+        """
         self.start = self.row = start
         self.last = start + len(self.plan) - 1
 
@@ -85,8 +90,8 @@ class PendingImage(Occupant):
         """Wait until the copy of the finished image has arrived; return it, float32 [C, H, W].
 
         Raises:
-            RuntimeError: the network's weights changed while the image was under way.
-            NonFiniteError: the network's output turned NaN or infinite.
+            RuntimeError: if the network's weights changed while the image was under way.
+            NonFiniteError: if the network's output turned NaN or infinite.
         """
         if copy.event is not None:
             copy.event.synchronize()
@@ -99,7 +104,12 @@ class PendingImage(Occupant):
 
 
 def failure(stage: str, cause: BaseException) -> RequestFailed:
-    """Return an error of its own for one request, so that no two futures share a traceback."""
+    """Return a new RequestFailed for one request, so that no two futures share a traceback.
+
+    Args:
+        stage: what failed, with which the text begins: "admission", "step", "on_step" or "harvest".
+        cause: the error that it failed with, which becomes the ``__cause__``.
+    """
     error = RequestFailed(f"{stage}: {cause!r}")
     error.__cause__ = cause
     return error

@@ -1,4 +1,4 @@
-"""What an `Engine` is asked for and answers: `Request`, `Result`, and the errors of requests."""
+"""`Request` and `Result`, what an `Engine` takes and returns, and the errors of requests."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from flashddpm.errors import Portable
 
 
 class QueueFull(Portable, RuntimeError):
-    """The queue holds as many requests as it may; nothing was queued. Try again later."""
+    """As many requests wait as the queue may hold; the request was not queued. Try again later."""
 
 
 class EngineClosed(Portable, RuntimeError):
-    """The engine was shut down, or closed itself after failures (its cause): no image comes."""
+    """The engine was shut down, or closed itself after failures (the cause): no image comes."""
 
 
 class DeadlineExceeded(Portable, TimeoutError):
@@ -25,7 +25,7 @@ class DeadlineExceeded(Portable, TimeoutError):
 
 
 class RequestFailed(Portable, RuntimeError):
-    """One of the request's stages failed; its text begins with which, and its cause is the error.
+    """One stage of the request failed; the text begins with the stage, and the cause is the error.
 
     The stages are ``admission`` to a slot, a ``step``, ``on_step``, and ``harvest``: the copy of
     the finished image out of its slot.
@@ -34,25 +34,44 @@ class RequestFailed(Portable, RuntimeError):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Request:
-    """One image, with a seed, label, guidance and plan of its own.
+    """One image to be drawn, with a seed, label, guidance and plan of its own; checked by `submit`.
 
-    All but ``deadline`` are arguments of `Sampler.sample`, for one image.
+    All but ``deadline`` and ``index`` are arguments of `Sampler.sample`, for one image. A plan is
+    the table of the steps that an image takes. In the options of the plan, from ``spacing`` on,
+    None is the model's own setting, or none.
 
     Attributes:
-        seed: the seed of the image's noise, any 64-bit integer.
-        label: a class, or None for the null class.
+        seed: the seed of the image's noise, an integer in [-2^63, 2^64).
+        label: the class, 0..num_classes-1, or None for the null class; None for a model without
+            classes.
         guidance: the guidance scale w; 1 is off and costs one network evaluation a step instead of
             two.
-        solver: a solver's name, or a Plan of your own, beside which no option may be given.
+        solver: the name of a solver in solvers.SOLVERS, such as "ddim", or a `Plan` of your own,
+            beside which no option may be given.
         num_steps: the number of steps, 1..T; of no effect beside a Plan.
-        image: the image to begin at, float [C, H, W] in [-1, 1], which is noised; copied by
-            ``submit``.
+        image: the image to begin at, which is noised: floating-point [C, H, W] in [-1, 1], beside
+            strength or a Plan that needs one; copied by ``submit``. None to begin at noise.
         strength: the share of the steps that is taken, in (0, 1], beside an image.
-        index: a number that a network's ``call`` is told if it asks for it (`Sampler`).
-        deadline: seconds from ``submit`` after which the image is not wanted any more.
-        spacing, steps_offset, sigmas, timesteps, eta, variance_type, clip, threshold,
-            guidance_rescale, guidance_interval, use_clipped_model_output, match_diffusers: options
-            of the plan, as `PlanOptions` says; None is the model's own, or none.
+        index: a number in 0..2^63-1 that the network's ``call`` is given if it asks for it
+            (`Sampler`).
+        deadline: the seconds from ``submit``, at least 0, after which the image is not wanted any
+            more; None for never.
+        spacing: the spacing of timesteps: "leading", "linspace" or "trailing".
+        steps_offset: an integer, at least 0, added to leading timesteps.
+        sigmas: the spacing of noise levels: "karras", "exponential" or "beta".
+        timesteps: the timesteps themselves, strictly decreasing within 0..T-1, or one of OpenAI's
+            respacing strings, such as "ddim50".
+        eta: the noise of ddim, in [0, 1]: 0 is deterministic, 1 as noisy as ddpm.
+        variance_type: the variance of ddpm: "fixed_small", "fixed_large", "learned" or
+            "learned_range".
+        clip: the bound of |x0|, 0 for none; beside a threshold, the largest threshold.
+        threshold: the quantile of dynamic thresholding, in [0, 1]; 0 for none.
+        guidance_rescale: how far a guided output is brought back to the standard deviation of the
+            conditional one, in [0, 1].
+        guidance_interval: (low, high): guidance only where low < sigma <= high, sigma being
+            sqrt((1 - abar) / abar).
+        use_clipped_model_output: whether ddim derives eps again from the clipped x0.
+        match_diffusers: whether quirks (deviations of diffusers from the papers) are reproduced.
     """
 
     seed: int
@@ -80,11 +99,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds that a request took.
+    """How long a request took, in seconds.
 
     Attributes:
-        queued: seconds from ``submit`` until it had a slot.
-        running: seconds from then until its image was handed out.
+        queued: the seconds from ``submit`` until it had a slot (a place in the batch).
+        running: the seconds from then until its image was handed out.
     """
 
     queued: float
@@ -92,7 +111,7 @@ class Timings:
 
     @property
     def total(self) -> float:
-        """Seconds from ``submit`` to the image."""
+        """The seconds from ``submit`` until the image was handed out, a float."""
         return self.queued + self.running
 
 
@@ -112,4 +131,5 @@ class Result:
 
 
 OnStep = Callable[[Tensor], Any]
-"""Called with the x0 that a step predicts, float32 [C, H, W]."""
+"""A function that is called with the x0 that a step predicts, float32 [C, H, W]; what it returns is
+ignored."""

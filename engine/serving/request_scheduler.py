@@ -1,10 +1,10 @@
-"""Which requests wait, which run, and how each of them ends: once.
+"""`RequestScheduler`: which requests wait, which run, and how each of them ends, exactly once.
 
     waiting --schedule--> running --leave--> leaving --end-->
 
-An image that waits is in the queue. One that runs has a slot of the batch and rows of the table of
-plans. One that leaves has given them back; its copy has not arrived yet. ``end`` takes an image
-from wherever it is.
+An image that waits is in the queue. One that runs has a slot (a place in the batch) and rows of the
+table of plans (a row for each step of a plan). One that leaves has given them back; its copy has
+not arrived yet. ``end`` takes an image from wherever it is.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class RequestScheduler:
         queue_size: the number of requests that may wait.
         max_batch: the number of images that may run at a time.
         plan_table: the table in which the plans of running images get their rows.
+
+    Attributes:
+        queue_size, max_batch: the arguments.
     """
 
     def __init__(self, queue_size: int, max_batch: int, plan_table: PlanTable) -> None:
@@ -56,11 +59,14 @@ class RequestScheduler:
         self._cause: BaseException | None = None
 
     def add(self, image: PendingImage) -> None:
-        """Put an image into the queue.
+        """Put an image at the end of the queue.
+
+        Args:
+            image: the pending image of a checked request.
 
         Raises:
-            QueueFull: the queue is full.
-            EngineClosed: no more is accepted.
+            QueueFull: if queue_size requests wait.
+            EngineClosed: if no more requests are accepted.
         """
         with self._changed:
             if self._closing:
@@ -76,14 +82,14 @@ class RequestScheduler:
         image.future.add_done_callback(lambda _: self._end_waiting(image))
 
     def _end_waiting(self, image: PendingImage) -> None:
-        """End an image that was cancelled while it waited, at once: its place is free."""
+        """End an image at once that was cancelled while it waited: its place is free."""
         with self._changed:
             if image in self._waiting:
                 self.end(image, None)  # which calls nobody back, since the future has ended
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep every waiting request in the queue within the context."""
+        """Keep every waiting request in the queue within this context; contexts may be nested."""
         with self._changed:
             self._held += 1
         try:
@@ -94,7 +100,11 @@ class RequestScheduler:
                 self._changed.notify_all()
 
     def late(self, now: float) -> list[PendingImage]:
-        """Return the images that wait or run although their deadline has passed."""
+        """Return the images that wait or run although their deadline has passed.
+
+        Args:
+            now: the time, in seconds by the engine's clock (time.monotonic).
+        """
         with self._changed:
             if now < self._next_deadline:
                 return []
@@ -103,7 +113,7 @@ class RequestScheduler:
             return [image for image in images if now >= image.deadline]
 
     def cancelled(self) -> list[PendingImage]:
-        """Return the running images that were cancelled."""
+        """Return the running images whose futures were cancelled."""
         with self._changed:
             images = list(self._running)
         # Outside the lock: a signal's handler may call here where concurrent.futures.wait holds the
@@ -111,11 +121,11 @@ class RequestScheduler:
         return [image for image in images if image.future.cancelled()]
 
     def schedule(self) -> list[PendingImage]:
-        """Move waiting images to those that run, in their order, and give their plans rows.
+        """Move waiting images to the running ones, in their order, and give their plans rows.
 
-        As many may run as there are slots, and as the table of plans has room for: where the first
-        of the queue finds none, it waits for rows, and those behind it for their turn. An image
-        whose plan cannot be put into the table ends, failed.
+        As many may run as there are slots, and as the table of plans has room for: if the first of
+        the queue finds no room, it waits for rows, and those behind it for their turn. An image
+        whose plan cannot be put into the table ends with a `RequestFailed`.
 
         Returns:
             The images that are to enter the batch.
@@ -159,7 +169,15 @@ class RequestScheduler:
                 self._forget(image)
 
     def end(self, image: PendingImage, outcome: Outcome) -> None:
-        """Resolve the image's future, unless that was done or it was cancelled."""
+        """End an image: take it from wherever it is, and resolve its future.
+
+        An image that has ended is left alone. Callbacks of the future run in the calling thread. A
+        future that was cancelled stays so.
+
+        Args:
+            image: the image.
+            outcome: the `Result` or the error to resolve the future with; None for a cancelled one.
+        """
         with self._changed:
             if not self._forget(image):
                 return
@@ -188,7 +206,12 @@ class RequestScheduler:
         return False
 
     def count_step(self, seconds: float, occupancy: float) -> None:
-        """Count a step that took so long, with this fraction of the slots in use."""
+        """Count a step in the metrics.
+
+        Args:
+            seconds: the time that it took, in seconds.
+            occupancy: the fraction (0..1) of the slots in use.
+        """
         with self._changed:
             self._metrics.step(seconds, occupancy)
 
@@ -206,7 +229,7 @@ class RequestScheduler:
 
     @property
     def futures(self) -> list[Future[Result]]:
-        """The futures of all requests that have not ended."""
+        """The futures, a new list, of all requests that have not ended."""
         with self._changed:
             return [image.future for image in self._open()]
 
@@ -214,12 +237,16 @@ class RequestScheduler:
         return chain(self._waiting, self._running, self._leaving)
 
     def wait_until_empty(self) -> None:
-        """Wait until no image is active."""
+        """Wait until no image is active: none runs or leaves."""
         with self._changed:
             self._changed.wait_for(lambda: not self.active)
 
     def wait_for_work(self) -> bool:
-        """Wait until there is something to do; False if there is nothing and never will be."""
+        """Wait until a request can be worked on, or until no more are accepted and all have ended.
+
+        Returns:
+            True if there is work; False if there is none and never will be.
+        """
         with self._changed:
             self._changed.wait_for(
                 lambda: (
@@ -231,14 +258,24 @@ class RequestScheduler:
             return self.busy
 
     def stop_accepting(self, cause: BaseException | None = None) -> None:
-        """Accept nothing more."""
+        """Refuse every further request with EngineClosed.
+
+        Args:
+            cause: the error because of which the engine closes, the ``__cause__`` of those; None
+                for none. The first one given is kept.
+        """
         with self._changed:
             self._closing = True
             self._cause = self._cause or cause
             self._changed.notify_all()
 
     def close(self, cause: BaseException | None) -> None:
-        """Accept nothing more, and fail every request that has not ended."""
+        """Refuse every further request, and fail all that have not ended with EngineClosed.
+
+        Args:
+            cause: the error because of which the engine closes, the ``__cause__`` of those; None
+                for none.
+        """
         self.stop_accepting(cause)
         with self._changed:
             left = list(self._open())
@@ -249,9 +286,10 @@ class RequestScheduler:
                 self.end(image, error)
 
     def after_fork(self) -> None:
-        """In a forked child, where nobody turns: fail what has not ended, and accept nothing.
+        """Fail, in a forked child, all requests that have not ended, and accept no more.
 
-        The parent's threads may have been at any line of this file.
+        They fail with EngineClosed. No thread takes turns in the child, and the parent's threads
+        may have been at any line of this file.
         """
         self._changed = threading.Condition()
         self._held = 0
@@ -265,17 +303,21 @@ class RequestScheduler:
             _end_in_child(future)
 
     def metrics(self) -> dict[str, Any]:
-        """Return what was counted, as `Engine.metrics` says."""
+        """Return the engine's counts and rates by name.
+
+        They are queue_depth (the number of waiting requests), active (the number of images that run
+        or leave), and all that `Metrics.summary` returns.
+        """
         with self._changed:
             waiting, active = len(self._waiting), self.active
             return {"queue_depth": waiting, "active": active, **self._metrics.summary()}
 
 
 def _end_in_child(future: Future[Result]) -> None:
-    """Fail a future unless it has ended; either way whoever asks it does not wait.
+    """Fail a future in a forked child unless it has ended, so that whoever asks it does not wait.
 
-    Its lock may be held by a thread that is not here, as those who wait and those who are called
-    back are not.
+    Its lock is replaced, since a thread of the parent may hold it; its waiters and callbacks are
+    dropped, since their threads are not in the child.
     """
     vars(future).update(_condition=threading.Condition(), _waiters=[], _done_callbacks=[])
     if future.cancelled():

@@ -1,4 +1,4 @@
-"""The running batch: images in slots, which step together and leave one by one.
+"""`RunningBatch`: images in slots, which step together and leave one by one.
 
 One thread at a time uses it. A failure is raised; the caller decides which requests it ends.
 """
@@ -26,28 +26,37 @@ from flashddpm.serving.launch_limiter import LaunchLimiter
 from flashddpm.serving.pending_image import FinishedCopy, PendingImage
 
 PLAN_ROWS = 8192
-"""Rows that the table of plans has at least; more if a model has more timesteps."""
+"""The least number of rows of the table of plans; it has more if a model has more timesteps."""
 
 
 class RunningBatch:
     """The slots of an engine, the images in them, and the step that all of them take together.
 
+    A slot is the place of one image; a lane is one network evaluation, of which a guided image
+    takes two a step. ``len(batch)`` is the number of images, and ``image in batch`` whether one has
+    a slot.
+
     Args:
         executor: the executor that runs the network.
-        max_batch: the number of slots, which is that of images at a time.
-        exact: whether the compiled network runs, and always on all lanes.
-        buckets: numbers of lanes that the network may run on besides all; None for the executor's.
+        max_batch: the number of slots, the most images at a time.
+        exact: whether the compiled network runs, and always on all lanes, so that an image's bits
+            do not depend on the other images.
+        buckets: the numbers of lanes, each in 1..max_lanes, that the network may run on besides
+            max_lanes; None for the executor's choice.
 
     Attributes:
-        executor, max_batch: as above.
-        max_lanes: the number of lanes; an image takes two where it is guided.
+        executor, max_batch: the arguments.
+        max_lanes: the number of lanes: max_batch, or twice that if images can be guided.
         compiled: whether the compiled network runs.
-        buckets: numbers of lanes that the network may run on; None for any.
-        images: the slot of each image, in the order in which they entered; those that are finished
-            are among them until they are removed.
+        buckets: the numbers of lanes that the network may run on, ascending; None for any number.
+        images: the slot number of each image, by image, in the order in which they entered; those
+            that are finished are among them until they are removed.
         slots: the buffers on the device.
         slot_table: which image is in which slot.
-        plan_table: which rows of the buffers hold which plan.
+        plan_table: which rows (one for each step) of the buffers hold which plan.
+
+    Raises:
+        ValueError: if a bucket is no integer in 1..max_lanes.
     """
 
     def __init__(
@@ -66,8 +75,8 @@ class RunningBatch:
         self.plan_table = PlanTable(self.slots)
         self.buckets = self._choose(buckets)
         self.images: dict[PendingImage, int] = {}
-        self._changed = False  # who is where, since the device was told
-        self._version = 0  # of what the rows of plans were embedded by
+        self._changed = False  # whether occupants changed since the device was told
+        self._version = 0  # of the weights that embedded the timesteps of plans
         self._glimpse = Glimpse(executor.follower.modules)
         self._weights: Tensor | None = None  # as seen when images last entered
         self._weights_now: Tensor | None = None  # as seen since the last step
@@ -84,7 +93,7 @@ class RunningBatch:
 
     @property
     def finished(self) -> list[PendingImage]:
-        """The images whose plan is at its end; they keep their slots until they are removed."""
+        """The images, a list, whose plan is at its end; they keep their slots until `remove`."""
         return [image for image in self.images if image.row == IDLE]
 
     @property
@@ -105,15 +114,18 @@ class RunningBatch:
         return self.executor.buckets(most) if fixed else None
 
     def warm(self) -> None:
-        """Compile and capture for every number of lanes that the network may run on."""
+        """Compile and capture the step for each of ``buckets``; nothing for None."""
         prefixes = [self.slots.prefix(self.max_batch, L) for L in self.buckets or []]
         self.executor.warm(prefixes, self.compiled)
 
     def follow_weights(self) -> None:
-        """Have images that enter now drawn by the network as it is now; call it before they do.
+        """Have images that enter from now on drawn by the network's present weights.
+
+        Call it before `admit`.
 
         Raises:
-            RuntimeError: it was changed in a way that cannot be followed (`Follower.renew`).
+            RuntimeError: if the network was changed in a way that cannot be followed, such as moved
+                or given new parameters under captured graphs (`Follower.renew`).
         """
         self._weights = self._glimpse.take()  # first: what changes meanwhile shows at the end
         version = self.executor.renew()
@@ -122,13 +134,21 @@ class RunningBatch:
             self._version = version
 
     def admit(self, image: PendingImage) -> None:
-        """Put an image that has its row into a free slot; ``start`` is to follow."""
+        """Put an image whose plan has its rows into a free slot; its x_T is set by `start`.
+
+        Raises:
+            ValueError: if no slot is free.
+        """
         image.weights, image.version = self._weights, self._version
         self.images[image] = self.slot_table.admit(image)
         self._changed = True
 
     def start(self, images: Sequence[PendingImage]) -> None:
-        """Set x_T of these images, just admitted: noise, or the image to begin at, noised."""
+        """Set x_T of images just admitted: their noise, or the image to begin at, noised.
+
+        Args:
+            images: the images, all in the batch.
+        """
         self.slot_table.upload()
         plain = [image for image in images if image.plan.initial == (0.0, 1.0)]
         for group in (plain, *([image] for image in images if image not in plain)):
@@ -140,16 +160,25 @@ class RunningBatch:
         self._changed = False
 
     def remove(self, image: PendingImage) -> None:
-        """Free the image's slot."""
+        """Free the slot of an image, finished or not.
+
+        Raises:
+            KeyError: if the image has no slot.
+        """
         self.slot_table.retire(self.images.pop(image))
         self._changed = True
 
     def step(self) -> list[tuple[PendingImage, Tensor]]:
-        """Take one step of every image.
+        """Take one step of every image, each by the row of the plan that it is at.
 
         Returns:
-            Each image that has an ``on_step``, with the x0 that the step predicted for it, float32
-            [C, H, W].
+            Each unfinished image that has an ``on_step``, with the x0 that the step predicted for
+            it, float32 [C, H, W] on the device.
+
+        Raises:
+            ValueError: if exact mode is on and the compiled network's bits depend on the lane
+                (tried once).
+            CompilationError: if the network cannot be compiled, where it must be.
         """
         if self._changed:
             self.slot_table.upload()
@@ -182,9 +211,9 @@ class RunningBatch:
         """Launch the copy of a finished image out of its slot, which may then be freed.
 
         Raises:
-            ValueError: the plan learns its variance, and the network returns none.
-            RuntimeError: what was derived from the network's weights is not what it was when the
-                image entered.
+            ValueError: if the plan learns its variance, and the network has no channels for it.
+            RuntimeError: if the network's weights changed since the image entered, so that what was
+                derived from them is of another version.
         """
         if self._channels is not None:
             check_variance(image.plan, self._channels, self.executor.shape[0])
@@ -202,14 +231,14 @@ class RunningBatch:
         return FinishedCopy(x0, on_host, self._limiter.event())
 
     def after_fork(self) -> None:
-        """Forget every image: nobody takes their steps in a forked child."""
+        """Forget every image: no thread takes their steps in a forked child."""
         self.images.clear()
 
     def close(self) -> None:
-        """Let go of the graphs; they are dropped when next somebody may."""
+        """Let go of the captured graphs; their memory is freed at the next chance."""
         self.executor.graphs.forget(self.slots.token)
 
 
 def _numbers(image: PendingImage) -> list[float]:
-    """Return the numbers that the image's next step applies, from the host's copy of its plan."""
+    """Return the coefficients of the image's next step, from the host's copy of its plan."""
     return image.plan.rows[image.row - image.start].astype(np.float32).tolist()
