@@ -70,34 +70,34 @@ def bench(
 
 
 def _compare(paths: list[Path]) -> None:
-    from flashddpm.benchmarks.measure.runs import Run
+    from flashddpm.benchmarks.measure.runs import BenchmarkRun
     from flashddpm.benchmarks.reports import regression
 
     if len(paths) != 2:
         raise ValueError(f"compare: {len(paths)} files; must be two, OLD.json and NEW.json")
-    text, lost = regression.report(*map(Run.read, paths))
+    text, lost = regression.report(*map(BenchmarkRun.read, paths))
     print(text)
     if lost:
         sys.exit(1)
 
 
 def _merge(paths: list[Path], out: Path | None) -> None:
-    from flashddpm.benchmarks.measure.runs import Run, merged
+    from flashddpm.benchmarks.measure.runs import BenchmarkRun, merged
 
     if len(paths) < 2 or out is None:
         raise ValueError("merge: must have two files or more, and --out for the result")
-    whole = merged([Run.read(path) for path in paths])
+    whole = merged([BenchmarkRun.read(path) for path in paths])
     whole.write(out)
     print(f"{len(whole.results)} results of {len(paths)} files -> {out}")
 
 
 def _report(paths: list[Path], html: Path | None) -> None:
-    from flashddpm.benchmarks.measure.runs import Run
+    from flashddpm.benchmarks.measure.runs import BenchmarkRun
     from flashddpm.benchmarks.reports.table import table
 
     if not paths:
         raise ValueError("report: must have one file of results or more")
-    runs = [Run.read(path) for path in paths]
+    runs = [BenchmarkRun.read(path) for path in paths]
     print("\n\n".join(map(table, runs)))
     if html is not None:
         from flashddpm.benchmarks.reports.html_page import page
@@ -113,7 +113,7 @@ def _measure(
 
     from flashddpm.benchmarks.cases import suites
     from flashddpm.benchmarks.measure import harness, runner
-    from flashddpm.benchmarks.measure.runs import Run
+    from flashddpm.benchmarks.measure.runs import BenchmarkRun
 
     arguments.one_of("suite", suite, ("all", *suites.SUITES))
     kind = arguments.resolve_device(device).type
@@ -126,7 +126,7 @@ def _measure(
     ]
     if not cases:
         raise ValueError(f"cases={pattern!r}: no name of a case in suite {suite!r} fits")
-    run = Run(harness.environment(kind))  # now: files may change while it runs
+    run = BenchmarkRun(harness.environment(kind))  # now: files may change while it runs
     runner.run_cases(cases, kind, run, out, budget)
     print(f"{len(run.results)} results, {len(run.failures)} cases failed -> {out}")
     if run.failures:

@@ -28,7 +28,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("side", ["ours", "best", "eager"])
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_sampling(benchmark: Any, setting: sampling.Setting, side: str) -> None:
+def test_sampling(benchmark: Any, setting: sampling.SamplingSetting, side: str) -> None:
     """Time one call that draws a batch by one side: ours, diffusers at its best or diffusers eager.
 
     The sides of one setting form a group of the report. A peer (a side of diffusers) is checked

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashddpm.kernels import reference
-from flashddpm.kernels.examples import Draws
+from flashddpm.kernels.examples import ExampleDraws
 from flashddpm.kernels.launch import launch, runs_triton
 from flashddpm.kernels.operation import Arguments, Budget, Op, Shape, variant
 from flashddpm.kernels.step_arguments import StepSlots, StepTable, by_tensor
@@ -70,7 +70,7 @@ def advance(slots: StepSlots, table: StepTable) -> None:
 
 
 def _example(device, dtype: torch.dtype, shape: Shape, batch: int, seed: int) -> Arguments:
-    draws = Draws(device, seed)
+    draws = ExampleDraws(device, seed)
     return {"idx": draws.integers(batch, 0, 50), "next": draws.integers(50, 0, 50)}
 
 

@@ -12,7 +12,7 @@ from flashddpm.kernels.operation import Arguments, Shape
 from flashddpm.kernels.tables import Column
 
 
-class Draws:
+class ExampleDraws:
     """Random tensors that are drawn on the CPU, so that every device gets the same numbers.
 
     Args:
@@ -93,7 +93,7 @@ def of_images(
         "t", "seeds" and "keys", int64 [B]; "rows", float32 [R, columns]. Images are standard normal
         numbers, channels-last.
     """
-    draws = Draws(device, seed)
+    draws = ExampleDraws(device, seed)
     C, H, W = shape
     out = {"out": draws.normal((batch, outputs * C, H, W), dtype)} if outputs else {}
     return out | {
@@ -156,7 +156,7 @@ def of_slots(
         names, and "out", [L, C, H, W], for L = S + S // 2 lanes (a lane is one evaluation of the
         network).
     """
-    draws = Draws(device, seed)
+    draws = ExampleDraws(device, seed)
     slot = torch.arange(batch, device=device, dtype=torch.int32)
     lanes = batch + batch // 2
     return {

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from flashddpm.kernels import reference
 from flashddpm.kernels.exact_math import ln
-from flashddpm.kernels.examples import Draws
+from flashddpm.kernels.examples import ExampleDraws
 from flashddpm.kernels.launch import launch_blocks, place, runs_triton
 from flashddpm.kernels.operation import Arguments, Budget, ByteCase, Op, Shape, variant
 from flashddpm.kernels.tables import Purpose
@@ -195,7 +195,7 @@ def philox(
 
 
 def _example(device, dtype: torch.dtype, shape: Shape, batch: int, seed: int) -> Arguments:
-    draws = Draws(device, seed)
+    draws = ExampleDraws(device, seed)
     return {"seeds": draws.seeds(batch), "keys": draws.keys(batch), "shape": shape}
 
 

@@ -35,7 +35,7 @@ def test_what_the_readme_links_to_is_there(name):
 
 
 def test_the_table_is_that_of_the_committed_results():
-    from flashddpm.benchmarks.measure.runs import Run
+    from flashddpm.benchmarks.measure.runs import BenchmarkRun
     from flashddpm.benchmarks.reports.table import filled, table
 
     pages = [README, *sorted((README.parent / "docs").glob("*.md"))]
@@ -46,4 +46,4 @@ def test_the_table_is_that_of_the_committed_results():
     for results in (README.parent / "benchmarks" / "results").glob("*.json"):
         if results.name == "solver-study.json":  # tests/benchmarks/test_solver_study has it
             continue
-        assert table(Run.read(results)) in text, f"{results.name} is in no page"
+        assert table(BenchmarkRun.read(results)) in text, f"{results.name} is in no page"

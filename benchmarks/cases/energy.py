@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashddpm.benchmarks.cases import sampling
-from flashddpm.benchmarks.cases.sampling import PEERS, Setting
+from flashddpm.benchmarks.cases.sampling import PEERS, SamplingSetting
 from flashddpm.benchmarks.measure import harness
 from flashddpm.benchmarks.measure.harness import Measurement
-from flashddpm.benchmarks.measure.runner import Case
+from flashddpm.benchmarks.measure.runner import BenchmarkCase
 
 WINDOW = 10.0
 """The least length of a window of measurement, in seconds."""
@@ -77,7 +77,7 @@ def joules_an_image(idle: Window, busy: Window, batch: int) -> float:
     return (busy.joules - power * busy.seconds) / (busy.calls * batch)
 
 
-def energy(setting: Setting, peer: str = "best") -> Case:
+def energy(setting: SamplingSetting, peer: str = "best") -> BenchmarkCase:
     """Return the benchmark case that compares our energy of one image with a peer's.
 
     The case needs CUDA, diffusers and pynvml. It measures joules of one image of our sampler, of
@@ -108,10 +108,10 @@ def energy(setting: Setting, peer: str = "best") -> Case:
         note = f"{setting.note}; against {PEERS[peer]}; windows of {WINDOW:g} s, idle subtracted"
         yield Measurement(case, PEERS[peer], note, values)
 
-    return Case(case, "step", measure, ("diffusers",))
+    return BenchmarkCase(case, "step", measure, ("diffusers",))
 
 
-def energies(device: str) -> list[Case]:
+def energies(device: str) -> list[BenchmarkCase]:
     """Return the benchmark cases of energy: one for each of the models "cifar10" and "bundled".
 
     Each draws the largest batch of its model (256 images) in bfloat16 by DDIM, against the peer

@@ -19,7 +19,7 @@ from typing import Any
 
 from flashddpm.benchmarks.cases.startup import run_child
 from flashddpm.benchmarks.measure.harness import Measurement
-from flashddpm.benchmarks.measure.runner import Case
+from flashddpm.benchmarks.measure.runner import BenchmarkCase
 
 SCRIPT = """
 import sys, time
@@ -160,7 +160,7 @@ def main(
     print(json.dumps(found | {"peak_host_memory_mib": peak}))
 
 
-def first_call(name: str, dtype: str, batch: int, tune: bool = False) -> Case:
+def first_call(name: str, dtype: str, batch: int, tune: bool = False) -> BenchmarkCase:
     """Return the benchmark case of the first images of a process, timed in parts.
 
     It runs ``main`` in two fresh processes, one after the other: the first finds an empty compile
@@ -184,4 +184,4 @@ def first_call(name: str, dtype: str, batch: int, tune: bool = False) -> Case:
                 note = f"2 steps of ddim, a fresh process, compile cache {state}"
                 yield Measurement(f"{case}-{state}", "nothing", note, values)
 
-    return Case(case, "startup", measure)
+    return BenchmarkCase(case, "startup", measure)

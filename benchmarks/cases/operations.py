@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flashddpm.benchmarks.measure.harness import Measurement, compare
-from flashddpm.benchmarks.measure.runner import Case
+from flashddpm.benchmarks.measure.runner import BenchmarkCase
 from flashddpm.benchmarks.peers.compiled_ops import (
     compiled_peer,
     copied,
@@ -200,7 +200,7 @@ def memory_of(op: Op, arguments: Arguments) -> int:
 
 
 @dataclass(frozen=True)
-class Work:
+class KernelWork:
     """The work of one call of an operation or of its gradient.
 
     Attributes:
@@ -218,7 +218,7 @@ class Work:
     moved: int
 
 
-def bound_seconds(card: Card, work: Work, clock: float) -> float:
+def bound_seconds(card: Card, work: KernelWork, clock: float) -> float:
     """Return the least seconds of a call: of its bytes or of its instructions, whichever is longer.
 
     Args:
@@ -232,7 +232,7 @@ def bound_seconds(card: Card, work: Work, clock: float) -> float:
 def figures(
     card: Card,
     size: Any,
-    work: Work,
+    work: KernelWork,
     seconds: float,
     clock: float,
     working_set: int,
@@ -274,7 +274,7 @@ def figures(
     return found
 
 
-def note_of(card: Card, work: Work, flushed: bool, sets: int, clock: float | None) -> str:
+def note_of(card: Card, work: KernelWork, flushed: bool, sets: int, clock: float | None) -> str:
     """Return the text that explains a kernel's figures in reports.
 
     Args:
@@ -325,7 +325,7 @@ def measure(
     theirs = directions(op, arguments, peer) if peer else {}
     for way, make in directions(op, arguments, op.fast).items():
         once, moved = (count(op, arguments, bool(way)) for count in (once_of, bytes_of))
-        work = Work(op.name + way.replace("-", "_"), dtype, elements, once, moved)
+        work = KernelWork(op.name + way.replace("-", "_"), dtype, elements, once, moved)
         footprint = min(once, memory)
         sets = timer.sets_beyond(card.cache, footprint)
         capture = partial(timer.capture, sets=sets, least=timer.calls_for(moved))
@@ -379,7 +379,7 @@ def on_a_gpu(name: str, dtype: torch.dtype, size: Any, device: str) -> Iterator[
     yield from measure(OPS[name], dtype, size, this_card(), kernel_time)
 
 
-def operations(device: str) -> list[Case]:
+def operations(device: str) -> list[BenchmarkCase]:
     """Return the benchmark cases of all operations on a device, "cpu" or "cuda".
 
     On CUDA: the GPU's own speeds, then each operation at each of SIZES (from one 32x32 image to 256
@@ -387,14 +387,14 @@ def operations(device: str) -> list[Case]:
     alone.
     """
     if device != "cuda":
-        return [Case("noise", "kernels", noise_on_the_cpu)]
+        return [BenchmarkCase("noise", "kernels", noise_on_the_cpu)]
     from flashddpm.kernels import OPS
 
-    cases = [Case("card", "kernels", speed_of_card)]
+    cases = [BenchmarkCase("card", "kernels", speed_of_card)]
     for size in SIZES:
         for op in OPS.values():
             for dtype in [x for x in DTYPES if x in op.dtypes] or op.dtypes[:1]:
                 name = f"{op.name}-{size[0]}x{'x'.join(map(str, size[1]))}-{str(dtype)[6:]}"
                 measured = partial(on_a_gpu, op.name, dtype, size)
-                cases.append(Case(f"kernel-{name}", "kernels", measured))
+                cases.append(BenchmarkCase(f"kernel-{name}", "kernels", measured))
     return cases

@@ -57,7 +57,7 @@ class Traffic(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """The work of one sampling step of a batch.
 
     Attributes:
@@ -81,7 +81,7 @@ class Speed:
     flops: float
     bytes: float
 
-    def floor(self, work: Work) -> float:
+    def floor(self, work: StepWork) -> float:
         """Return the lower bound of the time of the work, in seconds."""
         return max(work.flops / self.flops, work.bytes / self.bytes)
 
@@ -108,7 +108,7 @@ def counted(unet: UNet, shape: tuple[int, int, int]) -> tuple[int, int]:
     return flops.get_total_flops(), traffic.elements
 
 
-def work_of(of: Model, dtype: torch.dtype, batch: int) -> Work:
+def work_of(of: Model, dtype: torch.dtype, batch: int) -> StepWork:
     """Return the work of one sampling step of a batch.
 
     Args:
@@ -120,7 +120,7 @@ def work_of(of: Model, dtype: torch.dtype, batch: int) -> Work:
     flops, elements = counted(of.unet, of.shape)
     weights = size * sum(parameter.numel() for parameter in of.unet.parameters())
     image = size * elements + 2 * 4 * math.prod(of.shape)
-    return Work(batch * flops, weights + batch * image)
+    return StepWork(batch * flops, weights + batch * image)
 
 
 @cache

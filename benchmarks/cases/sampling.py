@@ -14,7 +14,7 @@ import torch
 
 from flashddpm.benchmarks.measure import agreement
 from flashddpm.benchmarks.measure.harness import Measurement, compare
-from flashddpm.benchmarks.measure.runner import Case
+from flashddpm.benchmarks.measure.runner import BenchmarkCase
 from flashddpm.benchmarks.peers import pipelines
 from flashddpm.benchmarks.peers.models import model
 from flashddpm.benchmarks.peers.pipelines import Diffusers, Ours, Side
@@ -36,7 +36,7 @@ BEST_ON_CUDA = "diffusers, max-autotune, channels_last, fused projections, cudnn
 
 
 @dataclass(frozen=True)
-class Setting:
+class SamplingSetting:
     """The settings of one sampling benchmark: what is drawn in one call, and how often.
 
     Attributes:
@@ -70,7 +70,7 @@ class Setting:
         )
 
 
-def ours(setting: Setting, device: str, how: str = "best") -> Ours:
+def ours(setting: SamplingSetting, device: str, how: str = "best") -> Ours:
     """Return our side of the comparison: our sampler and the batch that it draws.
 
     Args:
@@ -88,7 +88,7 @@ def ours(setting: Setting, device: str, how: str = "best") -> Ours:
     return Ours(sampler, setting.batch, setting.solver, setting.steps, dtype)
 
 
-def theirs(setting: Setting, peer: str, device: str) -> Side:
+def theirs(setting: SamplingSetting, peer: str, device: str) -> Side:
     """Return the peer's side of the comparison: an implementation and the batch that it draws.
 
     Args:
@@ -112,7 +112,7 @@ def theirs(setting: Setting, peer: str, device: str) -> Side:
     return Diffusers(of, unet, setting.batch, setting.solver, setting.steps, device)
 
 
-def agree(setting: Setting, peer: str, device: str) -> None:
+def agree(setting: SamplingSetting, peer: str, device: str) -> None:
     """Check that our sampler and a peer draw the same images from the same noise.
 
     In float32 the images may differ by at most 1e-3. In bfloat16 both are compared with the same
@@ -151,7 +151,7 @@ def agree(setting: Setting, peer: str, device: str) -> None:
     agreement.check_low(other, plain, ref32, f"{setting.name}, {PEERS[peer]}")
 
 
-def exact(setting: Setting, device: str, peer: str) -> tuple[Side, Side]:
+def exact(setting: SamplingSetting, device: str, peer: str) -> tuple[Side, Side]:
     """Return float32 references: plain PyTorch on the weights rounded to the setting's dtype.
 
     The references are what the sides of a comparison in bfloat16 are judged against.
@@ -174,7 +174,7 @@ def exact(setting: Setting, device: str, peer: str) -> tuple[Side, Side]:
     return mine, Diffusers(of, of.diffusers_unet(device, dtype).float(), *call, device, dtype)
 
 
-def versus(setting: Setting, peer: str) -> Case:
+def versus(setting: SamplingSetting, peer: str) -> BenchmarkCase:
     """Return the benchmark case that times our compiled sampler against one peer.
 
     Its ``measure`` raises AssertionError if the two draw different images.
@@ -193,7 +193,7 @@ def versus(setting: Setting, peer: str) -> Case:
         yield Measurement.of(name, called, setting.note, comparison)
 
     needs = ("diffusers",) if peer in (*DIFFUSERS_LOOP, "unet") else ()
-    return Case(name, "sampling", measure, needs)
+    return BenchmarkCase(name, "sampling", measure, needs)
 
 
 # Each model's batch size -> (steps of a call, rounds). On the CPU a step of the cifar10 model takes
@@ -210,7 +210,7 @@ ON_CUDA = {
 }
 
 
-def settings(device: str, name: str, dtype: str, solver: str) -> list[Setting]:
+def settings(device: str, name: str, dtype: str, solver: str) -> list[SamplingSetting]:
     """Return the settings of a model, the smallest batch first.
 
     Args:
@@ -223,7 +223,7 @@ def settings(device: str, name: str, dtype: str, solver: str) -> list[Setting]:
         KeyError: if the device has no settings for this model.
     """
     sizes = (ON_CUDA if device == "cuda" else ON_CPU)[name]
-    return [Setting(name, dtype, solver, batch, *sizes[batch]) for batch in sizes]
+    return [SamplingSetting(name, dtype, solver, batch, *sizes[batch]) for batch in sizes]
 
 
 def best(device: str) -> tuple[str, ...]:
@@ -235,7 +235,7 @@ def best(device: str) -> tuple[str, ...]:
     return ("graphs", "best") if device == "cuda" else ("best",)
 
 
-def headline(device: str) -> list[Case]:
+def headline(device: str) -> list[BenchmarkCase]:
     """Return the most telling cases: the cifar10 model against diffusers' fastest configurations.
 
     They are of DDIM and DDPM at each batch size, on CUDA in bfloat16, on the CPU ("cpu") in float32
@@ -251,7 +251,7 @@ def headline(device: str) -> list[Case]:
     ]
 
 
-def other_models(device: str) -> list[Case]:
+def other_models(device: str) -> list[BenchmarkCase]:
     """Return the cases of the other models against diffusers' fastest configurations.
 
     They are of DDIM and DDPM, in float32 and bfloat16, at each batch size of the bundled model and,
@@ -269,7 +269,7 @@ def other_models(device: str) -> list[Case]:
     ]
 
 
-def other_peers(device: str) -> list[Case]:
+def other_peers(device: str) -> list[BenchmarkCase]:
     """Return the cases against the peers that are not diffusers at its fastest.
 
     They show where our gain comes from: diffusers' eager pipeline, its U-Net in our loop, our

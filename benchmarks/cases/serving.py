@@ -42,7 +42,7 @@ CLASSES = 10  # the number of classes of the bundled model
 
 
 @dataclass(frozen=True)
-class Setting:
+class ServingSetting:
     """The size of a serving benchmark.
 
     Attributes:
@@ -65,8 +65,10 @@ class Setting:
 
 
 # A spare lane (network evaluation) costs a CPU as much as one in use: hence many buckets.
-ON_CPU = Setting(max_batch=16, requests=64, buckets=(1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28))
-ON_CUDA = Setting(max_batch=64, requests=1024)
+ON_CPU = ServingSetting(
+    max_batch=16, requests=64, buckets=(1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28)
+)
+ON_CUDA = ServingSetting(max_batch=64, requests=1024)
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def serve(policy: Policy, requests: Sequence[Request], due: NDArray[np.float64])
     return Served(finished - due, float(finished.max() - due.min()), images)
 
 
-class Case:
+class ServingMix:
     """A serving benchmark of one mix of requests: its policies, its capacity and its runs.
 
     Args:
@@ -198,7 +200,7 @@ class Case:
     """
 
     def __init__(
-        self, sampler: Sampler, engine: Engine, kinds: Sequence[Kind], setting: Setting
+        self, sampler: Sampler, engine: Engine, kinds: Sequence[Kind], setting: ServingSetting
     ) -> None:
         self.sampler, self.engine, self.kinds, self.setting = sampler, engine, kinds, setting
         self.policies: dict[str, Callable[[], Policy]] = {
@@ -319,7 +321,7 @@ def shares(runs: dict[str, list[dict[str, float]]]) -> dict[str, float]:
 
 
 def under_load(
-    device: str, compiled: bool = True, setting: Setting | None = None
+    device: str, compiled: bool = True, setting: ServingSetting | None = None
 ) -> Iterator[Measurement]:
     """Measure latency and throughput of the policies on the bundled model, by mix and load.
 
@@ -340,13 +342,13 @@ def under_load(
         queue = max(setting.requests, setting.max_batch * len(kinds))
         buckets = setting.buckets if compiled else None
         with Engine(sampler, setting.max_batch, buckets=buckets, queue_size=queue) as engine:
-            case = Case(sampler, engine, kinds, setting)
+            case = ServingMix(sampler, engine, kinds, setting)
             engine.warm()
             case.check()
             yield from results(case, mix if compiled else f"eager-{mix}")
 
 
-def results(case: Case, mix: str) -> Iterator[Measurement]:
+def results(case: ServingMix, mix: str) -> Iterator[Measurement]:
     """Measure one mix of requests at every load, and with all requests arriving at once.
 
     Args:

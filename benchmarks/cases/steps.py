@@ -20,7 +20,7 @@ from flashddpm.benchmarks.cases.sampling import DTYPES
 from flashddpm.benchmarks.measure import harness
 from flashddpm.benchmarks.measure.agreement import check, check_low
 from flashddpm.benchmarks.measure.harness import Measurement, compare
-from flashddpm.benchmarks.measure.runner import Case
+from flashddpm.benchmarks.measure.runner import BenchmarkCase
 from flashddpm.benchmarks.peers import pipelines
 from flashddpm.benchmarks.peers.models import Model, model
 from flashddpm.sampling.sampler import Sampler
@@ -95,7 +95,7 @@ def seconds_a_step(draw: Draw, few: int, many: int, rounds: int = ROUNDS) -> flo
     return statistics.median(found[1:])
 
 
-def latency(name: str, dtype: str, batch: int) -> Case:
+def latency(name: str, dtype: str, batch: int) -> BenchmarkCase:
     """Return the benchmark case of one step of DDIM, of our compiled sampler.
 
     It measures "ms_a_step" (milliseconds of a step), "image_steps_a_second" (batch over seconds of
@@ -135,7 +135,7 @@ def latency(name: str, dtype: str, batch: int) -> Case:
         )
         yield Measurement(case, "nothing", note, values)
 
-    return Case(case, "step", measure)
+    return BenchmarkCase(case, "step", measure)
 
 
 def shares(
@@ -250,7 +250,7 @@ def count(events: Iterable[Any]) -> dict[str, int]:
     return found
 
 
-def graph(name: str, dtype: str, batch: int) -> Case:
+def graph(name: str, dtype: str, batch: int) -> BenchmarkCase:
     """Return the benchmark case of steps in CUDA graphs against the same steps launched singly.
 
     Both are compiled alike. The case needs CUDA; its ``measure`` raises AssertionError if the two
@@ -280,10 +280,10 @@ def graph(name: str, dtype: str, batch: int) -> Case:
         note = f"{many} steps of ddim, {dtype}, compiled alike: where the graph stops paying"
         yield Measurement.of(case, "the same steps uncaptured", note, comparison)
 
-    return Case(case, "step", measure)
+    return BenchmarkCase(case, "step", measure)
 
 
-def latencies(device: str) -> list[Case]:
+def latencies(device: str) -> list[BenchmarkCase]:
     """Return the cases of a step's latency, for each model, dtype and batch size of a device.
 
     Args:
@@ -297,7 +297,7 @@ def latencies(device: str) -> list[Case]:
     return [latency(name, d, batch) for name in sizes for d in dtypes for batch in sizes[name]]
 
 
-def graphs(device: str) -> list[Case]:
+def graphs(device: str) -> list[BenchmarkCase]:
     """Return the cases that show what CUDA graphs gain, one for each batch size of cifar10.
 
     They are in bfloat16.

@@ -16,12 +16,12 @@ from flashddpm.benchmarks.cases import (
     steps,
     training,
 )
-from flashddpm.benchmarks.measure.runner import Case
+from flashddpm.benchmarks.measure.runner import BenchmarkCase
 
 SUITES = ("sampling", "step", "kernels", "training", "startup", "serving")
 
 
-def cases(device: str, eager: bool = False) -> list[Case]:
+def cases(device: str, eager: bool = False) -> list[BenchmarkCase]:
     """Return the benchmark cases of a device, the most telling first.
 
     Args:
@@ -43,13 +43,15 @@ def cases(device: str, eager: bool = False) -> list[Case]:
         *operations.operations(device),
         *training.cases(device),
         *energy.energies(device),
-        Case("first-run", "startup", startup.first_run),
-        Case("loop", "sampling", loops.against_schedulers, ("diffusers",)),
-        Case("loop-ddpt", "sampling", loops.against_ddpt, ("denoising_diffusion_pytorch",)),
-        Case("exact", "sampling", loops.price_of_exact),
-        Case("first-image", "startup", startup.first_image),
+        BenchmarkCase("first-run", "startup", startup.first_run),
+        BenchmarkCase("loop", "sampling", loops.against_schedulers, ("diffusers",)),
+        BenchmarkCase(
+            "loop-ddpt", "sampling", loops.against_ddpt, ("denoising_diffusion_pytorch",)
+        ),
+        BenchmarkCase("exact", "sampling", loops.price_of_exact),
+        BenchmarkCase("first-image", "startup", startup.first_image),
         *([first_call.first_call("cifar10", low, 1, tune=True)] if device == "cuda" else []),
-        Case(
+        BenchmarkCase(
             "serving",
             "serving",
             lambda device: serving.under_load(device, compiled=not eager),
@@ -57,7 +59,7 @@ def cases(device: str, eager: bool = False) -> list[Case]:
     ]
 
 
-def chosen(device: str, suite: str, eager: bool = False) -> list[Case]:
+def chosen(device: str, suite: str, eager: bool = False) -> list[BenchmarkCase]:
     """Return the benchmark cases of one suite, or of all, the most telling first.
 
     Args:

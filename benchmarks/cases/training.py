@@ -17,14 +17,14 @@ import torch
 
 from flashddpm.benchmarks.cases import training_split
 from flashddpm.benchmarks.measure.harness import Measurement, compare
-from flashddpm.benchmarks.measure.runner import Case
+from flashddpm.benchmarks.measure.runner import BenchmarkCase
 from flashddpm.benchmarks.peers.models import model, random_unet
 from flashddpm.benchmarks.peers.training_peers import (
     DDPT,
-    Diffusers,
+    DiffusersTraining,
     Lucidrains,
     OnTheirs,
-    Ours,
+    OurTraining,
     Peer,
     agree,
     ours_steps,
@@ -136,7 +136,9 @@ def training(network: str, config: TrainConfig, device: str) -> Iterator[Trainer
         yield Trainer(begun, made, Path(folder, "run"), device)
 
 
-def timed(case: str, called: str, note: str, ours: Ours, peer: Peer, device: str) -> Measurement:
+def timed(
+    case: str, called: str, note: str, ours: OurTraining, peer: Peer, device: str
+) -> Measurement:
     """Measure our training steps against a peer's: both sides take some steps in turn.
 
     Args:
@@ -164,7 +166,7 @@ def timed(case: str, called: str, note: str, ours: Ours, peer: Peer, device: str
     return Measurement.of(case, called, f"a call is {count} steps of {note}", comparison)
 
 
-def against_diffusers(network: str, batch: int, precision: str, compiled: bool) -> Case:
+def against_diffusers(network: str, batch: int, precision: str, compiled: bool) -> BenchmarkCase:
     """Return the benchmark case of our training step against that of diffusers' training example.
 
     Its ``measure`` raises AssertionError if losses or gradients of both differ in float32.
@@ -181,7 +183,7 @@ def against_diffusers(network: str, batch: int, precision: str, compiled: bool) 
     def measure(device: str) -> Iterator[Measurement]:
         for kind in dict.fromkeys(("float32", precision)):  # gradients: checked in float32
             with training(network, settings(batch, kind), device) as trainer:
-                peer = Diffusers(trainer, compiled)
+                peer = DiffusersTraining(trainer, compiled)
                 if kind == "float32":
                     agree(trainer, peer, "diffusers")
                 if kind == precision:
@@ -193,10 +195,10 @@ def against_diffusers(network: str, batch: int, precision: str, compiled: bool) 
                     called = f"diffusers' training example, {how}"
                     yield timed(case, called, note, trainer, peer, device)
 
-    return Case(case, "training", measure, ("diffusers",))
+    return BenchmarkCase(case, "training", measure, ("diffusers",))
 
 
-def against_ddpt(batch: int, precision: str) -> Case:
+def against_ddpt(batch: int, precision: str) -> BenchmarkCase:
     """Return the benchmark case of our training step against denoising-diffusion-pytorch's Trainer.
 
     Both train that package's network; its ``measure`` raises AssertionError if losses or gradients
@@ -225,10 +227,10 @@ def against_ddpt(batch: int, precision: str) -> Case:
                     called = "denoising-diffusion-pytorch Trainer"
                     yield timed(case, called, note, ours, peer, device)
 
-    return Case(case, "training", measure, (DDPT, "accelerate"))
+    return BenchmarkCase(case, "training", measure, (DDPT, "accelerate"))
 
 
-def split(network: str, batch: int, precision: str) -> Case:
+def split(network: str, batch: int, precision: str) -> BenchmarkCase:
     """Return the benchmark case that splits the time of our training step into its parts.
 
     Its values are those of ``training_split.milliseconds``.
@@ -249,10 +251,10 @@ def split(network: str, batch: int, precision: str) -> Case:
         )
         yield Measurement(case, "nothing", note, values)
 
-    return Case(case, "training", measure)
+    return BenchmarkCase(case, "training", measure)
 
 
-def memory(network: str, batch: int, precision: str, prediction_type: str) -> Case:
+def memory(network: str, batch: int, precision: str, prediction_type: str) -> BenchmarkCase:
     """Return the benchmark case of the memory saved by storing neither the noise nor the target.
 
     Its values are those of ``training_split.mebibytes``.
@@ -276,10 +278,10 @@ def memory(network: str, batch: int, precision: str, prediction_type: str) -> Ca
         )
         yield Measurement(case, "the usual step", note, values)
 
-    return Case(case, "training", measure, ("diffusers",))
+    return BenchmarkCase(case, "training", measure, ("diffusers",))
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str) -> list[BenchmarkCase]:
     """Return the benchmark cases of training.
 
     Args:

@@ -14,11 +14,11 @@ import torch
 
 from flashddpm.benchmarks.measure import harness
 from flashddpm.benchmarks.measure.harness import Measurement
-from flashddpm.benchmarks.measure.runs import Failure, Run
+from flashddpm.benchmarks.measure.runs import BenchmarkRun, Failure
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchmarkCase:
     """A benchmark case: a name, and the function that measures.
 
     Attributes:
@@ -44,7 +44,9 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def able(cases: Sequence[Case], say: Callable[[str], None]) -> tuple[list[Case], list[str]]:
+def able(
+    cases: Sequence[BenchmarkCase], say: Callable[[str], None]
+) -> tuple[list[BenchmarkCase], list[str]]:
     """Split cases into those that can run and those that need a package which is not installed.
 
     Args:
@@ -63,13 +65,13 @@ def able(cases: Sequence[Case], say: Callable[[str], None]) -> tuple[list[Case],
 
 
 def run_cases(
-    cases: Sequence[Case],
+    cases: Sequence[BenchmarkCase],
     device: str,
-    run: Run,
+    run: BenchmarkRun,
     out: Path,
     budget: float | None = None,
     say: Callable[[str], None] = print,
-) -> Run:
+) -> BenchmarkRun:
     """Measure cases in order and write all results to a file after each one.
 
     Whatever Exception a case raises becomes a `Failure` of the run; results that it gave before
@@ -120,7 +122,7 @@ def run_cases(
     return run
 
 
-def _generator(case: Case, device: str) -> Generator[Measurement]:
+def _generator(case: BenchmarkCase, device: str) -> Generator[Measurement]:
     yield from case.measure(device)
 
 

@@ -40,7 +40,7 @@ class Failure:
 
 
 @dataclass
-class Run:
+class BenchmarkRun:
     """The results of benchmark cases on one machine: the content of a file of results.
 
     Attributes:
@@ -77,7 +77,7 @@ class Run:
         os.replace(part, path)
 
     @classmethod
-    def read(cls, path: Path) -> Run:
+    def read(cls, path: Path) -> BenchmarkRun:
         """Read a file of results.
 
         Args:
@@ -128,7 +128,7 @@ def _flat(environment: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def merged(runs: Sequence[Run]) -> Run:
+def merged(runs: Sequence[BenchmarkRun]) -> BenchmarkRun:
     """Merge runs of one machine into a new run, the latest result of each case winning.
 
     A result replaces an earlier one of the same case and peer. A case that was measured again, or
@@ -144,7 +144,7 @@ def merged(runs: Sequence[Run]) -> Run:
     Raises:
         ValueError: if the environments differ in more than VOLATILE (`differences`).
     """
-    whole = Run(runs[0].environment)
+    whole = BenchmarkRun(runs[0].environment)
     for run in runs:
         unlike = differences(whole.environment, run.environment)
         if unlike:

@@ -39,7 +39,7 @@ DDPT = "denoising_diffusion_pytorch"
 LEAST_FILES = 100  # the number of image files that its Trainer insists on
 
 
-class Ours(Protocol):
+class OurTraining(Protocol):
     """The side that takes our training steps: a `Trainer`, or `OnTheirs`, with its attributes."""
 
     data: Any
@@ -68,7 +68,7 @@ class Peer(Protocol):
         """Take ``count`` training steps on images, timesteps and noise that it draws itself."""
 
 
-def ours_steps(ours: Ours, count: int) -> None:
+def ours_steps(ours: OurTraining, count: int) -> None:
     """Take ``count`` training steps of ours, on batches that a loader fetches ahead.
 
     So does ``Trainer.run``. The batch of a single step is read as the step begins.
@@ -81,7 +81,7 @@ def ours_steps(ours: Ours, count: int) -> None:
             ours.train_step(loader.next())
 
 
-def ours_gradients(ours: Ours, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+def ours_gradients(ours: OurTraining, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Return our mean loss of a batch, a float32 scalar, and its float32 gradients by name.
 
     Names and shapes are those of the network's state dict. The weights are not updated, and no
@@ -96,7 +96,7 @@ def ours_gradients(ours: Ours, batch: TrainBatch) -> tuple[Tensor, dict[str, Ten
     return loss, dict(twin.state_dict())
 
 
-def agree(ours: Ours, peer: Peer, name: str) -> None:
+def agree(ours: OurTraining, peer: Peer, name: str) -> None:
     """Check that two sides compute the same loss and gradients in float32, before either is timed.
 
     Both take our batch of step 0 with the same noise; they must have the same weights. ``name`` is
@@ -163,7 +163,7 @@ def usual_loss(
     return F.mse_loss(out.float(), target)
 
 
-class Diffusers:
+class DiffusersTraining:
     """The training step of diffusers' example, with a trainer's weights, settings and data.
 
     It runs at its best: fused AdamW, foreach averaging, channels_last, no wait for the GPU to log.
@@ -363,7 +363,7 @@ class OnTheirs:
 
     def __init__(self, peer: Lucidrains, config: TrainConfig) -> None:
         self.data, self.device, self.step = peer.data, peer.device, 0
-        flags = lucidrains.Flags(image_size=peer.data.shape[1])
+        flags = lucidrains.LucidrainsFlags(image_size=peer.data.shape[1])
         state = peer.unet.state_dict()
         unet: Any = RMSUNet(lucidrains.unet_config(state, flags))
         unet.load_state_dict(state)

@@ -6,13 +6,13 @@ import html
 import json
 from collections.abc import Sequence
 
-from flashddpm.benchmarks.measure.runs import Run
+from flashddpm.benchmarks.measure.runs import BenchmarkRun
 from flashddpm.benchmarks.reports.plots import PLOTS
 from flashddpm.benchmarks.reports.table import table
 from flashddpm.io import html_pages
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[BenchmarkRun]) -> str:
     """Return the HTML page of benchmark runs, which needs no other file.
 
     Args:
@@ -21,7 +21,7 @@ def page(runs: Sequence[Run]) -> str:
     return html_pages.page("flashddpm: measured", "".join(_section(run) for run in runs))
 
 
-def _section(run: Run) -> str:
+def _section(run: BenchmarkRun) -> str:
     head, _, rows = table(run).partition("\n\n")
     parts = [f"<h2>{html.escape(head)}</h2>"]
     for title, draw in PLOTS.items():

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flashddpm.benchmarks.measure.harness import Measurement
-from flashddpm.benchmarks.measure.runs import Run
+from flashddpm.benchmarks.measure.runs import BenchmarkRun
 
 DPI = 110
 SPEED_UP = re.compile(r"(?P<line>(?!energy).*)-batch-(?P<batch>\d+)(?P<peer>-\w+)?$")
@@ -25,7 +25,7 @@ STEP = re.compile(r"step-(?P<line>.*)-batch-(?P<batch>\d+)$")
 Points = list[tuple[int, dict[str, float]]]
 
 
-def lines_of(run: Run, pattern: re.Pattern[str], key: str) -> dict[str, Points]:
+def lines_of(run: BenchmarkRun, pattern: re.Pattern[str], key: str) -> dict[str, Points]:
     """Collect the results that make up the lines of a plot over the batch size.
 
     Args:
@@ -66,7 +66,7 @@ def crossover(points: Points) -> int | None:
     return None
 
 
-def speed_up(run: Run) -> Figure | None:
+def speed_up(run: BenchmarkRun) -> Figure | None:
     """Draw how many times as fast as each peer ours is, over the batch size, with quartiles.
 
     A vertical line marks the batch size from which on the CUDA graph gains nothing (`crossover`).
@@ -106,7 +106,7 @@ def speed_up(run: Run) -> Figure | None:
     return figure
 
 
-def roofline(run: Run) -> Figure | None:
+def roofline(run: BenchmarkRun) -> Figure | None:
     """Draw a roofline plot of whole sampling steps, and each kernel's share of its own bound.
 
     Steps are marked by operations per byte and TFLOP/s under the measured peak and bandwidth;
@@ -157,7 +157,7 @@ def _kernels(axes: Axes, results: Sequence[Measurement]) -> None:
     axes.legend(frameon=False, fontsize="x-small")
 
 
-def split(run: Run) -> Figure | None:
+def split(run: BenchmarkRun) -> Figure | None:
     """Draw the parts of each measured sampling step as a bar of fractions (`shares`).
 
     Args:
@@ -207,7 +207,7 @@ def shares(v: dict[str, float]) -> dict[str, float]:
     return {"floor": floor, "network above its floor": 1.0 - loop - floor, "loop": loop}
 
 
-def serving(run: Run) -> Figure | None:
+def serving(run: BenchmarkRun) -> Figure | None:
     """Draw latency and throughput of the serving policies against the load.
 
     Args:
@@ -229,7 +229,7 @@ def serving(run: Run) -> Figure | None:
 
 
 # The plots of a report: from the title to the function that draws it.
-PLOTS: dict[str, Callable[[Run], Figure | None]] = {
+PLOTS: dict[str, Callable[[BenchmarkRun], Figure | None]] = {
     "Speed-up by batch": speed_up,
     "Roofline: whole steps, and kernels": roofline,
     "What a step is made of": split,

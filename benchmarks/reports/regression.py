@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flashddpm.benchmarks.measure.runs import Run, differences
+from flashddpm.benchmarks.measure.runs import BenchmarkRun, differences
 
 Key = tuple[str, str]
 
@@ -56,7 +56,7 @@ class Verdict:
         return f"{what}: {self.old:.2f}x -> {self.new:.2f}x ({change:+.1f}%, A/A {self.noise:.3f})"
 
 
-def compared(old: Run, new: Run) -> Iterator[Verdict]:
+def compared(old: BenchmarkRun, new: BenchmarkRun) -> Iterator[Verdict]:
     """Yield a verdict on every case that has a ratio in either run, or failed in the new one.
 
     Failures come first. A case that failed in both runs has no verdict.
@@ -80,7 +80,7 @@ def compared(old: Run, new: Run) -> Iterator[Verdict]:
             yield _judge(key, before[key], after[key])
 
 
-def _ratios(run: Run) -> dict[Key, dict[str, float]]:
+def _ratios(run: BenchmarkRun) -> dict[Key, dict[str, float]]:
     return {(r.case, r.peer): r.values for r in run.results if "ratio" in r.values}
 
 
@@ -95,7 +95,7 @@ def _judge(key: Key, old: dict[str, float], new: dict[str, float]) -> Verdict:
     return Verdict(*key, verdict, old["ratio"], new["ratio"], noise)
 
 
-def report(old: Run, new: Run) -> tuple[str, bool]:
+def report(old: BenchmarkRun, new: BenchmarkRun) -> tuple[str, bool]:
     """Return the comparison of two runs as text, and whether something became worse.
 
     Args:

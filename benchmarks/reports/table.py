@@ -13,12 +13,12 @@ import re
 import sys
 from pathlib import Path
 
-from flashddpm.benchmarks.measure.runs import Run
+from flashddpm.benchmarks.measure.runs import BenchmarkRun
 
 PLACE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
-def table(run: Run) -> str:
+def table(run: BenchmarkRun) -> str:
     """Return the results of a run as a Markdown table, below a sentence about the machine.
 
     Args:
@@ -80,7 +80,7 @@ def filled(page: Path) -> str:
     """
 
     def place(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{table(Run.read(page.parent / found[2]))}\n\n{found[3]}"
+        return f"{found[1]}\n{table(BenchmarkRun.read(page.parent / found[2]))}\n\n{found[3]}"
 
     return PLACE.sub(place, page.read_text(encoding="utf-8"))
 

@@ -62,7 +62,7 @@ BOUNDS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Case:
+class ParityCase:
     """One configuration of a diffusers scheduler, whose images are compared with ours.
 
     Attributes:
@@ -112,16 +112,16 @@ class Case:
 
 
 LONG = (
-    Case("DDPM", "epsilon", "leading", "fixed_small", "clip", num_steps=1000),
-    Case("DDPM", "v_prediction", "leading", "fixed_large", "none", "squaredcos_cap_v2", 1000),
-    Case("DDPM", "epsilon", "linspace", "learned_range", "threshold", "scaled_linear", 1000),
-    Case("DDIM, eta 0", "epsilon", "leading", "-", "clip", num_steps=1000),
-    Case("SDE-DPM-Solver++", "v_prediction", "trailing", "-", "none", num_steps=1000),
-    Case("Euler ancestral", "epsilon", "linspace", "-", "-", num_steps=1000),
+    ParityCase("DDPM", "epsilon", "leading", "fixed_small", "clip", num_steps=1000),
+    ParityCase("DDPM", "v_prediction", "leading", "fixed_large", "none", "squaredcos_cap_v2", 1000),
+    ParityCase("DDPM", "epsilon", "linspace", "learned_range", "threshold", "scaled_linear", 1000),
+    ParityCase("DDIM, eta 0", "epsilon", "leading", "-", "clip", num_steps=1000),
+    ParityCase("SDE-DPM-Solver++", "v_prediction", "trailing", "-", "none", num_steps=1000),
+    ParityCase("Euler ancestral", "epsilon", "linspace", "-", "-", num_steps=1000),
 )
 
 
-def possible() -> Iterator[Case]:
+def possible() -> Iterator[ParityCase]:
     """Yield every combination of settings that diffusers can run; flashddpm can run them all.
 
     Betas are linear, and STEPS steps are taken in each.
@@ -136,17 +136,17 @@ def possible() -> Iterator[Case]:
         elif "DPM" in scheduler:
             bounds = ("none", "threshold")
         for variance, bound in itertools.product(variances, bounds):
-            yield Case(scheduler, kind, spacing, variance, bound)
+            yield ParityCase(scheduler, kind, spacing, variance, bound)
 
 
-def pairwise(cases: Sequence[Case]) -> list[Case]:
+def pairwise(cases: Sequence[ParityCase]) -> list[ParityCase]:
     """Choose few of the cases so that every pair of settings that some case has is covered.
 
     The choice is greedy: the case that covers most pairs comes next. The cases chosen are returned
     in the order given.
     """
 
-    def pairs(case: Case) -> set[tuple[tuple[int, str], ...]]:
+    def pairs(case: ParityCase) -> set[tuple[tuple[int, str], ...]]:
         return set(itertools.combinations(enumerate(case.cells()), 2))
 
     left = set().union(*map(pairs, cases))
@@ -174,7 +174,7 @@ def noise(step: int) -> Tensor:
     return torch.from_numpy(values).float()
 
 
-def network(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
+def network(case: ParityCase) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a small random network that predicts what a case's scheduler expects.
 
     It is a smooth function with a bounded x0 and a random bias for each element, made of sums,
@@ -217,7 +217,7 @@ def network(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
     return out
 
 
-def theirs(case: Case) -> Tensor:
+def theirs(case: ParityCase) -> Tensor:
     """Draw the images of a case by diffusers' scheduler, in the loop of its pipelines.
 
     Returns:
@@ -246,7 +246,7 @@ def theirs(case: Case) -> Tensor:
     return x
 
 
-def ours(case: Case, tables: str, match_diffusers: bool = False) -> Tensor:
+def ours(case: ParityCase, tables: str, match_diffusers: bool = False) -> Tensor:
     """Draw the images of a case by flashddpm's `Sampler`, on the noise that diffusers is given.
 
     Args:
@@ -290,7 +290,7 @@ class Row:
             match_diffusers changes the images by no more than 1e-6.
     """
 
-    case: Case
+    case: ParityCase
     float64: float
     tables: float
     matched: float | None
@@ -307,7 +307,7 @@ class Row:
         return "| " + " | ".join([*self.case.cells(), *numbers]) + " |"
 
 
-def measure(case: Case) -> Row:
+def measure(case: ParityCase) -> Row:
     """Draw the images of a case by both sides, and return their largest differences.
 
     Raises:

@@ -60,7 +60,7 @@ NUM_IMAGES = 1000
 
 
 @dataclass(frozen=True)
-class Case:
+class StudyPoint:
     """One point of the study: a solver, a spacing and a number of steps.
 
     Attributes:
@@ -82,7 +82,7 @@ class Case:
         return {"solver": self.solver, "num_steps": self.steps, **GRIDS[self.grid]}
 
 
-def cases(solvers: Sequence[str], grids: Sequence[str], steps: Sequence[int]) -> list[Case]:
+def cases(solvers: Sequence[str], grids: Sequence[str], steps: Sequence[int]) -> list[StudyPoint]:
     """Return all combinations of solver, spacing and number of steps, the fewest steps first.
 
     So a study that is stopped has whole columns of its table.
@@ -92,7 +92,9 @@ def cases(solvers: Sequence[str], grids: Sequence[str], steps: Sequence[int]) ->
         grids: names of spacings, keys of ``solver_plot.GRIDS``.
         steps: numbers of steps, in any order.
     """
-    return [Case(solver, grid, n) for n in sorted(steps) for solver in solvers for grid in grids]
+    return [
+        StudyPoint(solver, grid, n) for n in sorted(steps) for solver in solvers for grid in grids
+    ]
 
 
 def begin(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def begin(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def measure(
     sampler: Sampler,
-    wanted: Sequence[Case],
+    wanted: Sequence[StudyPoint],
     study: dict[str, Any],
     extractor: Features,
     real: Tensor,
@@ -280,7 +282,7 @@ def _check_counts(counts: Mapping[str, int], dimension: int) -> None:
         distances.check_frechet(name, count, dimension)
 
 
-def _check(args: argparse.Namespace) -> list[Case]:
+def _check(args: argparse.Namespace) -> list[StudyPoint]:
     """Check all arguments that can be checked without the model, and return the cases."""
     require_matplotlib()
     distances.require_fidelity()

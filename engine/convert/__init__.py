@@ -41,8 +41,8 @@ def convert(
         out: the folder to write; made if it does not exist.
         source: the project of the checkpoint: improved, guided or ddpt.
         allow_pickle: whether a file that is not .safetensors may be read.
-        flags: the model's flags in that project: the fields of openai_flags.Flags (but ``project``)
-            or lucidrains.Flags; image_size must be given.
+        flags: the model's flags in that project: the fields of openai_flags.OpenAIFlags (but
+            ``project``) or lucidrains.LucidrainsFlags; image_size must be given.
 
     Returns:
         Two lines of text: the number of parameters, timesteps, schedule, prediction and variance
@@ -56,22 +56,22 @@ def convert(
     """
     arguments.one_of("source", source, SOURCES)
     path = Path(checkpoint)
-    ours = lucidrains.Flags if source == "ddpt" else openai_flags.Flags
+    ours = lucidrains.LucidrainsFlags if source == "ddpt" else openai_flags.OpenAIFlags
     names = [field.name for field in dataclasses.fields(ours)]
     for name, value in flags.items():
         if name not in names or name == "project":
             raise ValueError(f"{name}={value!r}: must not be given, {source} has no such flag")
     if "image_size" not in flags:
         raise ValueError("image_size: must be given, as no checkpoint says it")
-    settings: openai_flags.Flags | lucidrains.Flags
+    settings: openai_flags.OpenAIFlags | lucidrains.LucidrainsFlags
     if source == "ddpt":
-        settings = lucidrains.Flags(**flags)
+        settings = lucidrains.LucidrainsFlags(**flags)
     else:
-        settings = openai_flags.Flags(project=source, **flags)
+        settings = openai_flags.OpenAIFlags(project=source, **flags)
     state = read_checkpoint(path, allow_pickle)
     config: NetworkConfig
     try:
-        if isinstance(settings, lucidrains.Flags):
+        if isinstance(settings, lucidrains.LucidrainsFlags):
             config, weights, scheduler = lucidrains.convert(state, settings)
             given = f"theta={settings.sinusoidal_pos_emb_theta:g}"
         else:

@@ -37,7 +37,7 @@ FIRST = "init_conv.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class LucidrainsFlags:
     """The arguments of Unet and GaussianDiffusion that a checkpoint's file may not say.
 
     None stands for what the file says, or else the project's default.
@@ -75,7 +75,7 @@ class Flags:
 
 
 def convert(
-    state: Mapping[str, Tensor], flags: Flags
+    state: Mapping[str, Tensor], flags: LucidrainsFlags
 ) -> tuple[RMSUNetConfig, dict[str, Tensor], dict[str, Any]]:
     """Return the config, state dict and scheduler config of such a checkpoint, for a model folder.
 
@@ -125,7 +125,7 @@ def _network_prefix(state: Mapping[str, Tensor], which: str | None) -> str:
     return chosen[0]
 
 
-def unet_config(weights: Mapping[str, Tensor], flags: Flags) -> RMSUNetConfig:
+def unet_config(weights: Mapping[str, Tensor], flags: LucidrainsFlags) -> RMSUNetConfig:
     """Return the settings of a network, read from the names and shapes of its weights.
 
     Args:
@@ -181,7 +181,9 @@ def _shape(weights: Mapping[str, Tensor], key: str, ndim: int) -> tuple[int, ...
     return tuple(weights[key].shape)
 
 
-def _scheduler(config: RMSUNetConfig, tables: Mapping[str, Table], flags: Flags) -> dict[str, Any]:
+def _scheduler(
+    config: RMSUNetConfig, tables: Mapping[str, Table], flags: LucidrainsFlags
+) -> dict[str, Any]:
     """Return the scheduler's config, from the file's tables or from the flags."""
     betas, weight = tables.get("betas"), tables.get("loss_weight")
     T = 1000 if flags.timesteps is None else flags.timesteps
@@ -258,7 +260,7 @@ def _schedule(betas: Table | None, T: int, name: str | None) -> dict[str, Any]:
     return {"trained_betas": betas.tolist()}
 
 
-def _objective(schedule: Mapping[str, Any], weight: Table | None, flags: Flags) -> str:
+def _objective(schedule: Mapping[str, Any], weight: Table | None, flags: LucidrainsFlags) -> str:
     """Return the objective that the file's loss weights show, or else that of the flags."""
     if weight is None:
         return flags.objective or "pred_v"

@@ -28,7 +28,7 @@ NOISE_SCHEDULES = ("linear", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class OpenAIFlags:
     """The flags of the projects' scripts, under their names, with their defaults.
 
     Attributes:
@@ -219,7 +219,7 @@ def _numbers(name: str, text: str) -> list[float]:
 
 
 def convert(
-    state: Mapping[str, Tensor], flags: Flags
+    state: Mapping[str, Tensor], flags: OpenAIFlags
 ) -> tuple[UNetConfig, dict[str, Tensor], dict[str, Any]]:
     """Return the config, state dict and scheduler config of an OpenAI checkpoint.
 
@@ -249,7 +249,7 @@ def convert(
     return config, converted, scheduler
 
 
-def describe(flags: Flags) -> str:
+def describe(flags: OpenAIFlags) -> str:
     """Return the flags that were taken as given, for no weights say them, as one line of text."""
     heads = "num_heads" if flags.num_head_channels == -1 else "num_head_channels"
     names = ("image_size", heads, "use_new_attention_order", "diffusion_steps", "noise_schedule")

@@ -155,7 +155,7 @@ def _entry(
 
 
 @dataclass(frozen=True)
-class Bound:
+class TimeBound:
     """The time that the counts of one kernel take on the reference card, in picoseconds an element.
 
     Attributes:
@@ -193,7 +193,7 @@ class Scorecard:
     gated: bool
 
     @property
-    def bounds(self) -> list[Bound]:
+    def bounds(self) -> list[TimeBound]:
         """The time bounds of the kernels that move images, on the reference card (an H100 SXM).
 
         Kernels with loops, or whose case was not counted, have none.
@@ -211,7 +211,7 @@ class Scorecard:
                 clock = MULTIPROCESSORS * CLOCK
                 times = {"memory": moved / BANDWIDTH * 1e12}
                 times |= {name: n / clock * 1e12 for name, n in entry.clocks.items()}
-                found.append(Bound(entry.kernel, entry.dtype, times))
+                found.append(TimeBound(entry.kernel, entry.dtype, times))
         return found
 
     @property

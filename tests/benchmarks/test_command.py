@@ -11,8 +11,8 @@ from flashddpm.benchmarks.cases import suites
 from flashddpm.benchmarks.command import bench
 from flashddpm.benchmarks.measure import runner
 from flashddpm.benchmarks.measure.harness import Measurement
-from flashddpm.benchmarks.measure.runner import Case
-from flashddpm.benchmarks.measure.runs import Failure, Run
+from flashddpm.benchmarks.measure.runner import BenchmarkCase
+from flashddpm.benchmarks.measure.runs import BenchmarkRun, Failure
 
 APP = typer.Typer()
 APP.command()(bench)
@@ -41,9 +41,11 @@ def comparison(case, ratio):
 def files(tmp_path):
     """Three files of one machine: a baseline, one of a slower case, and another's."""
     runs = {
-        "old": Run(MACHINE, [comparison("a", 2.0)]),
-        "new": Run(MACHINE, [comparison("a", 1.0)], left_out=["b"]),
-        "other": Run(MACHINE | {"threads": 2}, [comparison("b", 1.0)], [Failure("c", "why")]),
+        "old": BenchmarkRun(MACHINE, [comparison("a", 2.0)]),
+        "new": BenchmarkRun(MACHINE, [comparison("a", 1.0)], left_out=["b"]),
+        "other": BenchmarkRun(
+            MACHINE | {"threads": 2}, [comparison("b", 1.0)], [Failure("c", "why")]
+        ),
     }
     for name, run in runs.items():
         run.write(tmp_path / f"{name}.json")
@@ -60,7 +62,7 @@ def test_a_regression_is_exit_code_1(files):
 def test_files_are_merged(files, tmp_path):
     out = tmp_path / "all.json"
     assert call("--merge", files["old"], files["new"], "--out", out).exit_code == 0
-    assert [r.values["ratio"] for r in Run.read(out).results] == [1.0]
+    assert [r.values["ratio"] for r in BenchmarkRun.read(out).results] == [1.0]
     other = call("--merge", files["old"], files["other"], "--out", out)
     assert isinstance(other.exception, ValueError) and "threads: 1, 2" in str(other.exception)
 
@@ -108,7 +110,7 @@ def test_cases_are_measured_and_a_failure_is_exit_code_1(fails, tmp_path, monkey
 
     def cases(device, eager):
         asked.append((device, eager))
-        return [Case("a", "step", measure), Case("b", "training", measure)]
+        return [BenchmarkCase("a", "step", measure), BenchmarkCase("b", "training", measure)]
 
     monkeypatch.setattr(suites, "cases", cases)
     monkeypatch.setattr(runner, "_clean", lambda: None)
@@ -168,7 +170,7 @@ def test_cases_are_chosen_by_a_pattern(tmp_path, monkeypatch):
             ran.append(name)
             yield Measurement(name, "peer", "a note", {"figure": 1.0})
 
-        return Case(name, "sampling", measure)
+        return BenchmarkCase(name, "sampling", measure)
 
     monkeypatch.setattr(suites, "cases", lambda *_: [case("a-1"), case("b-1"), case("a-2")])
     out = tmp_path / "r.json"

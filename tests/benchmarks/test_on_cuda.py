@@ -138,7 +138,7 @@ def test_energy_is_measured_after_the_check_and_beyond_idle(monkeypatch):
     monkeypatch.setattr(sampling, "ours", lambda *a: Side("ours"))
     monkeypatch.setattr(sampling, "theirs", lambda *a: Side("theirs"))
     monkeypatch.setattr(energy, "window", window)
-    setting = sampling.Setting("cifar10", "bfloat16", "ddim", 4, 10, 1)
+    setting = sampling.SamplingSetting("cifar10", "bfloat16", "ddim", 4, 10, 1)
     (result,) = energy.energy(setting).measure("cuda")
     assert did == ["checked", "ours", "theirs"], "each is warm before its window"
     assert result.values == {
@@ -163,7 +163,7 @@ def test_the_counter_is_read_in_joules(monkeypatch):
 @pytest.mark.parametrize("peer", ["reference", "graphs", "unet", "best"])  # the quick first
 def test_ours_and_a_peer_agree_on_a_card(peer):
     for solver in ("ddim", "ddpm"):
-        setting = sampling.Setting("bundled", "bfloat16", solver, 2, 10, 1)
+        setting = sampling.SamplingSetting("bundled", "bfloat16", solver, 2, 10, 1)
         sampling.agree(setting, peer, "cuda")
 
 

@@ -58,8 +58,8 @@ def state_of(name: str, prefix: str = "model.", tables: str | None = None) -> di
     return state
 
 
-def flags(**given: Any) -> lucidrains.Flags:
-    return lucidrains.Flags(**{"image_size": 16, **given})
+def flags(**given: Any) -> lucidrains.LucidrainsFlags:
+    return lucidrains.LucidrainsFlags(**{"image_size": 16, **given})
 
 
 def network(name: str, state: dict[str, Tensor] | None = None, **given: Any) -> RMSUNet:

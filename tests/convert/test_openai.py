@@ -49,8 +49,8 @@ def state_of(name: str) -> dict[str, Tensor]:
     return dict(_states[name])
 
 
-def flags_of(name: str, **change: Any) -> openai_flags.Flags:
-    return openai_flags.Flags(project=name.split("_")[0], **{**CASES[name], **change})
+def flags_of(name: str, **change: Any) -> openai_flags.OpenAIFlags:
+    return openai_flags.OpenAIFlags(project=name.split("_")[0], **{**CASES[name], **change})
 
 
 @pytest.fixture(scope="module")

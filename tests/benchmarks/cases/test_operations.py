@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flashddpm.benchmarks.cases import operations
-from flashddpm.benchmarks.cases.operations import LARGE, SMALLEST, Card, Work
+from flashddpm.benchmarks.cases.operations import LARGE, SMALLEST, Card, KernelWork
 from flashddpm.benchmarks.measure import harness
 from flashddpm.benchmarks.peers import compiled_ops
 from flashddpm.kernels import OPS, Column, LossColumn, examples
@@ -186,7 +186,7 @@ def test_bytes_and_elements():
 
 def test_figures():
     """40 bytes an element would take 40 ps, its instructions 4 ps: memory is the bound."""
-    work = Work("op", torch.float32, 10**6, 40_000_000, 40_000_000)
+    work = KernelWork("op", torch.float32, 10**6, 40_000_000, 40_000_000)
     light = dataclasses.replace(work, once=10**6)
     assert operations.bound_seconds(CARD, work, 1e9) == pytest.approx(40e-6)
     assert operations.bound_seconds(CARD, light, 1e9) == pytest.approx(4e-6)
@@ -206,7 +206,7 @@ def test_figures():
 
 def test_figures_of_several_passes():
     """As fast as memory hands the images over is all of the bound, however often they are read."""
-    work = Work("op", torch.float32, 10**6, 40_000_000, 280_000_000)
+    work = KernelWork("op", torch.float32, 10**6, 40_000_000, 280_000_000)
     found = operations.figures(CARD, LARGE[0], work, 40e-6, 1e9, 0)
     assert (found["of_bound"], found["of_copy"]) == pytest.approx((1, 1))
     assert found["gb_per_s"] == pytest.approx(1000)
@@ -217,7 +217,7 @@ def test_figures_of_several_passes():
 
 def test_figures_of_the_smallest_size():
     for hot, met in ((2.9e-6, 1), (3.1e-6, 0)):
-        work = Work("op", torch.float32, 1, 1000, 1000)
+        work = KernelWork("op", torch.float32, 1, 1000, 1000)
         found = operations.figures(CARD, SMALLEST, work, 4e-6, 1e9, 0, hot)
         assert found["of_empty"] == pytest.approx(2) and found["hot_us"] == pytest.approx(hot * 1e6)
         assert found["hot_of_empty"] == pytest.approx(hot / 2e-6) and found["goal_met"] == met

@@ -7,7 +7,7 @@ import torch
 
 import flashddpm as fd
 from flashddpm.benchmarks.cases import sampling
-from flashddpm.benchmarks.cases.sampling import Setting
+from flashddpm.benchmarks.cases.sampling import SamplingSetting
 from flashddpm.benchmarks.measure import agreement, harness
 from flashddpm.benchmarks.peers import models, pipelines
 from flashddpm.benchmarks.peers.models import Model
@@ -40,7 +40,7 @@ def tiny(monkeypatch):
 
 
 def setting(dtype="float32", solver="ddim", batch=2, steps=5):
-    return Setting("cifar10", dtype, solver, batch, steps, 1)
+    return SamplingSetting("cifar10", dtype, solver, batch, steps, 1)
 
 
 def test_the_configurations_are_the_published_ones():

@@ -16,7 +16,7 @@ from flashddpm.benchmarks.measure import harness, runs
 from flashddpm.benchmarks.peers.serving_policies import Batches, InFlight
 
 SHAPE = (1, 3, 5)
-TINY = serving.Setting(max_batch=4, requests=16, loads=(0.5, 2.0), repeats=2, rounds=1)
+TINY = serving.ServingSetting(max_batch=4, requests=16, loads=(0.5, 2.0), repeats=2, rounds=1)
 
 
 def arithmetic(x_t, t, labels):
@@ -44,7 +44,7 @@ def engine(sampler):
 
 @pytest.fixture
 def case(sampler, engine):
-    return serving.Case(sampler, engine, serving.MIXES["mixed"], TINY)
+    return serving.ServingMix(sampler, engine, serving.MIXES["mixed"], TINY)
 
 
 def alone(request):
@@ -298,7 +298,7 @@ def test_the_engine_is_warm_before_anything_is_drawn(sampler, monkeypatch):
         return serve(*arguments)
 
     monkeypatch.setattr(serving, "serve", spy)
-    setting = serving.Setting(max_batch=2, requests=8, loads=(), repeats=1, rounds=1)
+    setting = serving.ServingSetting(max_batch=2, requests=8, loads=(), repeats=1, rounds=1)
     for result in serving.under_load("cpu", setting=setting):
         assert result.case.endswith("all-at-once") and len(did) > 2
         assert did == ["warm"] + ["serve"] * (len(did) - 1)
@@ -338,8 +338,8 @@ def test_the_suite_reports_each_policy_mix_and_load(sampler, monkeypatch):
 
 def test_all_at_once_is_a_ratio_of_throughput(case, monkeypatch):
     """In flight twice as fast is a ratio of 2."""
-    monkeypatch.setattr(serving.Case, "capacity", lambda self: 1.0)
-    monkeypatch.setattr(serving.Case, "under_load", lambda self, rate: {})
+    monkeypatch.setattr(serving.ServingMix, "capacity", lambda self: 1.0)
+    monkeypatch.setattr(serving.ServingMix, "under_load", lambda self, rate: {})
     monkeypatch.setattr(serving, "shares", lambda runs: {})
     ran = []
 
@@ -347,7 +347,7 @@ def test_all_at_once_is_a_ratio_of_throughput(case, monkeypatch):
         ran.append((name, rate))
         return {"throughput_per_second": {"in-flight": 8.0, "static": 4.0}[name]}
 
-    monkeypatch.setattr(serving.Case, "run", run)
+    monkeypatch.setattr(serving.ServingMix, "run", run)
     last = list(serving.results(case, "mixed"))[-1]
     assert (last.values["ratio"], last.values["ours_seconds"]) == (2, 16 / 8)
     assert set(ran) == {("in-flight", None), ("static", None)}
@@ -373,5 +373,7 @@ def test_the_settings_let_static_batches_fill():
 
 def test_results_can_be_written(tmp_path, case):
     values = serving.summary([case.run("in-flight", 100.0, 0)])
-    runs.Run({}, [harness.Measurement("serving", "", "", values)]).write(tmp_path / "r.json")
+    runs.BenchmarkRun({}, [harness.Measurement("serving", "", "", values)]).write(
+        tmp_path / "r.json"
+    )
     assert "occupancy_low" in (tmp_path / "r.json").read_text()

@@ -8,7 +8,7 @@ import torch
 
 import flashddpm as fd
 from flashddpm.benchmarks.cases import energy, first_call, roofline, steps
-from flashddpm.benchmarks.cases.roofline import Speed, Work
+from flashddpm.benchmarks.cases.roofline import Speed, StepWork
 from flashddpm.benchmarks.measure import harness
 from flashddpm.benchmarks.peers import models
 
@@ -66,11 +66,11 @@ def test_work_grows_with_the_batch_and_weights_are_read_once():
 
 def test_the_floor_is_the_longer_of_two_times():
     speed = Speed(flops=100.0, bytes=10.0)
-    assert speed.floor(Work(200, 10)) == 2 and speed.floor(Work(200, 40)) == 4
+    assert speed.floor(StepWork(200, 10)) == 2 and speed.floor(StepWork(200, 40)) == 4
 
 
 def test_shares_of_the_floors(monkeypatch):
-    monkeypatch.setattr(roofline, "work_of", lambda *a: Work(200, 10))
+    monkeypatch.setattr(roofline, "work_of", lambda *a: StepWork(200, 10))
     values = steps.shares(None, torch.float32, 1, 4.0, Speed(100.0, 10.0))
     assert values["of_flop_floor"] == 0.5 and values["of_byte_floor"] == 0.25
 

@@ -42,12 +42,12 @@ def lucid(tmp_path):
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_diffusers_step_has_our_loss_and_gradients(tmp_path, kind):
     trainer = trainer_of(tmp_path, prediction_type=kind)
-    training_peers.agree(trainer, training_peers.Diffusers(trainer), "diffusers")
+    training_peers.agree(trainer, training_peers.DiffusersTraining(trainer), "diffusers")
 
 
 def test_without_labels(tmp_path):
     trainer = trainer_of(tmp_path, labels=False)
-    training_peers.agree(trainer, training_peers.Diffusers(trainer), "diffusers")
+    training_peers.agree(trainer, training_peers.DiffusersTraining(trainer), "diffusers")
 
 
 def test_steps_of_denoising_diffusion_pytorch_have_our_loss_and_gradients(lucid):
@@ -73,7 +73,7 @@ def off_by(peer, what):
 def test_another_step_is_not_timed(trainer, lucid, what):
     theirs, config = lucid
     pairs = [
-        (trainer, training_peers.Diffusers(trainer)),
+        (trainer, training_peers.DiffusersTraining(trainer)),
         (training_peers.OnTheirs(theirs, config), theirs),
     ]
     match = "loss: differs from peer's by" if what == "loss" else "gradient of .*: differs"
@@ -84,7 +84,7 @@ def test_another_step_is_not_timed(trainer, lucid, what):
 
 
 def test_a_parameter_that_one_side_lacks_is_not_timed(trainer):
-    peer = training_peers.Diffusers(trainer)
+    peer = training_peers.DiffusersTraining(trainer)
     peer.unet.register_parameter("odd", nn.Parameter(torch.zeros(1)))
     loss = peer.loss
     peer.loss = lambda *arguments: loss(*arguments) + 0 * peer.unet.odd.sum()
@@ -96,11 +96,11 @@ def test_gradients_that_are_zero_agree_on_nothing(tmp_path):
     """A fresh network's output is 0, and with it all gradients but the last layer's."""
     trainer = Trainer(TrainConfig(9, **SMALL), training.data(), tmp_path, "cpu")
     with pytest.raises(AssertionError, match="is 0, so nothing is checked"):
-        training_peers.agree(trainer, training_peers.Diffusers(trainer), "peer")
+        training_peers.agree(trainer, training_peers.DiffusersTraining(trainer), "peer")
 
 
 def test_agreement_leaves_the_weights_and_no_gradient(trainer):
-    peer = training_peers.Diffusers(trainer)
+    peer = training_peers.DiffusersTraining(trainer)
     before = copy.deepcopy(trainer.unet.state_dict())
     training_peers.agree(trainer, peer, "peer")
     for network in (trainer.unet, peer.unet):
@@ -112,7 +112,7 @@ def test_agreement_leaves_the_weights_and_no_gradient(trainer):
 @pytest.mark.parametrize("count", [1, 3])
 def test_both_sides_take_the_steps_asked_for(trainer, count):
     """The moved weights, the average towards them, the number of updates."""
-    peer = training_peers.Diffusers(trainer)
+    peer = training_peers.DiffusersTraining(trainer)
     first = {name: p.detach().clone() for name, p in trainer.stepper.params.items()}
     ours = [p.detach().clone() for p in peer.params]
     training_peers.ours_steps(trainer, count)
@@ -136,7 +136,7 @@ def test_several_of_our_steps_are_the_same_as_one_by_one(tmp_path):
 
 
 def test_clipping_of_the_peer_is_ours(trainer, monkeypatch):
-    peer = training_peers.Diffusers(trainer)
+    peer = training_peers.DiffusersTraining(trainer)
     seen = []
     clip = nn.utils.clip_grad_norm_
     monkeypatch.setattr(
@@ -148,7 +148,7 @@ def test_clipping_of_the_peer_is_ours(trainer, monkeypatch):
 
 def test_labels_of_the_peer_are_dropped_as_often_as_ours(tmp_path):
     trainer = trainer_of(tmp_path, batch_size=1000, label_dropout=0.3)
-    _, _, labels = training_peers.Diffusers(trainer)._batch()
+    _, _, labels = training_peers.DiffusersTraining(trainer)._batch()
     share = (labels == training.CLASSES).float().mean().item()
     assert abs(share - 0.3) < 6 * math.sqrt(0.3 * 0.7 / 1000)
     assert set(labels.tolist()) == set(range(training.CLASSES + 1))
@@ -188,7 +188,7 @@ def test_our_step_around_their_network_moves_it(lucid):
     assert ours.step == 2
     after = ours.stepper.unet.state_dict()
     assert sum(not torch.equal(before[k], after[k]) for k in before) > len(before) // 2
-    assert lucidrains.unet_config(after, lucidrains.Flags(image_size=8)).dim == 32
+    assert lucidrains.unet_config(after, lucidrains.LucidrainsFlags(image_size=8)).dim == 32
 
 
 # Cases
@@ -251,7 +251,7 @@ def test_the_published_network_is_trained_from_its_weights(monkeypatch):
         assert trainer.data.shape == (3, 32, 32) and trainer.data.num_classes is None
         for name, value in of.unet.state_dict().items():
             assert torch.equal(trainer.unet.state_dict()[name], value), name
-        training_peers.agree(trainer, training_peers.Diffusers(trainer), "diffusers")
+        training_peers.agree(trainer, training_peers.DiffusersTraining(trainer), "diffusers")
 
 
 def test_the_cases():

@@ -39,7 +39,7 @@ def test_results_are_written_in_the_schema(tmp_path):
     comparison = harness.compare(lambda: None, lambda: None, rounds=1)
     result = harness.Measurement.of("case", "peer", "note", comparison)
     assert "case against peer" in result.line()
-    runs.Run(harness.environment("cpu"), [result]).write(tmp_path / "new" / "r.json")
+    runs.BenchmarkRun(harness.environment("cpu"), [result]).write(tmp_path / "new" / "r.json")
     content = json.loads((tmp_path / "new" / "r.json").read_text())
     assert content["schema"] == runs.SCHEMA
     assert content["environment"]["versions"]["torch"]

@@ -7,8 +7,8 @@ import pytest
 
 from flashddpm.benchmarks.measure import harness, runner, runs
 from flashddpm.benchmarks.measure.harness import Measurement
-from flashddpm.benchmarks.measure.runner import Case, run_cases
-from flashddpm.benchmarks.measure.runs import Failure, Run
+from flashddpm.benchmarks.measure.runner import BenchmarkCase, run_cases
+from flashddpm.benchmarks.measure.runs import BenchmarkRun, Failure
 
 
 def result(case, peer="peer", **values):
@@ -22,7 +22,7 @@ def case(name, *results, error=None, needs=(), suite="step"):
         if error:
             raise error
 
-    return Case(name, suite, measure, needs)
+    return BenchmarkCase(name, suite, measure, needs)
 
 
 class Clock:
@@ -39,13 +39,13 @@ class Clock:
                 self.now += each
                 yield result(name if len(seconds) == 1 else f"{name}-{i}")
 
-        return Case(name, "step", measure)
+        return BenchmarkCase(name, "step", measure)
 
 
 def go(cases, tmp_path, **options):
     said = []
-    run = run_cases(cases, "cpu", Run({}), tmp_path / "r.json", say=said.append, **options)
-    assert Run.read(tmp_path / "r.json") == run
+    run = run_cases(cases, "cpu", BenchmarkRun({}), tmp_path / "r.json", say=said.append, **options)
+    assert BenchmarkRun.read(tmp_path / "r.json") == run
     return run, said
 
 
@@ -58,7 +58,7 @@ def test_each_result_is_written_before_the_next_is_measured(tmp_path):
             seen.append([r["case"] for r in content["results"]])
             yield result(f"a-{i}")
 
-    run, said = go([Case("a", "step", measure)], tmp_path)
+    run, said = go([BenchmarkCase("a", "step", measure)], tmp_path)
     assert seen == [[], ["a-0"], ["a-0", "a-1"]]
     assert said == [r.line() for r in run.results]
     assert [r.case for r in run.results] == ["a-0", "a-1", "a-2"]
@@ -78,8 +78,8 @@ def test_a_failed_case_gives_no_figures_and_the_next_one_follows(tmp_path, error
 def test_an_interrupt_ends_the_run_with_everything_written(tmp_path):
     cases = [case("a", result("a"), error=KeyboardInterrupt())]
     with pytest.raises(KeyboardInterrupt):
-        run_cases(cases, "cpu", Run({}), tmp_path / "r.json", say=lambda line: None)
-    assert [r.case for r in Run.read(tmp_path / "r.json").results] == ["a"]
+        run_cases(cases, "cpu", BenchmarkRun({}), tmp_path / "r.json", say=lambda line: None)
+    assert [r.case for r in BenchmarkRun.read(tmp_path / "r.json").results] == ["a"]
 
 
 def test_a_budget_finishes_what_runs_and_lists_the_rest(tmp_path, monkeypatch):
@@ -113,7 +113,11 @@ def test_the_card_is_read_after_each_case_on_a_gpu(tmp_path, monkeypatch):
         yield result("a")
 
     run = run_cases(
-        [Case("a", "step", measure)], "cuda", Run({}), tmp_path / "r.json", say=lambda line: None
+        [BenchmarkCase("a", "step", measure)],
+        "cuda",
+        BenchmarkRun({}),
+        tmp_path / "r.json",
+        say=lambda line: None,
     )
     assert run.cards == [{"case": "a", "temperature_c": 40}]
 
@@ -123,22 +127,27 @@ THERE = HERE | {"command": "b", "gpu": {"temperature_c": 2}}
 
 
 def test_runs_merge_and_the_latest_outcome_counts():
-    first = Run(HERE, [result("a"), result("b"), result("b", "other")], [Failure("c", "x")])
+    first = BenchmarkRun(
+        HERE, [result("a"), result("b"), result("b", "other")], [Failure("c", "x")]
+    )
     first.left_out = ["d", "e"]
-    second = Run(THERE, [result("b", seconds=2.0), result("c")], left_out=["e", "f"])
+    second = BenchmarkRun(THERE, [result("b", seconds=2.0), result("c")], left_out=["e", "f"])
     whole = runs.merged([first, second])
     assert [(r.case, r.peer) for r in whole.results] == [
         ("a", "peer"), ("b", "other"), ("b", "peer"), ("c", "peer")
     ]  # fmt: skip
     assert whole.results[2].values == {"seconds": 2.0}
     assert whole.failures == [] and whole.left_out == ["d", "e", "f"]
-    assert runs.merged([first, Run(HERE, failures=[Failure("c", "y")])]).failures[0].reason == "y"
+    assert (
+        runs.merged([first, BenchmarkRun(HERE, failures=[Failure("c", "y")])]).failures[0].reason
+        == "y"
+    )
 
 
 def test_other_machines_do_not_merge():
     other = HERE | {"threads": 4, "versions": {"torch": "2"}}
     with pytest.raises(ValueError, match=r"threads: 2, 4; versions.torch: '1', '2'$"):
-        runs.merged([Run(HERE), Run(other)])
+        runs.merged([BenchmarkRun(HERE), BenchmarkRun(other)])
 
 
 @pytest.mark.parametrize(
@@ -155,11 +164,11 @@ def test_broken_files_are_refused_by_name(tmp_path, text):
     path = tmp_path / "r.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"r\.json: is no file of results"):
-        Run.read(path)
+        BenchmarkRun.read(path)
 
 
 def test_files_of_the_first_schema_are_read(tmp_path):
     path = tmp_path / "r.json"
     values = {"case": "a", "peer": "", "note": "", "values": {}}
     path.write_text(json.dumps({"schema": 1, "environment": {}, "results": [values]}))
-    assert Run.read(path) == Run({}, [Measurement("a", "", "", {})])
+    assert BenchmarkRun.read(path) == BenchmarkRun({}, [Measurement("a", "", "", {})])

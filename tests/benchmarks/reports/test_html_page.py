@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from flashddpm.benchmarks.measure.harness import Measurement
-from flashddpm.benchmarks.measure.runs import Failure, Run
+from flashddpm.benchmarks.measure.runs import BenchmarkRun, Failure
 from flashddpm.benchmarks.reports import html_page, plots, table
 
 WHERE = {
@@ -33,7 +33,7 @@ def step(batch, ms=2.0, loop=0.5, flop=0.25, byte=0.125):
     return Measurement(f"step-m-float32-batch-{batch}", "nothing", "n", values)
 
 
-RUN = Run(
+RUN = BenchmarkRun(
     WHERE,
     [
         *(ratio(f"m-ddim-batch-{b}-best", 1 + 1 / b) for b in (1, 16)),
@@ -49,7 +49,9 @@ RUN = Run(
 
 
 def test_lines_are_by_case_and_peer_in_the_order_of_batches():
-    run = Run({}, [ratio("m-batch-16-best", 2), ratio("m-batch-2-best", 3), ratio("m-batch-2", 4)])
+    run = BenchmarkRun(
+        {}, [ratio("m-batch-16-best", 2), ratio("m-batch-2-best", 3), ratio("m-batch-2", 4)]
+    )
     lines = plots.lines_of(run, plots.SPEED_UP, "ratio")
     assert {name: [(b, v["ratio"]) for b, v in points] for name, points in lines.items()} == {
         "m-best": [(2, 3), (16, 2)], "m": [(2, 4)]
@@ -90,12 +92,12 @@ def test_the_crossover_is_marked():
 
 def test_kernels_and_steps_have_a_panel_each():
     assert [axes.get_title() for axes in plots.roofline(RUN).axes] == ["whole steps", "kernels"]
-    kernels = Run({}, [r for r in RUN.results if "of_bound" in r.values])
+    kernels = BenchmarkRun({}, [r for r in RUN.results if "of_bound" in r.values])
     assert [axes.get_title() for axes in plots.roofline(kernels).axes] == ["kernels"]
 
 
 def test_nothing_to_draw_is_no_picture():
-    assert [draw(Run({})) for draw in plots.PLOTS.values()] == [None] * 4
+    assert [draw(BenchmarkRun({})) for draw in plots.PLOTS.values()] == [None] * 4
 
 
 class Page(html.parser.HTMLParser):
@@ -144,5 +146,5 @@ def test_a_page_is_filled_from_the_files_that_it_names(tmp_path):
 
 def test_figures_stand_with_their_quartiles():
     values = {"load": 0.7, "p50_seconds": 1.0, "p50_seconds_low": 0.5, "p50_seconds_high": 2.0}
-    run = Run(WHERE, [Measurement("a", "nothing", "", values | {"low": 3.0})])
+    run = BenchmarkRun(WHERE, [Measurement("a", "nothing", "", values | {"low": 3.0})])
     assert "| a | load 0.7, p50 seconds 1 (0.5 to 2), low 3 | | | |" in table.table(run)

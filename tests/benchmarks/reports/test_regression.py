@@ -3,7 +3,7 @@
 import pytest
 
 from flashddpm.benchmarks.measure.harness import Measurement
-from flashddpm.benchmarks.measure.runs import Failure, Run
+from flashddpm.benchmarks.measure.runs import BenchmarkRun, Failure
 from flashddpm.benchmarks.reports import regression
 
 
@@ -15,7 +15,7 @@ def run(*ratios, failures=(), **environment):
             ratio, half, spread = each
             values = {"ratio": ratio, "ratio_low": ratio - half, "ratio_high": ratio + half}
             results.append(Measurement(name, "peer", "", values | {"spread": spread}))
-    return Run(environment, results, [Failure(name, "x") for name in failures])
+    return BenchmarkRun(environment, results, [Failure(name, "x") for name in failures])
 
 
 def verdicts(old, new):
@@ -49,7 +49,7 @@ def test_new_gone_and_failed_cases():
 
 
 def test_figures_without_a_peer_are_not_judged():
-    old, new = (Run({}, [Measurement("a", "", "", {"seconds": s})]) for s in (1.0, 9.0))
+    old, new = (BenchmarkRun({}, [Measurement("a", "", "", {"seconds": s})]) for s in (1.0, 9.0))
     assert regression.report(old, new) == ("nothing to compare: no ratio in both", False)
 
 

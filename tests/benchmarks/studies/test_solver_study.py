@@ -10,7 +10,7 @@ import torch
 
 import flashddpm as fd
 from flashddpm.benchmarks.studies import solver_plot, solver_study
-from flashddpm.benchmarks.studies.solver_study import Case
+from flashddpm.benchmarks.studies.solver_study import StudyPoint
 from flashddpm.checkpoints.model_folder import save_model
 from flashddpm.diffusion.solvers import SOLVERS
 from flashddpm.evaluation import distances
@@ -84,7 +84,7 @@ def test_a_model_that_draws_one_picture_has_the_distance_of_its_mean(sampler, ex
     rng = np.random.default_rng(0)
     real = torch.from_numpy(rng.normal(150.0, 3.0, (500, 4)))
     study = {"settings": {"images": 9}, "results": [], "left_out": []}
-    case = Case("ddim", "trailing", 3)
+    case = StudyPoint("ddim", "trailing", 3)
     (found,) = solver_study.measure(sampler, [case], study, extractor, real)
     value = round((0.25 / 2 + 0.5) * 255)
     wanted = ((real.mean(0) - value) ** 2).sum() + torch.cov(real.T).trace()
