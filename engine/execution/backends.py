@@ -1,4 +1,4 @@
-"""The paths by which a network runs: plain PyTorch, or fused kernels, compiled and captured."""
+"""Backends: the paths by which a network runs, plain PyTorch or fused kernels and compiled code."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ BACKENDS = ("auto", "reference", "fused")
 
 @dataclass(frozen=True)
 class Backend:
-    """A path, and what of it is used.
+    """The backend (path) by which a network runs, and which of its means are used.
 
     Attributes:
-        name: "reference" or "fused".
-        compile: True, False or "auto".
-        capture: whether the step becomes a CUDA graph.
-        ops: the module whose operations a step calls.
+        name: "reference" (plain PyTorch) or "fused".
+        compile: whether the network is compiled: True, False, or "auto" for where that repays its
+            cost.
+        capture: whether the step is captured as a CUDA graph.
+        ops: the module whose operations a step calls: `flashddpm.kernels`, which has the Triton
+            kernels, for "fused" on CUDA, else `flashddpm.kernels.reference`.
     """
 
     name: str
@@ -40,18 +42,22 @@ def choose_backend(
     device: torch.device,
     plain: bool,
 ) -> Backend:
-    """Return the path for these arguments of ``Sampler``.
+    """Choose the backend for the arguments of a `Sampler`, its device and its network.
+
+    Without Triton, backend="auto" on CUDA becomes "reference", unless compile or capture is True.
 
     Args:
-        backend: "auto", "reference" or "fused".
-        compile: True, False or "auto".
-        capture: True, False or "auto".
-        device: where the network runs.
-        plain: whether the network is ours, with nothing hanging on it: any other is compiled and
-            captured only when asked.
+        backend: "reference", "fused", or "auto", which means "fused".
+        compile: whether the network is to be compiled: True, False or "auto".
+        capture: whether steps are to be captured as CUDA graphs: True, False or "auto".
+        device: the device on which the network runs, a CPU or a CUDA device.
+        plain: whether the network is one of flashddpm's own, without hooks or another forward set
+            on it. With "auto" any other network is neither compiled nor captured.
 
     Raises:
-        ValueError: a value that is not allowed, or a path that this device or machine has not.
+        ValueError: if backend, compile or capture has a value that is not allowed, if compile or
+            capture is True beside backend="reference", if capture is True and the device is no CUDA
+            device, or if the fused path, compile or capture is asked for on CUDA without Triton.
     """
     arguments.one_of("backend", backend, BACKENDS)
     for name, flag in (("compile", compile), ("capture", capture)):

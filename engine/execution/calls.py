@@ -1,4 +1,4 @@
-"""Networks and calls of the user's own, as the loop calls a network."""
+"""Adapters that give a network, or the user's own call of one, the signature that a step calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from flashddpm.execution.step import Call, Network
 
 
 def positional(network: Call) -> Network:
-    """Call a network by what it takes: (x_t, t), and labels if there are any."""
+    """Return a function of a step's signature that calls a network with positional arguments.
+
+    Args:
+        network: called with x_t, [L, C, H, W], and t, [L], and where there are labels with labels,
+            int64 [L], as the third; it returns the output, [L, C or 2C, H, W].
+
+    Returns:
+        A function (x_t, t, labels or None, index) -> output, which does not use index.
+    """
 
     def predict(x_t: Tensor, t: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
         return network(x_t, t) if labels is None else network(x_t, t, labels)
@@ -22,7 +30,17 @@ def positional(network: Call) -> Network:
 
 
 def by_call(call: Call) -> Network:
-    """Call what the user gave as ``call``: (x_t, t, labels), and index if it has that parameter."""
+    """Return a function of a step's signature that calls the network by the user's ``call``.
+
+    Args:
+        call: called with x_t, [L, C, H, W] for L lanes (network evaluations), t, [L], and labels,
+            int64 [L] or None; and with index, int64 [L], by name, where it has a parameter
+            ``index``. It returns the output, [L, C or 2C, H, W].
+
+    Returns:
+        A function (x_t, t, labels or None, index) -> output; index is the place of each lane's
+        image among the images asked for.
+    """
 
     def predict(x_t: Tensor, t: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
         return call(x_t, t, labels)

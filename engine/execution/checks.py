@@ -1,4 +1,4 @@
-"""What a network and a plan must be for one another, checked before any work."""
+"""Checks, before any work, that a network fits the images, the labels, a plan or a state dict."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from flashddpm.networks.state_dict import mismatches
 def check_network(
     network: Network, shape: tuple[int, int, int], conditioning: Conditioning
 ) -> None:
-    """Refuse a network of ours that does not take these images or labels.
+    """Raise unless one of flashddpm's own networks takes images of this shape and these labels.
 
     Args:
-        network: the network, of which the config is read.
-        shape: (C, H, W) of an image.
-        conditioning: the labels that it is to take.
+        network: the network, of which only the config is read.
+        shape: (C, H, W) of an image, in pixels.
+        conditioning: the labels that the network is to take.
 
     Raises:
-        ValueError: other channels, sides that it cannot halve, or too few class embeddings.
+        ValueError: if the network does not take C channels or does not return C or 2C, if H or W is
+            no multiple of the factor by which the network shrinks images, if only one of the
+            network and the conditioning has classes, or if the network has too few class
+            embeddings.
     """
     config, (C, H, W) = network.config, shape
     multiple = config.multiple
@@ -42,15 +45,15 @@ def check_network(
 
 
 def check_variance(plan: Plan, channels: int, image_channels: int) -> None:
-    """Refuse a plan that learns its variance for a network without channels for it.
+    """Raise if a plan needs a learned variance that the network does not predict.
 
     Args:
-        plan: the rows.
-        channels: how many channels the network returns.
-        image_channels: how many channels an image has.
+        plan: the plan (a table of coefficients, one row a step).
+        channels: the number of channels that the network returns.
+        image_channels: the number of channels C of an image.
 
     Raises:
-        ValueError: the plan needs twice as many channels as come out.
+        ValueError: if the plan learns its variance and the network does not return 2C channels.
     """
     if plan.learns_variance and channels != 2 * image_channels:
         raise ValueError(
@@ -60,14 +63,16 @@ def check_variance(plan: Plan, channels: int, image_channels: int) -> None:
 
 
 def check_state(network: Any, state: Mapping[str, Tensor]) -> Network:
-    """Return the network, once a state dict has been found to be one of its own.
+    """Check that a state dict fits a network of flashddpm's own, and return that network.
 
     Args:
-        network: of a sampler.
-        state: with diffusers' keys.
+        network: the network of a sampler, of any kind.
+        state: the weights by diffusers' keys.
 
     Raises:
-        ValueError: the network is not one of ours, or keys, shapes or numbers are not its own.
+        ValueError: if the network is none of flashddpm's own; or if keys are missing or unknown,
+            shapes are wrong, or weights are not floating-point numbers or not finite in the
+            network's dtype.
     """
     if not isinstance(network, registry.Network):
         raise ValueError("update_weights: the network is not flashddpm's own")

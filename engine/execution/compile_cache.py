@@ -1,6 +1,6 @@
-"""Where compiled code is kept: a folder of the user's own, for it is executed as it is found.
+"""The cache folder of compiled code, which must be the user's alone, since its files are executed.
 
-Never a model's folder, and not the shared temporary folder that torch would take.
+It is never in a model's folder, and not the shared temporary folder that torch would use.
 """
 
 from __future__ import annotations
@@ -13,18 +13,26 @@ VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"
 
 
 def folder() -> Path:
-    """Return $XDG_CACHE_HOME/flashddpm, by default ~/.cache/flashddpm."""
+    """Return the cache folder, $XDG_CACHE_HOME/flashddpm or by default ~/.cache/flashddpm."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "flashddpm"
 
 
 def keep_compiled_code(root: Path | None = None) -> Path | None:
-    """Point torch and Triton to a private folder, unless the user has said where; return it.
+    """Make torch and Triton keep compiled code in a private folder, which is created and returned.
 
-    None where no private folder can be had: torch's own choice then stays.
+    That sets the environment variables TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR of this process
+    to subfolders, unless they are set already.
+
+    Args:
+        root: the folder; None for the one that `folder` returns.
+
+    Returns:
+        The folder; or None if it cannot be created, in which case nothing is set.
 
     Raises:
-        ValueError: the folder is another user's, or others may write to it.
+        ValueError: if, on POSIX, the folder belongs to another user, or its group or others may
+            write to it.
     """
     root = folder() if root is None else root
     try:

@@ -1,4 +1,4 @@
-"""The network compiled: once for each number of lanes, and only where that repays its cost."""
+"""`CompiledNetwork`: a network under torch.compile, compiled once for each number of lanes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from flashddpm.execution.step import Network, evaluate
 log = logging.getLogger("flashddpm")
 
 MAX_SHAPES = 128
-"""Where Dynamo by itself stops at 8, with one warning."""
+"""The number of compilations of one function that are allowed; Dynamo's own limit is 8."""
 
 GUARDED = {"recompile_limit": MAX_SHAPES, "skip_nnmodule_hook_guards": False}
-"""Dynamo by itself runs code that was compiled before a hook was set, without the hook."""
+"""The settings of Dynamo under which the network is called.
+
+Without the second, Dynamo runs code that was compiled before a hook was set, without the hook.
+"""
 
 # compile="auto" on the CPU: compiling takes about a minute and saves about a quarter of the time
 # of eager convolutions, which run at some 20 GFLOP/s a core. Rough figures; only the order counts.
@@ -29,7 +32,15 @@ COMPILE_SECONDS, SAVED, FLOPS_PER_CORE = 60.0, 0.25, 20e9
 
 
 def repays(flops: float) -> tuple[bool, str]:
-    """Return whether so many floating-point operations on the CPU repay compiling, and why."""
+    """Decide whether work on the CPU repays about a minute of compiling.
+
+    Args:
+        flops: the floating-point operations of all the work.
+
+    Returns:
+        Whether compiling repays, and the reason as a text with both times in seconds, estimated by
+        torch's number of threads.
+    """
     seconds = flops / (FLOPS_PER_CORE * torch.get_num_threads())
     chosen = seconds * SAVED > COMPILE_SECONDS
     verb = "repays" if chosen else "does not repay"
@@ -40,10 +51,11 @@ def repays(flops: float) -> tuple[bool, str]:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Turn whatever the compiler raises into one error of one line.
+    """Turn the errors of torch's compiler, raised in this context, into a `CompilationError`.
 
     Raises:
-        CompilationError: the compiler failed; its cause is the compiler's own error.
+        CompilationError: if the compiler fails; its text is one line, its cause the compiler's
+            error.
     """
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
@@ -62,15 +74,17 @@ def compiling() -> Iterator[None]:
 
 
 class CompiledNetwork:
-    """A network, compiled when it is first wanted.
+    """A network under torch.compile; it is compiled at its first call with each new input shape.
 
     Args:
-        predict: the network.
-        tune: whether compiling tries many kernels for each operation, for minutes.
+        predict: the network, called as a step calls it (`flashddpm.execution.step.Network`).
+        tune: whether the compiler tries many kernels for each operation, which takes minutes.
 
     Attributes:
-        shapes: the numbers of lanes it is compiled for, and whether timesteps were floats.
-        exact: the numbers of lanes of which bits were seen not to depend on the lane.
+        tune: as above.
+        shapes: a set of (lanes, fractional): the numbers of lanes (network evaluations in a call)
+            for which the network is compiled, and whether timesteps were fractional.
+        exact: the set of numbers of lanes for which `prove_exact` saw the same bits in each lane.
     """
 
     def __init__(self, predict: Network, tune: bool) -> None:
@@ -80,7 +94,12 @@ class CompiledNetwork:
 
     @cached_property
     def network(self) -> Network:
-        """The compiled network."""
+        """The compiled network, a function (x_t, told, labels, index) -> output.
+
+        Shapes and dtypes are those of `flashddpm.execution.step.Network`. A call raises
+        CompilationError if the compiler fails; the first access raises ValueError if others may
+        write to the folder of compiled code.
+        """
         keep_compiled_code()
         mode = "max-autotune-no-cudagraphs" if self.tune else None
         log.info("compiling the network (%s)", mode or "default")
@@ -94,23 +113,36 @@ class CompiledNetwork:
         return call
 
     def prepare(self, slots: Slots, fractional: bool) -> None:
-        """Compile for the lanes of these buffers, if that is new."""
+        """Compile the network for the lanes of some buffers by one call, unless that is done.
+
+        Args:
+            slots: the buffers, whose lanes (network evaluations) are run.
+            fractional: whether the network is given timesteps as float32 instead of int64.
+
+        Raises:
+            CompilationError: if the compiler fails.
+            ValueError: if the network's output is of a wrong shape.
+        """
         shape = (len(slots.lane_slot), fractional)
         if shape not in self.shapes:
             evaluate(slots, self.network, fractional)
             self.shapes.add(shape)
 
     def prove_exact(self, image: Tensor, told: Tensor, L: int, labelled: bool) -> None:
-        """Refuse exact mode where the network's bits depend on the lane: try.
+        """Run one image in all lanes, and raise unless each lane's output has the same bits.
 
-        They do on the CPU for some odd sizes, where loops over the whole batch end in tails that
-        round differently.
+        They may differ on the CPU for some odd sizes, where a loop over the whole batch ends in a
+        remainder that is rounded differently.
 
         Args:
-            image: [1, C, H, W], which is run in every lane.
-            told: [1] or [1, E], what the network is told of time.
-            L: lanes.
-            labelled: whether the network takes labels.
+            image: [1, C, H, W], in the dtype of the network's input.
+            told: what the network is given for the timestep: int64 [1], or the embedding [1, E].
+            L: the number of lanes (network evaluations in a call).
+            labelled: whether the network takes labels; all are 0 here.
+
+        Raises:
+            ValueError: if the bits differ.
+            CompilationError: if the compiler fails.
         """
         index = torch.zeros(L, dtype=torch.int64, device=image.device)
         x = image.expand(L, -1, -1, -1).contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The noise of steps on the CPU's fast path: drawn for many steps, or many rows, in one call."""
+"""The noise of sampling steps on the CPU's fast path, drawn for many steps or images at a time."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ from flashddpm.kernels.tables import Column, Purpose
 log = logging.getLogger("flashddpm")
 
 NOISE_BYTES = 16 << 20
-"""Most memory that noise drawn ahead may hold, unless one step needs more."""
+"""The most bytes of memory that noise drawn ahead may take, unless one step needs more."""
 
 Draw = Callable[[Tensor, Tensor, tuple[int, int, int], int], Tensor]
-"""(seeds [B], keys [B], (C, H, W), purpose) -> float32 [B, C, H, W]."""
+"""Called with (seeds int64 [B], keys int64 [B], (C, H, W), purpose), returns float32 [B, C, H, W].
+
+A key is a word of the noise's counter, which tells steps apart; so does purpose for uses.
+"""
 
 
 class CompiledNoise:
-    """``reference.philox`` in three compiled pieces, with its two casts of bits between them.
+    """A compiled form of ``reference.philox`` that draws the same bits, compiled at its first call.
 
-    (Inductor cannot cast bits on the CPU; hence pieces.) Compiled at the first call.
+    It is compiled in three pieces, since Inductor cannot compile the casts of bits between them for
+    the CPU. If the compiler fails, it warns once and draws uncompiled.
     """
 
     def __init__(self) -> None:
@@ -42,7 +46,17 @@ class CompiledNoise:
     def __call__(
         self, seeds: Tensor, keys: Tensor, shape: tuple[int, int, int], purpose: int
     ) -> Tensor:
-        """Return standard normal noise, float32 [B, C, H, W], as ``reference.philox`` does."""
+        """Draw standard normal noise, a pure function of the arguments.
+
+        Args:
+            seeds: int64 [B], the seed of each image's noise.
+            keys: int64 [B], the key (a word of the noise's counter) of each image's step.
+            shape: (C, H, W) of one image.
+            purpose: what the noise is for, a number of `flashddpm.kernels.tables.Purpose`.
+
+        Returns:
+            float32 [B, C, H, W], channels-last.
+        """
         if not self._broken:
             try:
                 with compiling():
@@ -54,9 +68,17 @@ class CompiledNoise:
 
 
 def ahead(slots: Slots, plan: Plan, draw: Draw) -> Iterator[Tensor | None]:
-    """Yield each step's noise, float32 [S, C, H, W], where all slots follow the plan together.
+    """Yield the noise of each step of a plan, drawn for as many steps at once as fit in 16 MiB.
 
-    None where the step takes none.
+    Args:
+        slots: the buffers of S slots (images), which all follow the plan together; their seeds are
+            read.
+        plan: the plan (a table of coefficients, one row a step).
+        draw: called with seeds, int64 [B], keys, int64 [B], (C, H, W) and purpose, returns the
+            noise, float32 [B, C, H, W].
+
+    Yields:
+        For each step float32 [S, C, H, W]; or None where no step drawn with it adds noise.
     """
     S, C, H, W = slots.state.x.shape
     many = max(1, NOISE_BYTES // (4 * slots.state.x.numel()))
@@ -71,7 +93,14 @@ def ahead(slots: Slots, plan: Plan, draw: Draw) -> Iterator[Tensor | None]:
 
 
 def of_rows(slots: Slots) -> Tensor | None:
-    """Return the noise of each slot's own row, float32 [S, C, H, W]; None if none takes any."""
+    """Draw the noise of each slot's current row (step), for slots that may be at different steps.
+
+    Args:
+        slots: the buffers of S slots (images), whose rows, seeds and keys are read.
+
+    Returns:
+        float32 [S, C, H, W], uninitialised for slots whose row adds no noise; None if no row does.
+    """
     drawing = (slots.table.rows[slots.per_slot.idx, Column.SIGMA] != 0).nonzero().flatten()
     if not len(drawing):
         return None

@@ -1,6 +1,6 @@
-"""Steps captured as CUDA graphs: which are kept, how many steps each holds, and what they cost.
+"""CUDA graphs of sampling steps: which are kept, how many steps each holds, and what they cost.
 
-`Graphs` decides; `Card` is all that touches the GPU, so that the decisions are tested without one.
+`Graphs` decides; `CaptureDevice` alone touches the GPU, so that the decisions are tested without one.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ log = logging.getLogger("flashddpm")
 
 WARM_UPS = 3
 UNROLLED = (1, 4, 16)
-"""Numbers of steps that a graph for closed batches may hold; measured, the best is kept."""
+"""The numbers of steps that a graph of a closed batch may hold; the fastest is kept."""
 WORTH = 0.01
-"""What a longer graph must save of a step's time to be kept."""
+"""The fraction of a step's time that a graph of more steps must save to be kept."""
 GAP_SECONDS = 20e-6
-"""The most that the pause between two replays may cost: where a step is so long that WORTH of it is
-more, longer graphs are not tried."""
+"""The most seconds that the pause between two replays may cost.
+
+Where the fraction `WORTH` of a step is longer than that, graphs of more steps are not tried.
+"""
 MEASURED_STEPS = 64
 CAPTURING = threading.RLock()
-"""CUDA takes one capture at a time in a process, and none beside a wait for the whole device."""
+"""The lock of captures: CUDA allows one in a process, and no wait for the device beside it."""
 
 
 Key = tuple[Any, ...]
@@ -38,19 +40,21 @@ Idling = Callable[[], AbstractContextManager[Step]]
 
 
 class CapturedSteps:
-    """``count`` calls of ``step`` as one CUDA graph; calling this replays it.
+    """A CUDA graph of ``count`` calls of ``step``, captured when made; calling it replays them.
 
     Args:
-        step: a function without arguments that launches on the current stream, reads no host state
-            that may change and does not wait. It ran before, so that compilation, autotuning and
-            the initialisation of libraries are over. It is kept, and with it kernels and buffers.
-        count: how many.
-        pool: the memory that all graphs of one engine share; their replays never overlap.
-        stream: to capture on.
+        step: called without arguments, launches one step on the current stream and returns the
+            network's output. It must read no host state that may change, must not wait for the GPU,
+            and must have run before, so that compilation and autotuning are over. It is kept alive,
+            with its kernels and buffers.
+        count: the number of calls.
+        pool: the handle of the memory pool that all graphs of one engine share, whose replays must
+            never overlap.
+        stream: the CUDA stream on which to capture.
 
     Attributes:
-        count: as above.
-        out: what the last of the calls returned, in memory that every replay writes again.
+        step, count: as above.
+        out: what the last call returned, a tensor in memory that every replay overwrites.
     """
 
     def __init__(self, step: Step, count: int, pool: Any, stream: Any) -> None:
@@ -69,17 +73,24 @@ class CapturedSteps:
             self._graph.capture_end()
 
     def __call__(self) -> Tensor:
-        """Replay on the current stream; return ``out``."""
+        """Replay the steps on the current stream, without waiting for them.
+
+        Returns:
+            ``out``, which the next replay overwrites.
+        """
         self._graph.replay()
         return self.out
 
 
-class Card:
-    """A GPU, as far as `Graphs` needs it.
+class CaptureDevice:
+    """The operations on a GPU that `Graphs` needs: memory, warm-ups, captures and timing.
 
-    Steps are captured on a stream that nothing else ever runs on. A library's scratch memory
-    belongs to a stream, and torch frees cuBLAS's when a graph that was captured on the stream is
-    destroyed: got while capturing, it lies in the graphs' own pool, which lives as long as any.
+    Steps are captured on a stream that nothing else runs on. A library's scratch memory belongs to
+    a stream, and torch frees cuBLAS's when a graph captured on that stream is destroyed; allocated
+    during a capture, it lies in the pool of the graphs, which lives as long as any of them.
+
+    Args:
+        device: the CUDA device; nothing is done on it yet.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -95,19 +106,22 @@ class Card:
         return torch.cuda.Stream(self.device, priority=-1)  # a set of streams that few programs use
 
     def free_bytes(self) -> int:
-        """Return how much memory the card has left, torch's unused reserve included."""
+        """Return the bytes of free GPU memory, those that torch reserves unused included."""
         reserve = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + reserve
 
     def pool_bytes(self) -> int:
-        """Return how much memory the graphs hold."""
+        """Return the bytes of GPU memory that the pools of the graphs hold."""
         parts = [part for pool in self._pools for part in torch.cuda.memory_snapshot(pool)]
         return sum(part["total_size"] for part in parts)
 
     def warm(self, step: Step) -> int:
-        """Run the step aside from other work; return the most bytes it allocated at a time.
+        """Run a step three times, uncaptured, and return the most bytes it had allocated at once.
 
-        torch's statistics of the peak begin anew with it.
+        It waits for the whole device, and resets torch's statistics of the peak of memory.
+
+        Args:
+            step: called without arguments, launches one step on the current stream.
         """
         with CAPTURING:
             torch.cuda.synchronize(self.device)
@@ -117,7 +131,16 @@ class Card:
             return torch.cuda.max_memory_allocated(self.device) - before
 
     def capture(self, step: Step, count: int) -> CapturedSteps:
-        """Return the captured steps; if it raises, the next ones get a pool of their own."""
+        """Capture calls of a step as a graph, after one call that is not captured.
+
+        Whatever the step or CUDA raises is raised; later captures then use a memory pool of their
+        own.
+
+        Args:
+            step: called without arguments, launches one step (`CapturedSteps` says what it must not
+                do).
+            count: the number of calls.
+        """
         with CAPTURING, _uncollected():
             self._run(step, 1)  # libraries have a handle for each thread
             torch.cuda.empty_cache()
@@ -134,7 +157,11 @@ class Card:
                 raise
 
     def seconds(self, graph: CapturedSteps) -> float:
-        """Return what one step of the graph takes when replays follow one another."""
+        """Return the GPU time of one step of a graph in seconds, a mean of at least 64 steps.
+
+        Args:
+            graph: the captured steps, which are replayed one after another.
+        """
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         graph()
         start.record()
@@ -146,7 +173,10 @@ class Card:
         return start.elapsed_time(end) / 1e3 / (replays * graph.count)
 
     def release(self) -> None:
-        """Give back what nothing uses any more: of graphs let go, or of a capture that failed."""
+        """Wait for the device, then give the memory that torch holds unused back to the GPU.
+
+        That includes the memory of graphs that were dropped, and of captures that failed.
+        """
         with CAPTURING:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
@@ -161,7 +191,7 @@ class Card:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Keep the garbage collector from destroying some other graph meanwhile."""
+    """Disable Python's garbage collector, which might destroy another graph during a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -172,19 +202,24 @@ def _uncollected() -> Iterator[None]:
 
 
 class Graphs:
-    """The captured steps of one engine, by key; a key is a tuple that begins with a token.
+    """The captured steps of one engine by key; ``len`` of it is the number of graphs that are kept.
 
-    A step is given as a context manager: within it the step may run and change nothing, for all
-    slots are idle. Callers see to it that no two calls overlap; `forget`, `bytes` and ``len`` may
-    be called at any time by anyone.
+    A key is a tuple that begins with a token, an object that stands for the step's buffers. A step
+    is given as ``idling``: called without arguments, it returns a context manager that gives the
+    step and keeps all slots (places of images) idle, so that running the step changes nothing.
+    Callers must not overlap calls, except that `forget`, `bytes` and ``len`` are safe in any
+    thread.
 
     Args:
         card: the GPU.
-        limit: bytes that graphs may hold, past which a step is not captured; None is half of what
-            is free when the first is.
+        limit: the most bytes of GPU memory that graphs may hold, beyond which steps are not
+            captured; None for half of what is free at the first capture.
+
+    Attributes:
+        card: as above.
     """
 
-    def __init__(self, card: Card, limit: int | None = None) -> None:
+    def __init__(self, card: CaptureDevice, limit: int | None = None) -> None:
         self.card, self._limit = card, limit
         self._needs: dict[Key, int] = {}
         self._kept: dict[tuple[Key, int], CapturedSteps | None] = {}  # None: declined
@@ -196,17 +231,33 @@ class Graphs:
 
     @property
     def bytes(self) -> int:
-        """How much memory the graphs hold."""
+        """The bytes of GPU memory that the graphs hold, an int."""
         return self.card.pool_bytes() if len(self) else 0
 
     def warm(self, key: Key, idling: Idling) -> None:
-        """Run the step before anything is captured, once, and note the bytes it takes."""
+        """Run a key's step before any capture, and note the bytes it takes; later calls do nothing.
+
+        Args:
+            key: the key, a tuple that begins with a token.
+            idling: returns the context manager that gives the step, with all slots idle.
+        """
         if key not in self._needs:
             with idling() as step:
                 self._needs[key] = self.card.warm(step)
 
     def get(self, key: Key, idling: Idling, count: int = 1) -> CapturedSteps | None:
-        """Return ``count`` steps as a graph, captured at the first call; None if declined."""
+        """Return the graph of a key's steps, which the first call captures.
+
+        A step that fails, or that needs more memory than the limit, is declined with one warning.
+
+        Args:
+            key: the key, a tuple that begins with a token.
+            idling: returns the context manager that gives the step, with all slots idle.
+            count: the number of steps in the graph.
+
+        Returns:
+            The captured steps; None if they were declined, now or in an earlier call.
+        """
         if self._unwanted:
             self.sweep()
         if (key, count) not in self._kept:
@@ -214,22 +265,35 @@ class Graphs:
         return self._kept[key, count]
 
     def best(self, key: Key, idling: Idling) -> CapturedSteps | None:
-        """Return the graph of as many steps as pay; the first call times each of `UNROLLED`."""
+        """Return the graph of a key with the fastest number of steps, of 1, 4 and 16.
+
+        The first call captures and times them, and drops those that are neither the fastest nor of
+        one step.
+
+        Args:
+            key: the key, a tuple that begins with a token.
+            idling: returns the context manager that gives the step, with all slots idle.
+
+        Returns:
+            The captured steps; None if they were declined (`get`).
+        """
         if key not in self._best:
             best = self._best[key] = self._choose(key, idling)
             self._drop(lambda other, count: other == key and count not in (1, best))
         return self.get(key, idling, self._best[key])
 
     def forget(self, token: object) -> None:
-        """Have the graphs of this token dropped, by whoever comes next or calls `sweep`.
+        """Mark the graphs of a token, to be destroyed by the next call of `get` or `sweep`.
 
-        A graph must not be destroyed while another is captured, and this may be called then: a
-        finalizer runs where it likes.
+        A graph must not be destroyed during a capture, and a finalizer may call this at any moment.
+
+        Args:
+            token: the object with which the keys of these graphs begin.
         """
         self._unwanted.append(token)
 
     def sweep(self) -> None:
-        """Drop what is to be forgotten."""
+        """Destroy the graphs that `forget` marked, once the GPU has finished with them."""
         tokens = {self._unwanted.popleft() for _ in range(len(self._unwanted))}
         self._needs = {key: n for key, n in self._needs.items() if key[0] not in tokens}
         self._best = {key: n for key, n in self._best.items() if key[0] not in tokens}

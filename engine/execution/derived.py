@@ -1,8 +1,8 @@
-"""State computed from weights, which follows them whatever changes them.
+"""Values derived from a network's weights, recomputed when the weights' bits have changed.
 
-Tensors do not say that they were written to: ``AdamW(fused=True).step()`` and ``p.data.copy_()``
-leave a tensor's version as it was (torch 2.14). So a checksum of the weights' bits is kept beside
-what was computed from them, and compared once a call, never once a step.
+A tensor's version does not show every write: ``AdamW(fused=True).step()`` and ``p.data.copy_()``
+leave it as it was (torch 2.14). So a checksum of the weights' bits is kept beside what was computed
+from them, and compared once a call, never once a step.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from flashddpm.networks.customized import parameters
 
 CHUNK = 1 << 16
-"""Words of one sum: few enough that its products stay in a processor's cache."""
+"""The number of words in one sum of a checksum: their products fit in a processor's cache."""
 
 GLIMPSED = 64
-"""Words of a parameter that are looked at, from its middle."""
+"""The number of words that a `Glimpse` takes of each parameter, from its middle."""
 
 
 class Words:
-    """The bits of tensors as integers, in place: found again only where some tensor has moved.
+    """Views of tensors' bits as integers, made again only if a tensor has moved in memory.
 
     Args:
-        tensors: yields the tensors, as they are now: dense, of any dtype, all on one device.
-        most: words of each, from its middle; by default all.
+        tensors: called without arguments, returns the tensors as they are now: of any dtype, all on
+            one device. Those that are not dense in memory are copied at each `read`.
+        most: the most words of each tensor, taken from its middle; None for all.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]], most: int | None = None) -> None:
@@ -36,7 +37,13 @@ class Words:
         self._words: list[Tensor] = []
 
     def read(self) -> list[Tensor]:
-        """Return the words of each tensor that has any, [number of words]."""
+        """Return the bits of each tensor that is not empty, as integers of 1, 2 or 4 bytes.
+
+        Returns:
+            For each tensor int32 [number of words] in the order of memory; int8 or int16 where a
+            dtype of 1 or 2 bytes does not fill whole, aligned int32 words. They are views: later
+            writes show.
+        """
         tensors = [tensor for tensor in self._tensors() if tensor.numel()]
         addresses = [tensor.data_ptr() for tensor in tensors]
         if addresses != self._addresses:
@@ -65,12 +72,21 @@ def _words(x: Tensor) -> Tensor:
 
 
 def checksum(words: Iterable[Tensor]) -> Tensor:
-    """Return the checksum of the words of some tensors, int64 [number of sums], on their device.
+    """Compute a checksum of tensors' bits, by which a later change of the tensors is seen.
 
-    Each sum is that of a chunk's words, every one times an odd number of its own, modulo 2^64: a
-    change of one word always shows, and any other, a permutation or new signs among them, unless
-    its products happen to cancel. Words are multiplied in 64 bits since a sign is the highest bit
-    of 32, which an even number of odd factors would lose.
+    Each chunk of 65536 words has one sum, modulo 2^64, of its words times fixed odd numbers. A
+    change of one word always shows; so does any other, such as a permutation or new signs, unless
+    its products happen to cancel. Words are multiplied in 64 bits, since a sign is the highest bit
+    of 32, which the sum of an even number of odd products would lose.
+
+    Args:
+        words: integers, each [number of words], on one device, as `Words.read` returns them.
+
+    Returns:
+        int64 [number of sums], on that device.
+
+    Raises:
+        RuntimeError: if there are no words at all.
     """
     large: list[Tensor] = []
     small: list[Tensor] = []  # a call takes longer than their products
@@ -95,10 +111,14 @@ def _factors(device: torch.device) -> Tensor:
 
 
 class Glimpse:
-    """A few words of each parameter of some modules, by which to see that somebody wrote to them.
+    """A sample of 64 words of each parameter of some modules, by which to see changes of weights.
 
-    Whatever changes a parameter as a whole shows: a load, an optimizer's step, an average, a merge.
-    It is cheap enough to be taken whenever an image enters or leaves a batch.
+    It shows whatever changes a parameter as a whole, such as a load, an optimizer's step, an
+    average or a merge, and is cheap enough to be taken whenever an image enters or leaves a batch.
+
+    Args:
+        modules: the modules, whose parameters are all on one device; those of a subclass of
+            nn.Parameter, such as quantised ones, are not looked at.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -110,23 +130,25 @@ class Glimpse:
         )
 
     def take(self) -> Tensor | None:
-        """Return words of every parameter, integers [n] on their device; waits for nothing.
+        """Copy the sampled words of every parameter, without waiting for the device.
 
-        None where there is no parameter to be seen.
+        Returns:
+            Integers of 1 to 4 bytes, [number of words], on the parameters' device; None if there
+            are no parameters to look at.
         """
         words = self._words.read()
         return torch.cat(words) if words else None
 
 
 class Derived:
-    """What is computed from tensors, and computed again when their bits have changed.
+    """A value that is computed from tensors, and computed again when their bits have changed.
 
     Args:
-        sources: yields the tensors, as they are now.
-        derive: computes it from them, in place.
+        sources: called without arguments, yields the tensors as they are now, all on one device.
+        derive: called without arguments, computes the value from them, in place.
 
     Attributes:
-        version: how often it was computed.
+        version: how many times the value was computed; 0 before the first `renew`.
     """
 
     def __init__(self, sources: Callable[[], Iterator[Tensor]], derive: Callable[[], None]) -> None:
@@ -135,10 +157,11 @@ class Derived:
         self.version = 0
 
     def renew(self) -> int:
-        """Compute it again if the tensors are others than the last time.
+        """Compute the value again if the tensors' bits differ from those at the last call.
 
         Returns:
-            How often it was computed: what somebody else derived is old at another number.
+            How many times it was computed. Whatever else was derived from the tensors is out of
+            date when this number changes.
         """
         now = checksum(self._words.read())  # first: what changes meanwhile shows the next time
         if self._of is None or not torch.equal(now, self._of):

@@ -1,4 +1,4 @@
-"""How a batch of slots runs: plainly, with noise drawn ahead, compiled, or as a captured graph."""
+"""`Executor`: runs a network on batches of slots (images), plainly, compiled or as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flashddpm.execution.backends import choose_backend
 from flashddpm.execution.checks import check_network, check_state, check_variance
 from flashddpm.execution.compile_choice import CompileChoice
 from flashddpm.execution.cpu_noise import CompiledNoise
-from flashddpm.execution.cuda_graphs import CapturedSteps, Card, Graphs, Idling, Key, Step
+from flashddpm.execution.cuda_graphs import CaptureDevice, CapturedSteps, Graphs, Idling, Key, Step
 from flashddpm.execution.follower import Follower
 from flashddpm.execution.modes import evaluating
 from flashddpm.execution.prepared_network import prepare
@@ -45,12 +45,13 @@ log = logging.getLogger("flashddpm")
 
 
 class Executor:
-    """A network on a device, and the ways to run it. Arguments are those of ``Sampler``.
+    """A network on a device, and the ways to run it; arguments and errors are those of `Sampler`.
 
     Attributes:
-        backend, capture, ops: of the path (`Backend`).
-        choice: the network, compiled or not.
-        follower: what sees changes of the network, and follows them.
+        backend, capture, ops: "reference" or "fused"; whether steps are graphs; their operations.
+        choice, follower: the network, compiled or not; what sees changes of it, and follows them.
+        network, device, dtype, shape: as given, or found; (C, H, W) is the shape of an image.
+        num_timesteps, conditioning: T of the schedule, and the labels that the network takes.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Executor:
         tune = arguments.boolean("tune", tune)
         self.choice = CompileChoice(chosen.compile, ready.predict, tune, device, ready.flops)
         self._compiled_noise = CompiledNoise()
-        self.graphs = Graphs(Card(device), graph_memory)
+        self.graphs = Graphs(CaptureDevice(device), graph_memory)
         self._slots: Slots | None = None
         self._turns = Turns(device)
 
@@ -104,7 +105,10 @@ class Executor:
         image: Tensor | None = None,
         z: Tensor | None = None,
     ) -> None:
-        """Put images into the first slots of an empty table, at x_T; arguments as for ``start``."""
+        """Put images into the first slots of an empty table, at x_T; arguments as for `start`.
+
+        Raises ValueError if there is no slot, or there are no lanes, for one of them.
+        """
         count = len([table.admit(occupant) for occupant in occupants])
         table.upload()
         self.start(table.slots, slice(count), plan, image, z)
@@ -118,14 +122,14 @@ class Executor:
         image: Tensor | None = None,
         z: Tensor | None = None,
     ) -> None:
-        """Set x_T of slots, initial[0] image + initial[1] z, by the seeds that were uploaded.
+        """Set x_T of n slots to initial[0] image + initial[1] z, by the seeds that were uploaded.
 
         Args:
             slots: the buffers.
-            which: the slots, n of them: a slice, or int64 [n] on the device.
-            plan: whose ``initial`` it is.
-            image: float32 [n, C, H, W] on the device, None where the plan needs none.
-            z: float32 [n, C, H, W] on the device, instead of the seeds' noise.
+            which: the slots: a slice, or their numbers, int64 [n] on the device.
+            plan: the plan (a row of coefficients a step) whose ``initial`` it is.
+            image: float32 [n, C, H, W] on the device; None, where the plan needs none, is 0.
+            z: float32 [n, C, H, W] on the device, normal noise; None for that of the seeds.
         """
         a, b = plan.initial
         seeds = slots.per_slot.seeds[which]
@@ -142,33 +146,33 @@ class Executor:
         slots.state.nonfinite[which] = 0
 
     def draw(self, seeds: Sequence[int], key: int, purpose: Purpose) -> Tensor:
-        """Return the noise of these seeds under one key, float32 [B, C, H, W]."""
+        """Return the noise of B seeds at a key (a word of its counter), float32 [B, C, H, W]."""
         seed = send(host.ints(seeds), self.device)
         return self.ops.philox(seed, torch.full_like(seed, key), self.shape, purpose)
 
     def on_device(self) -> AbstractContextManager[Any]:
-        """Make the device the current one."""
+        """Return a context in which the device, if a CUDA one, is the current one."""
         return self._turns.on_device()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Have the buffers for oneself, with the network in evaluation mode; other threads wait.
+        """Have the buffers to oneself, the network in evaluation mode; other threads wait.
 
         Raises:
-            RuntimeError: called from within, by a callback.
+            RuntimeError: if a callback calls it within such a context of the same thread.
         """
         with self._turns.exclusive(), evaluating(self.follower.modules):
             yield
 
     @contextmanager
     def following(self) -> Iterator[int]:
-        """Have the buffers for oneself, and follow the network, which must not change within.
+        """Have the buffers to oneself, and follow the network, which must not change within.
 
         Yields:
-            The version of what was derived from its weights.
+            The version of what was derived from its weights, an int.
 
         Raises:
-            RuntimeError: as ``exclusive`` and ``renew``; or, at the end, the network has changed.
+            RuntimeError: as `exclusive` and `renew`; or if, at the end, the weights have changed.
         """
         with self.exclusive():
             unchanged = self.follower.unchanged()
@@ -176,7 +180,7 @@ class Executor:
             unchanged()
 
     def check_not_within(self) -> None:
-        """Refuse a call by a callback of the call that has the buffers, as ``exclusive`` does."""
+        """Raise RuntimeError if this thread has the buffers, as a callback does."""
         self._turns.check_not_within()
 
     def service_slots(self, S: int, L: int, R: int) -> Slots:
@@ -194,10 +198,10 @@ class Executor:
         )
 
     def slots(self, S: int, L: int, most: tuple[int, int]) -> Slots:
-        """Return buffers for S slots and L lanes, the same ones while they fit.
+        """Return buffers for S slots and L lanes (evaluations), the same ones while they fit.
 
-        Graphs hold their addresses: under capture they are made for the most that may be asked for,
-        and larger ones fit too.
+        Under capture, as graphs hold their addresses, they are made for ``most`` (slots, lanes),
+        all that may be asked for, and larger ones fit too.
         """
         kept = self._slots
         had = (0, 0) if kept is None else (len(kept.per_slot.idx), len(kept.lane_slot))
@@ -211,17 +215,17 @@ class Executor:
         return self._slots
 
     def buckets(self, most: int) -> list[int]:
-        """Return the numbers of lanes that a compiled or captured network runs on, of ``most``."""
+        """Return the lanes for which a network may be compiled: powers of 2 below most, and it."""
         return [*(1 << i for i in range((most - 1).bit_length())), most]
 
     def bucket(self, lanes: int, most: int, compiled: bool) -> int:
-        """Return how many lanes the network runs for so many in use: all of them, or a bucket."""
+        """Return how many lanes run for ``lanes`` in use: the next bucket, if they are fixed."""
         if not (compiled or self.capture):
             return lanes
         return next(bucket for bucket in self.buckets(most) if bucket >= lanes)
 
     def warm(self, prefixes: Sequence[Slots], compiled: bool) -> None:
-        """Compile for each of these prefixes, then capture each, the largest first.
+        """Compile for each of these prefixes of buffers, then capture each, the largest first.
 
         Their slots are idle meanwhile, whatever they hold.
         """
@@ -236,16 +240,18 @@ class Executor:
     def take_step(
         self, slots: Slots, compiled: bool, stats: bool, fractional: bool = False
     ) -> Tensor:
-        """Take one step of every slot, whatever its row.
+        """Take one step of every slot, whatever its row (the step of its plan).
+
+        Raises ValueError for an output of a wrong shape, CompilationError if compiling fails.
 
         Args:
             slots: the buffers; all their lanes are run.
             compiled: whether the compiled network runs.
-            stats: whether some row asks for ``sample_stats``.
-            fractional: whether some row has a timestep between the integers.
+            stats: whether some row has a threshold or rescales guidance (``sample_stats``).
+            fractional: whether the network is told timesteps as float32.
 
         Returns:
-            The network's output, to be read before the next step.
+            The network's output, [L, C or 2C, H, W], to be read before the next step.
         """
         compiled = compiled and self.choice.prepared(slots, fractional)
         graph = self._graph(slots, compiled, fractional)
@@ -262,17 +268,16 @@ class Executor:
         previews: bool,
         given: Iterator[Tensor | None] | None = None,
     ) -> Iterator[Tensor | None]:
-        """Take every step of the plan; yield after each, with its x0 if previews are wanted.
+        """Take every step of a plan; yield after each its x0, float32 [S, C, H, W], or None.
 
-        All slots follow the plan together, from its first row.
+        All slots follow the plan together. ValueError if the network's output is of a wrong shape.
 
         Args:
-            slots: the buffers.
-            plan: the rows.
+            slots: the buffers, of S slots, with the plan in rows 1 and on.
+            plan: the plan.
             compiled: whether the compiled network runs.
             previews: whether x0 are wanted.
-            given: noise of each step, float32 [S, C, H, W], to use instead of the seeds'; nothing
-                is captured then.
+            given: yields each step's noise, float32 [S, C, H, W]; nothing is captured then.
         """
         self.check_plan(plan)
         fractional = self.tells_floats(plan)
@@ -297,7 +302,7 @@ class Executor:
     def _replay(
         self, slots: Slots, plan: Plan, compiled: bool, one: CapturedSteps
     ) -> Iterator[None]:
-        """Take every step of the plan, as many in a graph as pay."""
+        """Take every step of the plan, by graphs of as many steps as are fastest."""
         many = self.graphs.best(*self._step(slots, compiled, self.tells_floats(plan))) or one
         left = len(plan)
         while left:
@@ -309,16 +314,16 @@ class Executor:
             yield from [None] * graph.count
 
     def tells_floats(self, plan: Plan) -> bool:
-        """Return whether the network is told timesteps between the integers, and so as floats."""
+        """Return whether the network is told fractional timesteps, and so is given float32."""
         return plan.fractional and self._hoisted is None
 
     def check_plan(self, plan: Plan) -> None:
-        """Refuse a plan that our U-Net has not the channels for; others show when they are run."""
+        """Raise ValueError if our U-Net lacks the plan's variance; other networks show when run."""
         if isinstance(self.network, registry.Network):
             check_variance(plan, self.network.config.out_channels, self.shape[0])
 
     def check_exact(self, plan: Plan) -> None:
-        """Refuse what has no bits to promise: a network that is not compiled, or compiled twice."""
+        """Raise ValueError where exact cannot be promised, CompilationError if compiling failed."""
         if self.choice.why_not is not None:
             raise CompilationError(self.choice.why_not)
         if self.choice.compile is False:
@@ -333,7 +338,7 @@ class Executor:
             )
 
     def prove_exact(self, L: int) -> None:
-        """Refuse exact mode where the compiled network's bits depend on the lane: try, once."""
+        """Raise ValueError if the compiled network's bits depend on the lane (of L), tried once."""
         if L not in self.choice.compiled.exact:
             image = self.draw([0], 0, Purpose.INITIAL).to(self.dtype)
             t = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -341,7 +346,7 @@ class Executor:
             self.choice.compiled.prove_exact(image, told, L, self._labelled)
 
     def predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None, evaluations: int) -> Tensor:
-        """Return the output for any images; arguments are those of ``Sampler.predict``."""
+        """Return the output, [B, C or 2C, H, W], for the arguments of `Sampler.predict`."""
         x_t, told = x_t.to(self.dtype), self._hoisted.embed(t) if self._hoisted else t
         index = torch.arange(len(x_t), dtype=torch.int64, device=x_t.device)
         out = self.choice.predict(evaluations, x_t, told, labels, index)
@@ -363,7 +368,7 @@ class Executor:
         return self.follower.renew(self.capture)
 
     def forget(self, slots: Slots) -> None:
-        """Let go of the graphs of these buffers."""
+        """Destroy the captured graphs of these buffers."""
         self.graphs.forget(slots.token)
         self.graphs.sweep()
 
@@ -380,7 +385,7 @@ class Executor:
         return repeat(None)
 
     def update_weights(self, state: dict[str, Tensor]) -> None:
-        """Copy weights into our U-Net, in place; the next call renews what depends on them."""
+        """Copy weights by diffusers' keys into our network; ValueError if they do not fit."""
         check_state(self.network, state).load_state_dict(state)
 
 

@@ -1,4 +1,4 @@
-"""What the program does to a network while a sampler has it: seen, followed or refused."""
+"""`Follower`: how a sampler reacts when the program changes its network: follow, or raise."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ CHANGED = (
 
 
 class Follower:
-    """Makes what was derived from a network follow it.
+    """Sees changes of a sampler's network, and recomputes what was derived from its weights.
 
     Args:
-        network: of a sampler, on its device.
-        modules: those that run, as far as can be told.
-        hoisted: the network as it runs, if that is how.
+        network: the network of a sampler, a module on its device or any other callable, of which
+            nothing is seen.
+        modules: the modules that run, as far as can be told.
+        hoisted: the U-Net whose time embeddings are computed outside of the loop, if the network
+            runs as one; else None.
+
+    Attributes:
+        modules: as above.
     """
 
     def __init__(
@@ -38,21 +43,25 @@ class Follower:
 
     @property
     def version(self) -> int:
-        """The version of what was derived, as the latest `renew` returned it."""
+        """How many times values were derived from the weights, an int; 0 if nothing is derived."""
         return self._derived.version if self._derived else 0
 
     def renew(self, captured: bool = False) -> int:
-        """Derive anew what is not of the network's weights any more; to be called once a call.
+        """Derive values again if the network's weights have changed; called once a sampler's call.
 
         Args:
-            captured: whether steps are captured, with the addresses of weights and without hooks.
+            captured: whether steps are captured as CUDA graphs, which hold the addresses of weights
+                and no hooks.
 
         Returns:
-            The version of what was derived: embeddings that slots hold are old at another one.
+            The version, how many times values were derived: time embeddings from an earlier version
+            are out of date. 0 if nothing is derived.
 
         Raises:
-            RuntimeError: the network was changed in a way that cannot be followed: moved; under
-                graphs, given other parameters or hooks; or given hooks where they would not run.
+            RuntimeError: if the network cannot be followed: its first parameter has another device
+                or dtype; under graphs, parameters have moved or hooks or a forward were set or
+                removed; or a module that is not called when embeddings are hoisted has a hook or a
+                forward set.
         """
         if not isinstance(self._network, nn.Module):
             return 0
@@ -71,7 +80,12 @@ class Follower:
         return self._derived.renew() if self._derived else 0
 
     def unchanged(self) -> Callable[[], None]:
-        """Return a function that raises RuntimeError if weights have changed between the calls."""
+        """Take a sample of the weights now, and return a function that checks it later.
+
+        Returns:
+            A function without arguments that raises RuntimeError if the sampled words of the
+            modules' parameters (`Glimpse`) differ from what they were.
+        """
         glimpse = Glimpse(self.modules)
         before = glimpse.take()
 
@@ -83,7 +97,7 @@ class Follower:
         return check
 
     def _check_addresses(self, network: nn.Module) -> None:
-        """Refuse to go on with graphs of weights that are not there any more."""
+        """Raise RuntimeError if parameters are no longer where the captured graphs read them."""
         addresses = tuple(parameter.data_ptr() for parameter in network.parameters())
         self._addresses = self._addresses or addresses
         if addresses != self._addresses:
@@ -94,6 +108,6 @@ class Follower:
 
 
 def _stored(network: Any) -> str:
-    """Return where a network's first parameter is, and its dtype, in words."""
+    """Return the dtype and device of a network's first parameter in words, or "none"."""
     first = next(network.parameters(), None) if isinstance(network, nn.Module) else None
     return "none" if first is None else f"{first.dtype} on {first.device}"

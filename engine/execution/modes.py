@@ -1,4 +1,4 @@
-"""Networks in evaluation mode while somebody samples, and afterwards as their owner left them."""
+"""Evaluation mode for networks that are sampled from, and their own mode again afterwards."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from flashddpm.networks.customized import walk
 
 
 class _Evaluations:
-    """Which modules are kept in evaluation mode, and by which threads.
+    """The modules that are held in evaluation mode, and the threads that hold them.
 
-    One for the process: samplers in several threads may share modules, and the first to end must
-    not switch dropout on under the others.
+    There is one in a process: samplers in several threads may share modules, and the first to end
+    must not switch dropout on under the others.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class _Evaluations:
         return mine
 
     def end(self, mine: list[nn.Module]) -> None:
-        """Put modules that `begin` returned back to training, but those that others still hold."""
+        """Release modules that `begin` returned; those that nobody else holds train again."""
         me = threading.get_ident()
         with self._lock:
             for module in mine:
@@ -51,7 +51,7 @@ class _Evaluations:
             module.training = True
 
     def after_fork(self) -> None:
-        """Put back what the parent's threads had switched, but for the one that is in the child."""
+        """Release what the parent's other threads held, which are not in the forked child."""
         self._lock = threading.Lock()
         me = threading.get_ident()  # has forked in a callback, if it is among them
         for module, threads in list(self._held.items()):
@@ -63,14 +63,21 @@ _EVALUATIONS = _Evaluations()
 
 
 def module_of(function: Any) -> nn.Module | None:
-    """Return the module that a network is, or of which it is a method; None for neither."""
+    """Return the module that a network is or is a bound method of; None for any other callable."""
     owner = getattr(function, "__self__", function)
     return owner if isinstance(owner, nn.Module) else None
 
 
 @contextmanager
 def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Keep networks in evaluation mode; afterwards every module has the mode that it had."""
+    """Hold networks in evaluation mode within this context, then give modules back their own modes.
+
+    Threads may hold the same modules: they return to training when the last one releases them. Only
+    the ``training`` flag is set, since a module's own train() may do more, such as merge weights.
+
+    Args:
+        networks: the modules, switched with all modules in them.
+    """
     switched = _EVALUATIONS.begin(networks)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which rows of the slots' table hold which plan, on the host."""
+"""`PlanTable`: which rows of a batch's table of coefficients hold which plan."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from flashddpm.execution.slots import Slots
 
 
 class PlanTable:
-    """Where plans stand in the rows of ``slots``; each once, while some image follows it.
+    """The plans in the rows of a batch's table, each held once however many images follow it.
 
-    Plans that nobody follows stay until their room is needed.
+    A plan is the steps of an image, one row of coefficients a step. A plan that nobody follows
+    stays until its rows are needed. The bookkeeping is on the host.
+
+    Args:
+        slots: the buffers with the table of R rows, of which row 0, that of idle slots, is not
+            used.
+
+    Attributes:
+        slots: as above.
     """
 
     def __init__(self, slots: Slots) -> None:
@@ -18,10 +26,16 @@ class PlanTable:
         self._users: dict[bytes, int] = {}
 
     def acquire(self, plan: Plan) -> int | None:
-        """Return the plan's first row, put there if it is new; None if there is no room now.
+        """Count one more image that follows a plan, and return the plan's first row in the table.
+
+        A plan that is not in the table is copied there, in place of unused ones if need be.
+
+        Returns:
+            The number of the row, at least 1; None, and nothing is counted, if there is no room
+            now.
 
         Raises:
-            ValueError: the plan is longer than the whole table.
+            ValueError: if the plan has more than the R - 1 rows of the whole table.
         """
         room = len(self.slots.table.rows) - 1
         if len(plan) > room:
@@ -38,14 +52,18 @@ class PlanTable:
         return self._plans[key][0]
 
     def release(self, plan: Plan) -> None:
-        """Say that one image less follows the plan."""
+        """Count one image fewer that follows a plan; each call must match one `acquire`.
+
+        Raises:
+            KeyError: if no image follows the plan.
+        """
         key = plan.content
         self._users[key] -= 1
         if not self._users[key]:
             del self._users[key]
 
     def reload(self) -> None:
-        """Put every plan into its rows again: what the network is told there has changed."""
+        """Copy every plan into its rows again, with time embeddings by the changed weights."""
         for start, plan in self._plans.values():
             self.slots.load_plan(plan, start)
 

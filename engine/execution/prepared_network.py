@@ -1,4 +1,4 @@
-"""A network made ready to run on a device: moved there, laid out, its time half hoisted."""
+"""`prepare`: a network made ready to run, on its device, in its memory format, time hoisted."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ from flashddpm.networks.unet import UNet
 
 @dataclass(frozen=True)
 class PreparedNetwork:
-    """A network on its device.
+    """A network on its device, ready to be called by a step.
 
     Attributes:
-        network: as it was given, on the device.
-        dtype: of its input.
-        hoisted: our U-Net with its time half apart, where that is how it runs; else None.
-        predict: what a step calls.
-        modules: those that run, as far as can be told.
-        flops: returns the floating-point operations of one evaluation of one image; None for a
-            network that is not ours.
+        network: the network as it was given, on the device.
+        dtype: the dtype of the network's input.
+        hoisted: flashddpm's U-Net with its time embeddings computed outside of the loop, if it runs
+            so; else None.
+        predict: the function that a step calls (`flashddpm.execution.step.Network`).
+        modules: the modules that run, as far as can be told: the network, and the module that
+            ``call`` is or is a method of.
+        flops: called without arguments, returns the floating-point operations of one evaluation of
+            one image; None for a network that is not flashddpm's own.
     """
 
     network: nn.Module | Callable[..., Tensor]
@@ -49,10 +51,25 @@ def prepare(
     dtype: str | torch.dtype | None,
     fused: bool,
 ) -> PreparedNetwork:
-    """Return the network as it runs; arguments are those of ``Sampler``.
+    """Move a network to its device, and return it with the function that a step calls.
+
+    A module is moved in place. For the fused path flashddpm's own networks become channels-last,
+    and its U-Net has its time embeddings hoisted (computed outside of the loop), unless hooks or
+    changed modules would then be skipped.
+
+    Args:
+        network: one of flashddpm's networks, or any module or function that predicts from (x_t, t[,
+            labels]).
+        call: how to call a network of another signature: (x_t, t, labels[, index]) -> out; or None.
+        shape: (C, H, W) of an image, in pixels.
+        device: the device.
+        dtype: the dtype of the network's input: float32, bfloat16 or float16; None for that of the
+            network's first floating-point parameter, float32 if there is none.
+        fused: whether the network is to run by the fused path.
 
     Raises:
-        ValueError: a dtype that is not allowed, or is not that of a network of ours.
+        ValueError: if the dtype is not allowed, or is not that of the weights of one of flashddpm's
+            own networks without ``call``.
     """
     ours = network if isinstance(network, registry.Network) else None
     own = ours if call is None else None

@@ -1,7 +1,7 @@
-"""Other processes: forked from this one, or sent what is pickled here.
+"""Support for other processes: renewal of locks in a forked child, and a check for pickling.
 
-A forked child has no thread but its own, and a lock that another thread of its parent held would
-never be released there: so what holds locks or threads is renewed in it.
+A forked child has only the thread that forked, and a lock that another thread of its parent held
+would never be released in it: so objects with locks or threads are renewed there.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from torch import Tensor
 
 
 class Renewable(Protocol):
-    """What is renewed in a forked child."""
+    """The protocol of objects that are renewed in a forked child."""
 
     def after_fork(self) -> None:
-        """Make locks anew and end what the parent's threads were to finish; take no lock."""
+        """Make locks anew, and end what the parent's threads were to finish; take no lock."""
 
 
 _RENEWABLE: WeakSet[Renewable] = WeakSet()
 
 
 def renewed_in_child(it: Renewable) -> None:
-    """Have ``it.after_fork()`` called in every child forked from this process, while it lives."""
+    """Register an object whose ``after_fork()`` is called in each child forked while it lives.
+
+    Only a weak reference is held. On a system without fork this has no effect.
+    """
     _RENEWABLE.add(it)
 
 
@@ -47,15 +50,15 @@ class _WithoutTensors(pickle.Pickler):
 
 
 def check_picklable(name: str, value: Any, instead: str) -> None:
-    """Refuse what cannot be pickled.
+    """Raise unless an argument can be pickled; the numbers in its tensors are not written.
 
     Args:
-        name: of the argument.
-        value: it.
-        instead: what to do instead.
+        name: the argument's name, for the error's text.
+        value: the argument.
+        instead: what the caller can do instead, which ends the error's text.
 
     Raises:
-        TypeError: it cannot be pickled.
+        TypeError: if the value cannot be pickled.
     """
     try:
         _WithoutTensors(io.BytesIO()).dump(value)

@@ -1,9 +1,10 @@
-"""The static buffers of a batch, which every step reads and writes.
+"""`Slots`: the buffers on a device of a batch of images, which every step reads and writes.
 
-A batch has S slots (images) and L lanes (network evaluations): a slot owns one lane, or two when
-it is guided. All state of a trajectory is in these tensors, at addresses that never change, so
-that a captured graph stays valid whatever is put into them. A slot on row 0 is idle: nothing of
-it is read or written. A bucket is a prefix of the slots and lanes.
+A batch has S slots (places of images) and L lanes (network evaluations): a slot has one lane, or
+two when it is guided. The whole state is in these tensors, at addresses that never change, so that
+a captured graph stays valid whatever is put into them. A slot on row 0 of the table is idle:
+nothing of it is read or written. A bucket (a number of lanes for which the network is compiled or
+captured) is a prefix of the lanes.
 """
 
 from __future__ import annotations
@@ -28,22 +29,44 @@ OF_LANES = (
 
 
 class Slots:
-    """Buffers for S slots and L lanes of (C, H, W) images and R rows of plans, the idle row one.
+    """The buffers of S slots (images), L lanes (network evaluations) and a table of R rows (steps).
+
+    Args:
+        S: the number of slots.
+        L: the number of lanes.
+        shape: (C, H, W) of an image.
+        R: the number of rows of the table, row 0, that of idle slots, included.
+        dtype: the dtype of the network's input.
+        device: the device of all tensors.
+        labelled: whether the network takes labels.
+        embed: called with timesteps, float32 [n], returns their embeddings, [n, E]; None for a
+            network that is given timesteps themselves.
 
     Attributes:
-        state: what a step changes; rows of x and hist are padded to 16 elements, net_in is in the
-            network's dtype.
-        per_slot: the row, seed, guidance and lanes of each slot.
-        statistics: what rows ask of whole images.
-        table: the rows of plans.
-        control: uint8, what the host writes before a step, in one piece; its parts are those of
-            ``per_slot`` and
-            lane_slot, lane_index: int64 [L]; lane_label: int64 [L] or None.
-        lane_row, t: int64 [L], t_float: float32 [L], lane_embedding: [L, E] or None: of each lane
-            in the step under way.
-        timesteps: float32 [R], whole: int64 [R]: what the network is told, unless it is told
-        embeddings: [R, E] in the network's dtype, those of the rows' timesteps; or None.
-        token: what stands for these buffers, and for every prefix of them, in a dictionary.
+        state: what a step changes: x and hist, float32 [S, C, H, W], net_in, [L, C, H, W] in
+            ``dtype``, all channels-last, and nonfinite, int32 [S]; images of x and hist are padded
+            to a multiple of 16 elements.
+        per_slot: what each slot follows: idx (its row) and seeds, int64 [S]; guidance, float32 [S];
+            lane_cond and lane_uncond (its lanes, -1 for none), int32 [S].
+        statistics: what rows ask of whole images: dynamic_threshold and rescale_factor, float32
+            [S].
+        table: the rows of plans: rows, float32 [R, len(Column)], keys of their noise and next (the
+            row that follows), int64 [R].
+        control: uint8, the bytes that the host writes before a step in one copy: those of
+            ``per_slot``, lane_slot, lane_index and lane_label are views of it.
+        lane_slot: int64 [L], the slot of each lane.
+        lane_index: int64 [L], the place of each lane's image among those asked for.
+        lane_label: int64 [L], the class label of each lane; None without labels.
+        lane_row: int64 [L], the row of each lane in the current step.
+        t, t_float: int64 and float32 [L], the timestep of each lane in the current step, one of
+            which the network is given, by whether timesteps are whole.
+        lane_embedding: [L, E] in ``dtype``, the time embedding of each lane; None without
+            ``embed``.
+        timesteps, whole: float32 and int64 [R], the timestep of each row, as it is and cut to an
+            integer.
+        embeddings: [R, E] in ``dtype``, the time embedding of each row; None without ``embed``.
+        token: an object that stands for these buffers, and their prefixes, as a key in
+            dictionaries.
     """
 
     def __init__(
@@ -96,7 +119,16 @@ class Slots:
         self._prefixes: dict[tuple[int, int], Slots] = {}
 
     def parts(self, control: Tensor) -> dict[str, Tensor]:
-        """Return the named parts of ``control``, or of a tensor of its size."""
+        """Return views of the named parts of ``control``, or of another tensor of its size.
+
+        Args:
+            control: uint8, as long as ``self.control``, on any device.
+
+        Returns:
+            idx, seeds, guidance, lane_cond and lane_uncond, each [S], and lane_slot, lane_index
+            and, for a network with labels, lane_label, each [L], by name, in the dtypes of the
+            attributes.
+        """
         pieces = control.split([size for *_, size in self._layout])
         return {
             name: piece.view(dtype)[:count]
@@ -104,7 +136,14 @@ class Slots:
         }
 
     def prefix(self, S: int, L: int) -> Slots:
-        """Return the first S slots and L lanes, in the same memory; the same object each time."""
+        """Return the buffers of the first S slots and L lanes: views of the same memory and table.
+
+        The same numbers give the same object each time.
+
+        Args:
+            S: the number of slots, at most that of these buffers.
+            L: the number of lanes, at most that of these buffers.
+        """
         if (S, L) == (len(self.per_slot.idx), len(self.lane_slot)):
             return self
         if (S, L) not in self._prefixes:
@@ -121,7 +160,14 @@ class Slots:
         return self._prefixes[S, L]
 
     def load_plan(self, plan: Plan, start: int = 1) -> None:
-        """Put a plan into rows start..start + len(plan) - 1; the last leads to the idle row."""
+        """Copy a plan into the table's rows from ``start`` on; its last leads to the idle row 0.
+
+        Timesteps and, if there is ``embed``, time embeddings of the rows are written too.
+
+        Args:
+            plan: the plan (a table of coefficients, one row a step).
+            start: its first row, at least 1; start + len(plan) must not exceed R.
+        """
         n = len(plan)
         part = slice(start, start + n)
         fill(self.table.rows[part], host.floats(plan.rows))

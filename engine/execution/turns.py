@@ -1,4 +1,4 @@
-"""One caller of an executor at a time, and their work on a GPU in the order of their turns."""
+"""`Turns`: one caller of an executor at a time, with their work on a GPU in the same order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flashddpm.execution.processes import renewed_in_child
 
 
 class Turns:
-    """Turns on a device: a lock on the host, an event on a GPU.
+    """Turns of callers on a device: a lock on the host and, on a GPU, an event that orders work.
 
     Args:
         device: the device on which the callers launch their work.
@@ -30,29 +30,31 @@ class Turns:
         renewed_in_child(self)
 
     def after_fork(self) -> None:
-        """Make the lock anew, for whoever held it is not in a forked child."""
+        """Make a new lock in a forked child, where the old one's holder may not exist."""
         self._lock = threading.Lock()
         self._owner: int | None = None
 
     def on_device(self) -> AbstractContextManager[Any]:
-        """Make the device the current one."""
+        """Return a context in which the device, if a CUDA one, is the current one."""
         return nullcontext() if self._launched is None else torch.cuda.device(self._device)
 
     def check_not_within(self) -> None:
-        """Refuse a call by a callback of the call whose turn it is.
+        """Raise if this thread has the turn, as where a callback calls the sampler that called it.
 
         Raises:
-            RuntimeError: this thread has the turn.
+            RuntimeError: if this thread has the turn.
         """
         if self._owner == threading.get_ident():
             raise RuntimeError("a callback called the sampler that it is called by")
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Take a turn; other threads wait for theirs.
+        """Take a turn for the length of this context; other threads wait for theirs.
+
+        On a GPU, work that is launched in it runs after that of the last turn, on whatever stream.
 
         Raises:
-            RuntimeError: this thread has the turn already.
+            RuntimeError: if this thread has the turn already, as in a callback.
         """
         self.check_not_within()
         with self._lock:
@@ -65,7 +67,7 @@ class Turns:
 
     @contextmanager
     def _in_order(self) -> Iterator[None]:
-        """Order what this caller launches after what the last one did, on whatever stream."""
+        """Have the GPU run what is launched in this context after the work of the last turn."""
         if self._launched is None:
             yield
             return

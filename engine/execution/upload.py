@@ -1,4 +1,4 @@
-"""Small numbers on their way to the device, without a wait of the host.
+"""Copies of small tensors from the host to a device, for which the host does not wait.
 
 A copy from ordinary memory to a GPU waits for all that was launched before it. From pinned memory
 it does not; torch's allocator hands pinned memory out again only after the copy is done.
@@ -11,12 +11,22 @@ from torch import Tensor
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on the device; the same tensor where that is the host."""
+    """Return a copy of a host tensor on a device, without waiting; on the CPU the tensor itself.
+
+    Args:
+        values: a tensor on the CPU, of any shape and dtype.
+        device: the device.
+    """
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
 
 
 def fill(buffer: Tensor, values: Tensor) -> None:
-    """Copy values of the host into a buffer of the same shape, in place."""
+    """Copy a host tensor into a buffer in place, without waiting for the device.
+
+    Args:
+        buffer: the tensor to write, on any device.
+        values: a tensor on the CPU, of the same shape; it is cast to the buffer's dtype.
+    """
     buffer.copy_(values.pin_memory() if buffer.is_cuda else values, non_blocking=True)

@@ -1,1 +1,1 @@
-"""Classes that stand in for those of other libraries."""
+"""Classes that stand in for those of other libraries: diffusers' pipelines."""

@@ -1,4 +1,4 @@
-"""diffusers' DDPMPipeline and DDIMPipeline, by their calling conventions, over a `Sampler`.
+"""Replacements of diffusers' DDPMPipeline and DDIMPipeline, called as those are, over a `Sampler`.
 
 from flashddpm import DDPMPipeline  # instead of: from diffusers import DDPMPipeline
 
@@ -7,18 +7,19 @@ image = pipe(generator=torch.manual_seed(0)).images[0]
 
 Noise is drawn as diffusers draws it, from ``generator=`` or else from torch's default generator of
 the pipeline's device: x_T in the network's dtype, then once a step, wherever its scheduler would
-draw. In float32 the pictures are diffusers' to rounding, up to the quirks that
-`flashddpm.diffusion.diffusers_quirks` lists, which ``match_diffusers=True`` brings back. In 16 bits
-diffusers rounds x_t after every step; here it stays float32, and pictures differ by that.
+draw. In float32 the pictures are diffusers' to rounding, up to the quirks (deviations that we hold
+for wrong) that `flashddpm.diffusion.diffusers_quirks` lists, which ``match_diffusers=True``
+reproduces. In 16 bits diffusers rounds x_t after every step; here it stays float32, and pictures
+differ by that.
 
-With ``seeds=`` noise is ours (noise.py), and nothing is drawn from torch: an image depends on its
-own seed only, whatever the batch, and on a GPU noisy steps are captured too.
+With ``seeds=`` noise is ours (kernels/reference/noise.py), and nothing is drawn from torch: an
+image depends on its own seed only, whatever the batch, and on a GPU noisy steps are captured too.
 
 Another scheduler is set as in diffusers, by its class:
 
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
 
-Not here: callbacks, offloading.
+Callbacks and offloading are not supported.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """What a pipeline returns.
+    """The images that a pipeline returns; also output["images"] or output[0].
 
     Attributes:
-        images: PIL images; or float32 in [0, 1], an array [B, H, W, C] or a tensor [B, C, H, W].
+        images: by output_type, "pil": a list of B PIL images; "np": a NumPy array, float32 [B, H,
+            W, C] in [0, 1]; or "pt": a tensor, float32 [B, C, H, W] in [0, 1].
     """
 
     images: Any
@@ -61,17 +63,17 @@ class PipelineOutput:
 
 @dataclass(frozen=True)
 class SchedulerSettings:
-    """What a pipeline's scheduler is set to.
+    """The settings of a pipeline's scheduler.
 
     Attributes:
-        config: with diffusers' keys: what ``from_config`` of its schedulers takes.
+        config: the settings by diffusers' keys, as ``from_config`` of its schedulers takes them.
     """
 
     config: dict[str, Any]
 
 
 class _Pipeline:
-    """What both pipelines share: where they run, and from noise to pictures."""
+    """What both pipelines share: loading, their device, and drawing images from noise."""
 
     def __init__(
         self, sampler: Sampler | None = None, *, unet: Any = None, scheduler: Any = None
@@ -94,33 +96,45 @@ class _Pipeline:
         device: str | torch.device = "cpu",
         **options: Any,
     ) -> Self:
-        """Load what `Sampler.from_pretrained` loads; its other options may be given too.
+        """Load a model in diffusers' layout, on the CPU and in float32 unless told otherwise.
 
-        As in diffusers the model is on the CPU, in float32, unless told otherwise here or by `to`.
+        Args:
+            folder: a folder, of a pipeline or flat, or OWNER/NAME on the Hugging Face Hub.
+            torch_dtype: the dtype of the network: float32, bfloat16 or float16.
+            device: "cpu", "cuda", "cuda:N" or "auto", or a torch.device.
+            options: other arguments of `Sampler.from_pretrained`, such as allow_pickle or compile.
 
         Raises:
-            CheckpointError: files or keys missing, broken or not supported.
-            ValueError: an argument that is not allowed.
+            CheckpointError: if there is no such model, or if files or keys are missing, broken or
+                not supported.
+            ValueError: if an argument is not allowed.
         """
         return cls(Sampler.from_pretrained(folder, device=device, dtype=torch_dtype, **options))
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write what `Sampler.save_pretrained` writes; errors are its own."""
+        """Write the model to a folder, made if missing, that diffusers and `from_pretrained` load.
+
+        Raises:
+            ValueError: if the network is not flashddpm's own, if the path is a file, or if
+                diffusers has no settings for the sampler's defaults.
+            OSError: if a file cannot be written.
+        """
         self.sampler.save_pretrained(folder)
 
     @property
     def unet(self) -> nn.Module | Callable[..., Tensor]:
-        """The network, on the pipeline's device."""
+        """The network, a module or another callable, on the pipeline's device."""
         return self.sampler.network
 
     @property
     def scheduler(self) -> SchedulerSettings:
-        """The settings of the scheduler; set one of diffusers to draw by it, with this network.
+        """The scheduler's `SchedulerSettings`; assign a scheduler of diffusers to draw by it.
 
-        The schedule is then computed in float64, as `from_pretrained` does by default.
+        Assigning one makes a new sampler of the same network, with its schedule in float64.
 
         Raises:
-            ValueError: one of another class, or settings that we have no rows for.
+            ValueError: if the one assigned is of a class, or has settings, that are not supported;
+                or, when read, if diffusers has no settings for the sampler's defaults.
         """
         return SchedulerSettings(self.sampler.scheduler_config)
 
@@ -137,27 +151,33 @@ class _Pipeline:
 
     @property
     def components(self) -> dict[str, Sampler]:
-        """What another pipeline of ours is made of: ``DDIMPipeline(**pipe.components)``."""
+        """The arguments for another pipeline, {"sampler": sampler}, which shares the network."""
         return {"sampler": self.sampler}
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device on which the network runs, a torch.device."""
         return self.sampler.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the network."""
+        """The dtype of the network's input, a torch.dtype."""
         return self.sampler.dtype
 
     @isolated(grad=False)
     def to(self, *where: str | torch.device | torch.dtype) -> Self:
-        """Move to a device, a dtype or both; return the pipeline, with a new sampler.
+        """Move the pipeline to a device, a dtype or both, and return it.
 
-        The sampler that it had stays as it was, with its own copy of the weights.
+        If either changes, the pipeline gets a new sampler with a copy of the network; the sampler
+        that it had stays as it was.
+
+        Args:
+            where: devices ("cpu", "cuda", "cuda:N", "auto" or a torch.device) and dtypes
+                (torch.float32, torch.bfloat16 or torch.float16), in any order.
 
         Raises:
-            ValueError: no such device or dtype, or a network that is not flashddpm's UNet.
+            ValueError: if there is no such device or dtype, or a network that is not flashddpm's
+                own would have to be moved.
         """
         device, dtype = self.device, self.dtype
         for target in where:
@@ -170,11 +190,15 @@ class _Pipeline:
         return self
 
     def set_progress_bar_config(self, disable: bool = False) -> None:
-        """Show a bar while steps are taken, or not."""
+        """Show a progress bar while steps are taken, or, with ``disable`` true, none.
+
+        Raises:
+            ValueError: if disable is no bool.
+        """
         self._progress = not arguments.boolean("disable", disable)
 
     def _defaults(self) -> SamplingDefaults:
-        """Return what the scheduler's config says to this pipeline."""
+        """Return the defaults that this pipeline reads from the scheduler's config."""
         return self.sampler.defaults
 
     @isolated(grad=False)
@@ -190,7 +214,7 @@ class _Pipeline:
         output_type: str,
         return_dict: bool,
     ) -> PipelineOutput | tuple[Any]:
-        """Sample by a plan of these options; return what was asked for."""
+        """Sample by a plan of these options, and return images of the type that was asked for."""
         sampler, defaults = self.sampler, self._defaults()
         arguments.one_of("output_type", output_type, OUTPUT_TYPES)
         arguments.boolean("return_dict", return_dict)
@@ -216,14 +240,19 @@ class _Pipeline:
 
 
 class DDPMPipeline(_Pipeline):
-    """Draws by the model's own solver: that of its scheduler, ddpm unless it says otherwise.
+    """Draws images by the solver of the model's scheduler: ddpm, unless that says otherwise.
 
     Args:
-        sampler: what to draw with.
-        unet, scheduler: of diffusers, in its place (`Sampler.from_diffusers`).
+        sampler: the `Sampler` to draw with; None to make one of ``unet`` and ``scheduler``.
+        unet, scheduler: a UNet2DModel and a scheduler of diffusers, in place of a sampler; the
+            weights are copied (`Sampler.from_diffusers`).
 
     Attributes:
-        sampler: the one in use; another one after `to` and after a scheduler is set.
+        sampler: the sampler in use; it is replaced by `to` and by setting ``scheduler``.
+
+    Raises:
+        ValueError: if sampler is no `Sampler` or is given beside unet or scheduler, or if these are
+            of classes, or have settings, that are not supported.
     """
 
     def __call__(
@@ -239,26 +268,28 @@ class DDPMPipeline(_Pipeline):
         guidance_scale: float | Sequence[float] = 1.0,
         match_diffusers: bool = False,
     ) -> PipelineOutput | tuple[Any]:
-        """Draw images.
+        """Draw images; B is their number.
 
         Args:
-            batch_size: how many; by default 1, or as many as seeds.
-            generator: of the noise, drawn as by diffusers; or one for each image; by default
-                torch's own of the pipeline's device, which torch.manual_seed sets.
-            num_inference_steps: 1..T.
-            output_type: "pil"; "np", float32 [B, H, W, C] in [0, 1]; or "pt", float32
-                [B, C, H, W] in [0, 1] on the pipeline's device.
-            return_dict: False for a tuple of one.
-            seeds: of our noise, one an image, in place of a generator: the way to images that
-                depend on neither the batch nor what was drawn before.
-            class_labels: one, or one for each image; None asks for the null class.
-            guidance_scale: w of out = uncond + w (cond - uncond), one or one for each image.
-            match_diffusers: draw diffusers' pictures where we hold them for wrong, too
-                (flashddpm.diffusion.diffusers_quirks).
+            batch_size: B; None for 1, or for as many as seeds.
+            generator: the torch.Generator of the noise, drawn as diffusers draws it, or a list of
+                B; None for torch's own of the pipeline's device, which torch.manual_seed sets.
+            num_inference_steps: the number of steps, in 1..T.
+            output_type: "pil"; "np", float32 [B, H, W, C] in [0, 1]; or "pt", float32 [B, C, H, W]
+                in [0, 1] on the pipeline's device.
+            return_dict: whether to return a `PipelineOutput`, or else a tuple of its images alone.
+            seeds: the seeds of our noise, B integers in [-2^63, 2^64), in place of a generator:
+                images then depend on neither the batch nor what was drawn before.
+            class_labels: one class label, or one for each image; None for the null class.
+            guidance_scale: the guidance scale w of out = uncond + w (cond - uncond), one or one for
+                each image; 1 is off.
+            match_diffusers: whether to reproduce diffusers' quirks, deviations that we hold for
+                wrong.
 
         Raises:
-            ValueError: an argument that is not allowed.
-            NonFiniteError: the network's output turned NaN or infinite.
+            ValueError: if an argument is not allowed.
+            NonFiniteError: if the network's output turned NaN or infinite.
+            RuntimeError: if another thread changed the network's weights meanwhile.
         """
         return self._run(
             num_inference_steps,
@@ -274,16 +305,21 @@ class DDPMPipeline(_Pipeline):
 
 
 class DDIMPipeline(_Pipeline):
-    """Draws by ddim, whatever the model's own solver is.
+    """Draws images by ddim, whatever the solver of the model's scheduler is.
 
     As in diffusers the settings are those that a DDIMScheduler takes from the model's config.
 
     Args:
-        sampler: what to draw with.
-        unet, scheduler: of diffusers, in its place (`Sampler.from_diffusers`).
+        sampler: the `Sampler` to draw with; None to make one of ``unet`` and ``scheduler``.
+        unet, scheduler: a UNet2DModel and a scheduler of diffusers, in place of a sampler; the
+            weights are copied (`Sampler.from_diffusers`).
 
     Attributes:
-        sampler: the one in use; another one after `to` and after a scheduler is set.
+        sampler: the sampler in use; it is replaced by `to` and by setting ``scheduler``.
+
+    Raises:
+        ValueError: if sampler is no `Sampler` or is given beside unet or scheduler, or if these are
+            of classes, or have settings, that are not supported.
     """
 
     def __call__(
@@ -301,14 +337,23 @@ class DDIMPipeline(_Pipeline):
         guidance_scale: float | Sequence[float] = 1.0,
         match_diffusers: bool = False,
     ) -> PipelineOutput | tuple[Any]:
-        """Draw images; arguments and errors are those of `DDPMPipeline`, and these.
+        """Draw images by ddim; B is their number.
 
         Args:
-            eta: 0 is deterministic, 1 as noisy as ddpm.
-            use_clipped_model_output: take eps from the clipped x0, not from the output.
+            batch_size, generator, output_type ("pil", "np" or "pt"), return_dict, seeds,
+                class_labels, guidance_scale, match_diffusers: as `DDPMPipeline` says of a call: B,
+                the noise's source, the type of the images and the result, labels, guidance, and
+                quirks.
+            eta: the share of ddpm's noise, in [0, 1]: 0 is deterministic, 1 as noisy as ddpm.
+            num_inference_steps: the number of steps, in 1..T.
+            use_clipped_model_output: whether eps is derived from the clipped x0 instead of the
+                output; None is False.
 
         Raises:
-            ValueError: the model's config has settings of DDIMScheduler that we have no rows for.
+            ValueError: if an argument is not allowed, or the model's config has settings of a
+                DDIMScheduler that are not supported.
+            NonFiniteError: if the network's output turned NaN or infinite.
+            RuntimeError: if another thread changed the network's weights meanwhile.
         """
         options: PlanOptions = {"match_diffusers": match_diffusers, "eta": eta}
         if use_clipped_model_output is not None:

@@ -1,1 +1,1 @@
-"""The Sampler: images from seeds in one call, or step by step."""
+"""The Sampler: draws images from seeds, in one call or step by step."""

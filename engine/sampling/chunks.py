@@ -1,4 +1,4 @@
-"""The inner loop of `Sampler.sample`: chunks of images, one after the other, each to its end."""
+"""The inner loop of `Sampler.sample`: chunks (batches) of images, drawn one after the other."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from flashddpm.sampling.inputs import Images
 
 @dataclass(frozen=True)
 class Width:
-    """How many images and network evaluations run at a time.
+    """The numbers of images and lanes (network evaluations) at a time in a call of `sample`.
 
     Attributes:
-        batch: the images of a chunk.
-        most: the lanes that so many images may take.
-        lanes: the lanes of every chunk; None for as many as it uses.
+        batch: the number of images of a chunk.
+        most: the most lanes that so many images may take.
+        lanes: the number of lanes of every chunk; None for as many as each chunk uses.
         compiled: whether the compiled network runs.
     """
 
@@ -45,10 +45,23 @@ def choose_width(
     exact: bool,
     bucket: int | None,
 ) -> Width:
-    """Return the width of a call of ``sample``, whose arguments these are.
+    """Choose how many images and lanes (network evaluations) run at a time in a call of ``sample``.
+
+    Args:
+        executor: the executor that runs the network.
+        images: all images of the call.
+        plan: the plan (the steps, a row of coefficients each) that they follow.
+        batch_size: the most images at a time, at least 1.
+        exact: whether images are to have bits that do not depend on the batch, for which the
+            compiled network runs on one number of lanes always.
+        bucket: the number of lanes of every chunk, at least those that the images use; None for the
+            executor's choice.
 
     Raises:
-        ValueError: a bucket that is too small, or exact where bits cannot be promised.
+        ValueError: if bucket is no integer or too small, if exact is no bool, or if it is true and
+            the network is not compiled, or is to be given timesteps that are not integers (a
+            hoisted U-Net is given embeddings instead).
+        CompilationError: if exact is true and the compiler has failed before.
     """
     batch = batch_size
     most = batch if executor.conditioning.null_label is None else 2 * batch
@@ -76,24 +89,33 @@ def draw(
     on_step: Callable[[int, Tensor], None] | None,
     advanced: Callable[[], Any],
 ) -> Tensor:
-    """Draw one chunk of the images, from x_T to the end of the plan.
+    """Draw one chunk of a call's images, from x_T to the end of the plan.
+
+    N is the number of images of the call, n that of the chunk.
 
     Args:
-        executor: whose turn this is.
+        executor: the executor, in whose turn (`Executor.exclusive`) this is called.
         images: all images of the call.
-        plan: the rows that they follow.
-        width: of the call.
-        chunk: which of the images.
-        begin: float32 [N, C, H, W], the images that all begin at, or None.
-        z: float32 [N, C, H, W], the noise that all begin with instead of their seeds', or None.
-        step_noise, on_step: as for ``sample``.
-        advanced: called after each step.
+        plan: the plan (the steps, a row of coefficients each) that they follow.
+        width: the numbers of images and lanes at a time, from `choose_width`.
+        chunk: which of the images to draw.
+        begin: float32 [N, C, H, W] in [-1, 1], the images that are noised to begin at; None to
+            begin at noise.
+        z: float32 [N, C, H, W], standard normal noise to use for x_T; None for that of the seeds.
+        step_noise: called with the number of a step, from 0, returns its noise z, floats [n, C, H,
+            W], or None where the step takes none; None for the noise of the seeds.
+        on_step: called after each step with its number, from 0, and the x0 that it predicts,
+            float32 [n, C, H, W]; or None.
+        advanced: called without arguments after each step.
 
     Returns:
-        float32 [n, C, H, W], valid until the next chunk.
+        The images, float32 [n, C, H, W] in about [-1, 1]: a view that the next chunk overwrites.
 
     Raises:
-        NonFiniteError: the network's output turned NaN or infinite.
+        NonFiniteError: if the network's output turned NaN or infinite.
+        ValueError: if the network's output is of a wrong shape, or lacks the variance that the plan
+            needs, or if step_noise returns floats of a wrong shape, or None where noise is needed.
+        CompilationError: if the compiler fails, and compiling was asked for.
     """
     count = len(images.seeds[chunk])
     lanes = width.lanes or sum(images.lanes[chunk])
@@ -113,10 +135,15 @@ def draw(
 
 
 def check_finite(slots: Slots, seeds: list[int], num_steps: int) -> None:
-    """Refuse images whose network's output was not finite; they are in the first slots, from row 1.
+    """Raise if the network's output was not finite for some image of the buffers' first slots.
+
+    Args:
+        slots: the buffers, whose flags are read, which waits for the device; plans begin at row 1.
+        seeds: the seed of the image in each slot, from the first slot on.
+        num_steps: the number of steps of each image, for the error's text.
 
     Raises:
-        NonFiniteError: naming the first such image's seed and step.
+        NonFiniteError: if one was NaN or infinite; it names the first such image's seed and step.
     """
     for seed, row in zip(seeds, slots.state.nonfinite.tolist(), strict=False):
         if row:
@@ -124,7 +151,12 @@ def check_finite(slots: Slots, seeds: list[int], num_steps: int) -> None:
 
 
 def bar_of(progress: bool, total: int) -> AbstractContextManager[Any]:
-    """Return a bar of so many steps with ``update()``, or one that shows nothing."""
+    """Return a progress bar, a context manager whose value has ``update()``, called for each step.
+
+    Args:
+        progress: whether to show a bar, by tqdm; otherwise ``update()`` does nothing.
+        total: the number of steps.
+    """
     if not progress:
         return nullcontext(SimpleNamespace(update=lambda: None))
     from tqdm import tqdm

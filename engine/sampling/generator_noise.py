@@ -1,4 +1,4 @@
-"""Noise from torch's generators, one call after another, as diffusers draws it."""
+"""Noise from torch's generators, drawn one call after another as diffusers' pipelines draw it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ Generators = torch.Generator | Sequence[torch.Generator]
 
 
 class GeneratorNoise:
-    """Standard normal noise, drawn one call after another from generators as diffusers does.
+    """Standard normal noise from torch's generators, drawn call by call as diffusers does.
 
     Args:
-        generator: one for the batch, or one an image; a single one in a list is one for the batch;
-            None for torch's default one of the device.
+        generator: one torch.Generator for the whole batch, alone or in a list; a list or tuple of
+            one for each of the B images; or None for the device's default generator.
         shape: (B, C, H, W).
-        device: where noise is wanted; of a CPU generator it is drawn on the CPU, for any device.
+        device: the device of the noise. From CPU generators it is drawn on the CPU, then moved.
+
+    Attributes:
+        generators: the generators, one or B of them; [None] for the default one.
+        shape, device: as above.
 
     Raises:
-        ValueError: not generators, another number of them, or ones of another device.
+        ValueError: if one is no generator, if there are neither one nor B of them, or if they are
+            of devices other than the CPU and this one, or of both.
     """
 
     def __init__(
@@ -53,7 +58,7 @@ class GeneratorNoise:
         self.generators = several
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
-        """Return noise [B, C, H, W] of this dtype on the device."""
+        """Draw the next noise of a dtype, floating-point [B, C, H, W], on the device."""
         size = (self.shape[0] // len(self.generators), *self.shape[1:])
         drawn = [
             torch.randn(size, generator=one, device=one.device if one else self.device, dtype=dtype)
@@ -65,7 +70,21 @@ class GeneratorNoise:
 def noise_of(
     draws: GeneratorNoise, solver: str, plan: Plan, eta: float, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return what `Sampler.sample` is to take for the noise that diffusers draws."""
+    """Return the arguments of `Sampler.sample` for noise drawn as a diffusers pipeline draws it.
+
+    The noise of x_T is drawn here, and that of steps when ``sample`` asks for it.
+
+    Args:
+        draws: the generators of the noise.
+        solver: the name of the plan's solver, of solvers.SOLVERS.
+        plan: the plan (a row of coefficients a step).
+        eta: the noise of ddim, in [0, 1]; of no effect on other solvers.
+        dtype: the dtype of the pipeline's network, in which diffusers draws.
+
+    Returns:
+        A dict of initial_noise, a tensor [B, C, H, W] in ``dtype``, and, where the solver draws in
+        some step, step_noise, a function of the step's number, and batch_size, which is B.
+    """
     kinds = [_dtype_drawn(solver, eta, timestep, dtype) for timestep in plan.timesteps]
 
     def step_noise(i: int) -> Tensor | None:

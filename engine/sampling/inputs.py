@@ -1,4 +1,4 @@
-"""What images are asked for: labels, guidance, images to begin at and noise, checked."""
+"""Checks of what images are asked for: seeds, labels, guidance, images to begin at, and noise."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from flashddpm.kernels.tables import Column
 from flashddpm.networks.conditioning import Conditioning
 
 Shape = tuple[int, int, int, int]
-"""(N, C, H, W) of the images of a call."""
+"""The shape (N, C, H, W) of the images of a call."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """What each of N images is asked for.
+    """The seed, label and guidance scale of each of N images; ``len`` of it is N.
 
     Attributes:
-        seeds: the seed of each.
-        labels: the label of each; None for a network without classes.
-        guidance: w of each; 1 is off.
+        seeds: the seed of each image's noise, N signed 64-bit integers.
+        labels: the class label of each image; None for a network without classes.
+        guidance: the guidance scale w of each image; 1 means no guidance.
     """
 
     seeds: list[int]
@@ -39,23 +39,38 @@ class Images:
 
     @property
     def lanes(self) -> list[int]:
-        """How many network evaluations each takes a step."""
+        """The lanes (network evaluations a step) of each image: N ints, 2 if guided, else 1."""
         return [1 if w == 1 else 2 for w in self.guidance]
 
     def occupants(
         self, part: slice, null_label: int | None, length: int, row: int = 1
     ) -> Iterator[Occupant]:
-        """Yield some of the images as occupants of slots, at a row of a plan in rows 1..length."""
+        """Yield some of the images as occupants of slots (places of a batch), all at the same step.
+
+        Args:
+            part: which of the images.
+            null_label: the label of their unconditional lanes; None for a network without one.
+            length: the number of rows (steps) of their plan, which is in rows 1..length of the
+                table.
+            row: the row that their next step applies, in 1..length.
+        """
         for i in range(*part.indices(len(self))):
             label = None if self.labels is None else self.labels[i]
             yield Occupant(self.seeds[i], label, null_label, self.guidance[i], row, length, i)
 
 
 def images_of(seeds: Any, labels: Any, guidance: Any, conditioning: Conditioning) -> Images:
-    """Return seeds, labels and guidance as ``Sampler.sample`` takes them, checked.
+    """Check the seeds, labels and guidance of a call of ``sample``, and return them image by image.
+
+    Args:
+        seeds: one integer, several, or a tensor of integers, each in [-2^63, 2^64).
+        labels: one class label, one for each seed, or None for the null class.
+        guidance: the guidance scale w, one number or one for each seed; 1 means no guidance.
+        conditioning: the labels that the network takes.
 
     Raises:
-        ValueError: one that is not allowed, or another number of them than of seeds.
+        ValueError: if one is not allowed, if there are not as many labels or scales as seeds, or if
+            w is not 1 where the network has no null class or no labels are given.
     """
     seed = arguments.seed_list(seeds)
     label = labels_of(labels, len(seed), conditioning)
@@ -63,7 +78,17 @@ def images_of(seeds: Any, labels: Any, guidance: Any, conditioning: Conditioning
 
 
 def labels_of(labels: Any, count: int, conditioning: Conditioning) -> list[int] | None:
-    """Return the label of every image, the null class where none is asked for."""
+    """Return the class label of every image; None for a network without classes.
+
+    Args:
+        labels: one label in 0..num_classes-1, one for each image, or None for the null class.
+        count: the number of images.
+        conditioning: the labels that the network takes.
+
+    Raises:
+        ValueError: if a label is not allowed, if there are not as many as images, if labels are
+            given for a network without classes, or if they are None and there is no null class.
+    """
     known = arguments.label_list(labels, count, conditioning.num_classes)
     if known is not None or conditioning.num_classes is None:
         return known
@@ -73,7 +98,18 @@ def labels_of(labels: Any, count: int, conditioning: Conditioning) -> list[int] 
 
 
 def guidance_of(guidance: Any, count: int, labels: Any, conditioning: Conditioning) -> list[float]:
-    """Return the guidance of every image; 1 only, without labels or a null class."""
+    """Return the guidance scale w of every image, a list of floats.
+
+    Args:
+        guidance: one finite number, or one for each image; 1 means no guidance.
+        count: the number of images.
+        labels: the labels as they were given, only to see whether they are None.
+        conditioning: the labels that the network takes.
+
+    Raises:
+        ValueError: if a scale is no finite number, if there are not as many as images, or if one is
+            not 1 where the network has no null class or no labels are given.
+    """
     if hasattr(guidance, "tolist"):  # tensors, arrays and NumPy's numbers
         guidance = guidance.tolist()
     values = list(guidance) if isinstance(guidance, Sequence) else [guidance] * count
@@ -89,7 +125,19 @@ def guidance_of(guidance: Any, count: int, labels: Any, conditioning: Conditioni
 
 
 def begin_of(image: Tensor | None, shape: Shape, plan: Plan, device: torch.device) -> Tensor | None:
-    """Return the images to begin at, float32 [N, C, H, W] on the device; None for pure noise."""
+    """Return the images to begin at, float32 [N, C, H, W] on the device; None for pure noise.
+
+    Args:
+        image: floating-point [C, H, W], for all images, or [N, C, H, W], in [-1, 1]; or None. The
+            range is not checked.
+        shape: (N, C, H, W).
+        plan: the plan, which says whether it begins at an image.
+        device: the device of the result.
+
+    Raises:
+        ValueError: if the plan begins at an image and there is none, or the reverse, or if the
+            image is no floating-point tensor of one of these shapes.
+    """
     if image is None:
         if plan.needs_image:
             raise ValueError("image=None: the plan begins at an image; give one")
@@ -104,7 +152,17 @@ def begin_of(image: Tensor | None, shape: Shape, plan: Plan, device: torch.devic
 
 
 def noise_of(name: str, noise: Any, shape: Shape, device: torch.device) -> Tensor | None:
-    """Return noise of the caller's own, float32 [N, C, H, W] on the device."""
+    """Return the caller's own noise as float32 [N, C, H, W] on the device; None if it is None.
+
+    Args:
+        name: the argument's name, for the error's text.
+        noise: floating-point [N, C, H, W], or None.
+        shape: (N, C, H, W).
+        device: the device of the result.
+
+    Raises:
+        ValueError: if the noise is no floating-point tensor of that shape.
+    """
     if noise is None:
         return None
     if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.shape != shape:
@@ -116,7 +174,23 @@ def noise_of(name: str, noise: Any, shape: Shape, device: torch.device) -> Tenso
 def spread(
     step_noise: Callable[[int], Tensor | None], slots: Slots, count: int, plan: Plan
 ) -> Iterator[Tensor | None]:
-    """Yield the caller's noise of each step, in the first ``count`` slots of a batch."""
+    """Yield the caller's noise of each step of a plan, put into the first slots of a batch.
+
+    Args:
+        step_noise: called with the number of each step, from 0, returns its noise z, floating-point
+            [count, C, H, W], or None where the step takes none.
+        slots: the buffers of S slots (places of images).
+        count: the number of images, which are in the first slots.
+        plan: the plan (a row of coefficients a step).
+
+    Yields:
+        For each step float32 [S, C, H, W], the same tensor each time; None where the row adds no
+        noise.
+
+    Raises:
+        ValueError: if step_noise returns None for a step that adds noise, or anything but a
+            floating-point tensor of that shape.
+    """
     z = torch.zeros_like(slots.state.x)
     _, C, H, W = z.shape
     for i, sigma in enumerate(plan.rows[:, Column.SIGMA]):

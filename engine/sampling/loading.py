@@ -1,4 +1,4 @@
-"""Samplers from model folders and from live objects of diffusers, and back into folders."""
+"""`Loadable`: samplers made from model folders or diffusers' live objects, and saved to folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,14 @@ from flashddpm.sampling.run_options import RunOptions
 
 
 class Loadable(Remade):
-    """The ways of `Sampler` into and out of model folders."""
+    """The base class of `Sampler` that loads it from, and saves it to, model folders.
+
+    Attributes:
+        schedule: the forward process that the network was trained on.
+        prediction_type: what the network predicts: "epsilon", "sample" or "v_prediction".
+        defaults: how images are sampled where a call does not say: spacing, clipping, variance.
+        conditioning: the class labels that the network takes.
+    """
 
     schedule: NoiseSchedule
     prediction_type: str
@@ -36,15 +43,16 @@ class Loadable(Remade):
 
     @property
     def network(self) -> nn.Module | Callable[..., Tensor]:
-        """The network, on the sampler's device."""
+        """The network, a module or another callable, on the sampler's device."""
         raise NotImplementedError
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
-        """Schedule, prediction type and defaults with diffusers' keys, as a folder has them.
+        """The schedule, prediction type and defaults as a dict with the keys of diffusers' configs.
 
         Raises:
-            ValueError: diffusers has no settings for these defaults.
+            ValueError: if the sampler was made without such a config, and diffusers' scheduler for
+                its solver has no settings for its defaults.
         """
         known = self._arguments["scheduler"]
         if known is not None:
@@ -64,20 +72,26 @@ class Loadable(Remade):
         tables: str = "float64",
         **options: Unpack[RunOptions],
     ) -> Self:
-        """Load a model in diffusers' layout.
+        """Load a model in diffusers' layout, and return a sampler of it.
 
         Args:
-            source: a folder, of a pipeline or flat; or OWNER/NAME on the Hugging Face Hub.
-            device: as for the class.
-            dtype: of the network; by default bfloat16 on CUDA and float32 on the CPU.
-            allow_pickle: read .bin weights, checked, where there are no safetensors.
-            revision: on the hub, a branch, tag or commit.
-            tables: "float64", or "diffusers" for the bits of its float32 schedule.
-            options: backend, compile, capture, tune and graph_memory, as for the class.
+            source: a folder, of a pipeline or flat, or OWNER/NAME of a repository on the Hugging
+                Face Hub, which is downloaded.
+            device: "auto" (CUDA where there is a GPU, else the CPU), "cpu", "cuda", "cuda:N" or a
+                torch.device.
+            dtype: the dtype of the network: float32, bfloat16 or float16, or its name; None for
+                bfloat16 on CUDA and float32 on the CPU.
+            allow_pickle: whether .bin weights are read, with checks, where there are no
+                safetensors.
+            revision: a branch, tag or commit on the hub; None for the default branch.
+            tables: the precision of the schedule: "float64", or "diffusers" for the bits of its
+                float32 tables.
+            options: backend, compile, capture, tune and graph_memory, as `RunOptions` says.
 
         Raises:
-            CheckpointError: no such model, or files or keys missing, broken or not supported.
-            ValueError: an argument that is not allowed.
+            CheckpointError: if there is no such model, or if files or keys are missing, broken or
+                not supported.
+            ValueError: if an argument is not allowed.
         """
         target = arguments.resolve_device(device)
         cuda = target.type == "cuda"
@@ -97,21 +111,25 @@ class Loadable(Remade):
         tables: str = "float64",
         **options: Unpack[RunOptions],
     ) -> Self:
-        """Take over live objects of diffusers; their weights are copied, where and as they are.
+        """Make a sampler of live objects of diffusers, with a copy of their weights.
 
-        A U-Net that is more than its weights and config, with hooks, a forward or an attention
-        processor of its own, say, is called itself, as any network of one's own is: not copied,
-        and not compiled unless asked.
+        The copy is on the device and in the dtype of the original. A U-Net that is more than its
+        weights and config, with hooks or a forward or an attention processor of its own, say, is
+        not copied: it is called itself, and not compiled unless asked.
 
         Args:
-            model: a DDPMPipeline or DDIMPipeline, or a UNet2DModel.
-            scheduler: needed beside a UNet2DModel; beside a pipeline, in place of its own.
-            conditioning: what labels the network takes; by default every embedding is a class.
-            tables: "float64", or "diffusers" for the bits of its float32 schedule.
-            options: backend, compile, capture, tune and graph_memory, as for the class.
+            model: a DDPMPipeline, a DDIMPipeline or a UNet2DModel.
+            scheduler: a scheduler of diffusers, needed beside a UNet2DModel; beside a pipeline it
+                replaces the pipeline's own.
+            conditioning: the class labels that the network takes; None for as many classes as it
+                has class embeddings.
+            tables: the precision of the schedule: "float64", or "diffusers" for the bits of its
+                float32 tables.
+            options: backend, compile, capture, tune and graph_memory, as `RunOptions` says.
 
         Raises:
-            ValueError: other classes, or settings that we have no rows or layers for.
+            ValueError: if an object is of another class, has settings or weights that are not
+                supported, or there is no scheduler; or if another argument is not allowed.
         """
         return cls._of(load_diffusers(model, scheduler, conditioning, tables), options)
 
@@ -133,25 +151,32 @@ class Loadable(Remade):
 
     @isolated(grad=False)
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write a folder that diffusers loads, and ``from_pretrained`` too.
+        """Write the model to a folder that diffusers and ``from_pretrained`` load.
 
         Args:
-            folder: made if it does not exist; the one that was loaded may be saved over.
+            folder: the folder, which is made if it is missing; a model in it is replaced.
 
         Raises:
-            ValueError: the network is not ours, or its defaults have no settings in diffusers.
+            ValueError: if the network is not flashddpm's own, if the path is a file, or if
+                diffusers has no settings for the sampler's defaults.
+            OSError: if a file cannot be written.
         """
         save_pretrained(folder, self.network, self.scheduler_config, self.conditioning)
 
     def replace(self, **changes: Any) -> Self:
-        """Return a sampler like this one, but for these arguments of the class.
+        """Return a new sampler with the arguments of this one, except for those given here.
 
-        Nothing compiled is taken over. Unless another network is given both share theirs, and
-        follow its weights, whoever changes them.
+        Nothing compiled is taken over. Unless another network is given, both use the same one, and
+        follow changes of its weights.
+
+        Args:
+            changes: arguments of `Sampler`, by name. If schedule, prediction_type or defaults are
+                among them, scheduler (the config with diffusers' keys) is dropped unless it is
+                given too.
 
         Raises:
-            TypeError: no such argument.
-            ValueError: one that is not allowed.
+            TypeError: if there is no such argument.
+            ValueError: if a value is not allowed.
         """
         if changes.keys() & {"schedule", "prediction_type", "defaults"}:
             changes = {"scheduler": None, **changes}  # they no longer are what it says

@@ -1,4 +1,4 @@
-"""Objects that are copied, pickled and changed by making them anew from their arguments."""
+"""`Remade`: the base class of objects that are copied and pickled by their arguments alone."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from flashddpm.host import isolated
 
 
 class Remade:
-    """Base of a class whose every object is a function of its arguments.
+    """The base class of objects that are made anew, from their arguments, to be copied or pickled.
 
-    What an object has compiled, captured or locked is its own: copies make it anew.
+    What an object has compiled, captured or locked is its own, and is not taken over by copies.
 
     Args:
-        arguments: those of the class, by name.
+        arguments: the arguments of the class, by name.
     """
 
     def __init__(self, **arguments: Any) -> None:
         self._arguments = arguments
 
     def replace(self, **changes: Any) -> Self:
-        """Return an object like this one, but for these arguments of the class.
+        """Return a new object with the arguments of this one, except for those given here.
+
+        Args:
+            changes: arguments of the class, by name.
 
         Raises:
-            TypeError: no such argument.
-            ValueError: one that is not allowed.
+            TypeError: if the class has no such argument.
+            ValueError: if the class does not allow a value.
         """
         return type(self)(**self._arguments | changes)
 
@@ -38,10 +41,10 @@ class Remade:
         return type(self)(**copy.deepcopy(self._arguments, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the arguments, weights among them.
+        """Return what pickle needs to make the object anew: its arguments, the weights among them.
 
         Raises:
-            TypeError: an argument, such as the network or its call, cannot be pickled.
+            TypeError: if an argument, such as the network or its call, cannot be pickled.
         """
         for name, value in self._arguments.items():
             check_picklable(

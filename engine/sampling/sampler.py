@@ -1,9 +1,9 @@
-r"""Sampling: x_T from the seeds, then S times (network, fused update, advance), then images.
+r"""`Sampler`: draws images from seeds with a trained network, a schedule and a solver.
 
-``backend="reference"`` is plain PyTorch: the U-Net as written, the update of
-``kernels/reference/``, no compilation, no graph. ``backend="fused"`` is the fast path: on CUDA
-the Triton kernels and a captured step, on the CPU the reference operations with the noise of many
-steps drawn in one call; on both, the time half of our U-Net hoisted and the rest compiled if asked.
+``backend="reference"`` is plain PyTorch: the network as written and kernels/reference/, neither
+compiled nor captured. ``backend="fused"`` is the fast path: on CUDA Triton kernels and a captured
+step, on the CPU the reference operations with the noise of many steps drawn in one call; on both,
+our U-Net's time embeddings computed once for all steps, and the rest compiled if asked.
 """
 
 from __future__ import annotations
@@ -34,34 +34,44 @@ from flashddpm.sampling.trajectory import Trajectory, load_trajectory
 
 
 class Sampler(Loadable):
-    """Draws images from a network.
+    """Draws images from a network; threads that call it at the same time take turns.
 
     Args:
-        network: our UNet, or any callable that predicts from (x_t, t[, labels]).
-        schedule: the forward process it was trained on.
-        shape: (C, H, W) of an image.
-        prediction_type: "epsilon", "sample" or "v_prediction".
-        call: how to call a network of another signature: (x_t, t, labels) -> out, with x_t
-            [L, C, H, W] in the network's dtype, t int64 [L], labels int64 [L] or None. If it has a
-            parameter ``index`` it is given that by name, int64 [L]: each lane's place in ``seeds``,
-            or its `Request.index`, by which to find conditions that are kept outside.
-        conditioning: what labels the network takes.
-        defaults: what ``sample`` does unless told otherwise: spacing, offset, clipping, variance.
-        device: "auto", "cpu", "cuda" or "cuda:N"; a foreign module is moved there.
-        dtype: of the network's input; by default the network's own.
-        backend: "auto" is "fused".
-        compile: True, False, or "auto": on CUDA always for our U-Net, on the CPU when the
-            work asked for repays it, never for a foreign network.
-        capture: whether the step becomes a CUDA graph; "auto" means on CUDA for our U-Net.
-        tune: compile by trying many kernels for each operation (max-autotune), which takes minutes
-            once for each shape: what is found is kept in the user's cache.
-        graph_memory: bytes of the GPU that captured steps may hold, past which they run one by one;
-            by default half of what is free when the first is captured.
-        scheduler: the config with diffusers' keys that schedule, prediction_type and defaults were
-            read from, if any; ``save_pretrained`` writes it.
+        network: flashddpm's UNet or RMSUNet, or any module or function that predicts from (x_t, t[,
+            labels]). A module is moved to the device.
+        schedule: the forward process that the network was trained on.
+        shape: (C, H, W) of an image, in pixels.
+        prediction_type: what the network predicts: "epsilon", "sample" or "v_prediction".
+        call: how to call a network of another signature, on L lanes (evaluations; a guided image
+            takes two): (x_t, t, labels) -> [L, C or 2C, H, W], with x_t [L, C, H, W] in the
+            network's dtype, t int64 [L] (float32 where timesteps are fractional), labels int64 [L]
+            or None. A parameter ``index`` is given by name, int64 [L]: each lane's place in
+            ``seeds``, or its `Request.index`, by which to find conditions that are kept outside.
+        conditioning: the class labels that the network takes; None for no labels.
+        defaults: how images are sampled where a call does not say: spacing, offset, clipping,
+            variance.
+        device: "auto" (CUDA where there is a GPU, else the CPU), "cpu", "cuda", "cuda:N" or a
+            torch.device.
+        dtype: the dtype of the network's input: float32, bfloat16 or float16, or its name; None for
+            the network's own.
+        backend: "reference", "fused" or "auto", which is "fused" (on CUDA without Triton,
+            "reference").
+        compile: True, False, or "auto": on CUDA always for flashddpm's networks, on the CPU when
+            the work asked for repays it, never for others.
+        capture: whether steps become CUDA graphs: True, False, or "auto", which is on CUDA for
+            flashddpm's networks.
+        tune: compile by trying many kernels for each operation (max-autotune): minutes for each
+            shape, once, since what is found is kept in the user's cache.
+        graph_memory: the bytes of GPU memory that captured steps may hold, past which steps run one
+            by one; None for half of what is free when the first is captured.
+        scheduler: the config with diffusers' keys, if any, that schedule, prediction_type and
+            defaults were read from; ``save_pretrained`` writes it.
+
+    Attributes:
+        executor: the `Executor` that runs the network. The others are the arguments of their names.
 
     Raises:
-        ValueError: an argument that is not allowed.
+        ValueError: if an argument is not allowed, or does not fit the network.
     """
 
     @isolated(grad=False)
@@ -120,34 +130,48 @@ class Sampler(Loadable):
 
     @property
     def network(self) -> nn.Module | Callable[..., Tensor]:
-        """The network, on the sampler's device."""
+        """The network, a module or another callable, on the sampler's device."""
         return self.executor.network
 
     @property
     def device(self) -> torch.device:
-        """Where it runs and where images are."""
+        """The device on which the network runs and images are returned, a torch.device."""
         return self.executor.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the network's input."""
+        """The dtype of the network's input, a torch.dtype."""
         return self.executor.dtype
 
     @property
     def backend(self) -> str:
-        """The path: "reference" or "fused"."""
+        """The backend (path) by which the network runs, "reference" or "fused"."""
         return self.executor.backend
 
     @isolated(grad=False)
     def initial_noise(self, seeds: int | Iterable[int] | Tensor) -> Tensor:
-        """Return the x_T of these seeds, float32 [B, C, H, W]."""
+        """Return the standard normal noise of x_T, float32 [B, C, H, W], on the sampler's device.
+
+        Args:
+            seeds: one integer in [-2^63, 2^64), B of them, or a tensor of B integers.
+
+        Raises:
+            ValueError: if a seed is not allowed, or there is none.
+        """
         return self.executor.draw(arguments.seed_list(seeds), 0, Purpose.INITIAL)
 
     @isolated(grad=False)
     def step_noise(self, seeds: int | Iterable[int] | Tensor, key: int) -> Tensor:
-        """Return the z of the step with noise key ``key``, float32 [B, C, H, W].
+        """Return the standard normal noise of a step, float32 [B, C, H, W], on the device.
 
-        The key of a step is its timestep (``Plan.noise_keys``).
+        Args:
+            seeds: one integer in [-2^63, 2^64), B of them, or a tensor of B integers.
+            key: the step's noise key (a word of the noise's counter), a signed 64-bit integer. It
+                is the step's timestep, cut to an integer, for timesteps that do not repeat
+                (``Plan.noise_keys``).
+
+        Raises:
+            ValueError: if a seed or the key is not allowed, or there is no seed.
         """
         key = arguments.integer("key", key, -(2**63), 2**63 - 1)
         return self.executor.draw(arguments.seed_list(seeds), key, Purpose.REVERSE_STEP)
@@ -156,7 +180,18 @@ class Sampler(Loadable):
     def plan(
         self, solver: str | Plan = "ddim", num_steps: int = 50, **options: Unpack[PlanOptions]
     ) -> Plan:
-        """Return the rows that ``sample`` would apply; arguments are those of ``sample``."""
+        """Return the plan that ``sample`` would follow: its steps, a row of coefficients each.
+
+        Args:
+            solver: the name of a solver (`sample` has the list), or a Plan, which is returned as it
+                is.
+            num_steps: the number of steps, in 1..T; of no effect beside a Plan.
+            options: options of the plan, as `PlanOptions` says; None for the model's own.
+
+        Raises:
+            ValueError: if an argument or option is not allowed, an option is given beside a Plan,
+                or a timestep of it is outside of 0..T-1.
+        """
         if isinstance(solver, Plan):
             for name, value in options.items():
                 if value is not None:
@@ -188,40 +223,45 @@ class Sampler(Loadable):
         step_noise: Callable[[int], Tensor | None] | None = None,
         **options: Unpack[PlanOptions],
     ) -> Tensor:
-        """Draw one image a seed.
+        """Draw one image for each seed; N is the number of seeds.
 
         Args:
-            seeds: any number of 64-bit integers; an image depends on its own seed only.
-            labels: one label, or one for each seed; None asks for the null class.
-            guidance: w of out = uncond + w (cond - uncond), one or one for each seed; 1 is off
-                and costs one network evaluation a step instead of two.
-            solver: a name of solvers.SOLVERS, or a Plan of your own.
-            num_steps: 1..T; of no effect beside a Plan.
-            image: float [N, C, H, W] or [C, H, W] in [-1, 1] to begin at (SDEdit), noised.
-            strength: in (0, 1], beside an image: the share of the steps that is taken.
-            batch_size: images at a time.
-            exact: run the compiled network on one shape always, whatever is asked for, so that an
-                image's bits do not depend on how many others there are: at the price of a full
-                batch each time.
-            bucket: how many evaluations the network runs at a time, the spare ones included. By
-                default as many as are asked for, or, compiled or captured, the next power of two
-                and ``batch_size`` images at most: one shape for each is compiled.
-            progress: show a bar.
-            on_step: called after each step of each chunk with the step's number and the x0
-                predicted by it, float32 [b, C, H, W].
-            initial_noise: float [N, C, H, W] to begin with instead of the seeds' noise.
-            step_noise: returns the noise of a step, float [N, C, H, W], by its number, to use
-                instead of the seeds' (None where the step takes none); asked for in order, for all
-                images in one batch. Steps are then not captured.
-            options: of the plan (PlanOptions): None is the model's own, or none.
+            seeds: N integers in [-2^63, 2^64), or one; an image depends on its own seed only.
+            labels: one class label, or one for each seed; None for the null class.
+            guidance: the guidance scale w of out = uncond + w (cond - uncond), one or one for each
+                seed; 1 is off and costs one network evaluation a step instead of two.
+            solver: the name of a solver, "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "euler" or
+                "euler_ancestral"; or a Plan of your own.
+            num_steps: the number of steps, in 1..T; of no effect beside a Plan.
+            image: floats [N, C, H, W] or [C, H, W] in [-1, 1] to begin at (SDEdit), which are
+                noised; it needs strength, or a Plan that begins at an image.
+            strength: the share of the steps that is taken, in (0, 1], beside an image.
+            batch_size: the most images at a time.
+            exact: whether to always run the compiled network on a full batch's lanes, so that an
+                image's bits do not depend on how many others there are.
+            bucket: how many lanes (evaluations) run at a time, spare ones included. By default as
+                many as are asked for or, compiled or captured, the next power of two, at most those
+                of ``batch_size`` images.
+            progress: show a progress bar.
+            on_step: called after each step of each batch with the step's number, from 0, and the x0
+                that it predicts, float32 [b, C, H, W] for the b images of the batch.
+            initial_noise: floats [N, C, H, W], standard normal, in place of the seeds' noise of
+                x_T.
+            step_noise: called in order with the number of each step, from 0, returns its noise,
+                floats [N, C, H, W], in place of the seeds', or None where the step takes none. All
+                images must be one batch, and steps are not captured.
+            options: options of the plan, as `PlanOptions` says; None for the model's own.
 
         Returns:
             float32 [N, C, H, W] in about [-1, 1], on the sampler's device.
 
         Raises:
-            ValueError: an argument that is not allowed.
-            NonFiniteError: the network's output turned NaN or infinite.
-            RuntimeError: the network's weights were changed meanwhile, by another thread.
+            ValueError: if an argument or option is not allowed, exact images cannot be promised, or
+                the network's output is of a wrong shape.
+            NonFiniteError: if the network's output turned NaN or infinite.
+            RuntimeError: if another thread changed the network meanwhile, if it was changed in a
+                way that cannot be followed, or if a callback of this sampler calls it.
+            CompilationError: if the compiler fails where compile=True or exact.
         """
         batch = arguments.integer("batch_size", batch_size, 1)
         images = inputs.images_of(seeds, labels, guidance, self.conditioning)
@@ -262,9 +302,21 @@ class Sampler(Loadable):
         strength: float | None = None,
         **options: Unpack[PlanOptions],
     ) -> Trajectory:
-        """Begin to draw images that are stepped by hand, and can be saved on their way.
+        """Begin to draw N images, one batch, which are stepped by hand and can be saved midway.
 
-        Arguments and errors are those of ``sample``; all images are one batch.
+        Args:
+            seeds: one integer in [-2^63, 2^64), N of them, or a tensor of integers.
+            labels: one class label, or one for each seed; None for the null class.
+            guidance: the guidance scale w, one or one for each seed; 1 is off.
+            solver: the name of a solver (`sample` has the list), or a Plan of your own.
+            num_steps, image, strength, options: as `sample` says: the number of steps, images to
+                begin at, [N, C, H, W] or [C, H, W] in [-1, 1], the share of the steps, and options
+                of the plan.
+
+        Raises:
+            ValueError: if an argument or option is not allowed.
+            RuntimeError: if a callback of this sampler calls it, or the network's parameters were
+                moved.
         """
         images = inputs.images_of(seeds, labels, guidance, self.conditioning)
         plan, begin = self._begin(solver, num_steps, image, strength, len(images), options)
@@ -272,10 +324,14 @@ class Sampler(Loadable):
 
     @isolated(grad=False)
     def resume(self, path: str | PathLike[str]) -> Trajectory:
-        """Return the trajectory that ``Trajectory.save`` wrote, to go on from.
+        """Return the trajectory that `Trajectory.save` wrote to a file, ready for its next step.
 
         Raises:
-            CheckpointError: no such file, or not one of images that this sampler draws.
+            CheckpointError: if the file is missing or broken, or is no trajectory of this sampler's
+                images.
+            ValueError: if its plan learns the variance and the U-Net does not predict it.
+            RuntimeError: if a callback of this sampler calls it, or the network's parameters were
+                moved.
         """
         return load_trajectory(self.executor, path)
 
@@ -283,20 +339,23 @@ class Sampler(Loadable):
     def predict(
         self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, *, evaluations: int = 0
     ) -> Tensor:
-        """Return what the network says of noisy images, without guidance, for training's losses.
+        """Return the network's output for noisy images, without guidance, as losses take it.
 
         Args:
-            x_t: float [B, C, H, W] on the sampler's device.
-            t: int64 [B], timesteps.
-            labels: int64 [B], or None for a network that takes none.
-            evaluations: how many of one image are to come, for compile="auto" to judge by; all
-                calls should then be of one B, since a network is compiled for each.
+            x_t: floating-point [B, C, H, W], the noisy images, on the sampler's device.
+            t: int64 [B], their timesteps, in 0..T-1.
+            labels: int64 [B], class labels, or None for a network that takes none.
+            evaluations: the number of evaluations of one image to come, by which compile="auto"
+                decides on the CPU; calls should then have one B, since each B is compiled.
 
         Returns:
-            [B, C or 2C, H, W] in the network's dtype.
+            [B, C or 2C, H, W] in the network's dtype, without gradients.
 
         Raises:
-            ValueError: the network returns another shape.
+            ValueError: if the network's output is of another shape.
+            RuntimeError: if a callback of this sampler calls it, or the network's parameters were
+                moved.
+            CompilationError: if the compiler fails where compile=True.
         """
         with self.executor.exclusive():
             self.executor.renew()
@@ -319,18 +378,17 @@ class Sampler(Loadable):
 
     @isolated(grad=False)
     def update_weights(self, state: dict[str, Tensor]) -> None:
-        """Copy new weights into our U-Net, in place; every call follows them.
+        """Copy new weights into flashddpm's network, in place; all later calls use them.
 
-        Engines of this sampler first finish the images that they are at, and start no others
-        meanwhile, so that every image is of one network.
+        Engines of this sampler first finish the images under way, so that each is of one network.
 
         Args:
-            state: a state dict with diffusers' keys.
+            state: a state dict with diffusers' keys, in any floating-point dtype, on any device.
 
         Raises:
-            RuntimeError: called by a callback of an engine's, or of the sampler's own.
-            ValueError: the network is not our UNet, or the state is not one of its finite,
-                matching state dicts; then nothing was changed.
+            ValueError: if the network is not flashddpm's own, or the state does not have its keys
+                and shapes, or numbers that are not finite in its dtype; nothing is changed then.
+            RuntimeError: if a callback of the sampler or of one of its engines calls it.
         """
         check_state(self.network, state)
         self.executor.check_not_within()
@@ -338,5 +396,5 @@ class Sampler(Loadable):
             self.executor.update_weights(state)
 
     def welcome(self, guest: Guest) -> None:
-        """Have whoever draws images over many calls, such as an `Engine`, empty at new weights."""
+        """Register a guest, such as an `Engine`, to finish its images before weights change."""
         self._guests.add(guest)

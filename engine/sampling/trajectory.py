@@ -1,9 +1,9 @@
-"""A batch of images on their way: step by step, out to a file and back.
+"""`Trajectory`: a batch of images that is drawn step by step, and can be saved and resumed.
 
-All that a trajectory is, is its state (x_t and the previous x_0) and what each image was asked for:
-its noise is a pure function of seed and row. So it can stop, move and go on. On the same hardware,
-versions and number of lanes it ends in the same bits; elsewhere state and noise are still exact,
-and the images agree to the network's rounding.
+It consists of its state, x_t and the previous x_0, and of what each image was asked for, since the
+noise is a pure function of seed and step. On the same hardware and versions, with the same number
+of lanes (network evaluations a step), a resumed trajectory ends in the same bits; elsewhere state
+and noise are still exact, and images agree to the network's rounding.
 """
 
 from __future__ import annotations
@@ -38,16 +38,24 @@ FORMAT = "1"
 
 
 class Trajectory:
-    """Images that are drawn step by step; made by `Sampler.trajectory`.
+    """A batch of B images that is drawn step by step; made by `Sampler.trajectory`.
+
+    ``len`` of it is the number of steps in all. It cannot be pickled: use `save`.
 
     Args:
-        executor: what runs the network.
-        plan: the rows that every image follows.
-        images: seed, label and guidance of each.
-        position: how many steps are done already.
+        executor: the executor that runs the network.
+        plan: the plan (the steps, a row of coefficients each) that every image follows.
+        images: the seed, label and guidance of each image.
+        position: the number of steps that are already taken.
 
     Attributes:
-        position: how many steps are done.
+        plan, images: as above.
+        position: the number of steps that are taken, in 0..len.
+
+    Raises:
+        ValueError: if the plan learns its variance and the U-Net does not predict it.
+        RuntimeError: if a callback of the sampler makes it, or the network was changed in a way
+            that cannot be followed, such as a move to another device.
     """
 
     def __init__(self, executor: Executor, plan: Plan, images: Images, position: int = 0) -> None:
@@ -71,14 +79,35 @@ class Trajectory:
     def begin(
         cls, executor: Executor, plan: Plan, images: Images, image: Tensor | None
     ) -> Trajectory:
-        """Return a trajectory at x_T, noise of the seeds, or from images [B, C, H, W] noised."""
+        """Return a new trajectory at x_T: noise of the seeds, or images with such noise added.
+
+        Args:
+            executor: the executor that runs the network.
+            plan: the plan (the steps, a row of coefficients each) that every image follows.
+            images: the seed, label and guidance of each of the B images.
+            image: float32 [B, C, H, W] in [-1, 1] on the device, the images to begin at; None where
+                the plan begins at noise.
+
+        Raises:
+            ValueError: if the plan learns its variance and the U-Net does not predict it.
+            RuntimeError: if a callback of the sampler calls it, or the network was changed in a way
+                that cannot be followed, such as a move to another device.
+        """
         new = cls(executor, plan, images)
         with executor.exclusive():
             executor.enter(new._table, new._occupants(), plan, image)
         return new
 
     def put(self, x: Tensor, hist: Tensor) -> None:
-        """Put the state of all images in place, x_t and the previous x_0, [B, C, H, W] each."""
+        """Set the state of all images, which have taken ``position`` steps.
+
+        Args:
+            x: float32 [B, C, H, W], the states x_t.
+            hist: float32 [B, C, H, W], the previous x_0, which multistep solvers read.
+
+        Raises:
+            RuntimeError: if a shape is wrong, or a callback of the sampler calls it.
+        """
         with self._executor.exclusive():
             self._slots.state.x.copy_(x)
             self._slots.state.hist.copy_(hist)
@@ -95,29 +124,40 @@ class Trajectory:
         return self.images.occupants(slice(None), null, len(self), self.position + 1)
 
     def __len__(self) -> int:
-        """Return how many steps there are in all."""
+        """Return the number of steps in all, those that are taken included."""
         return len(self.plan)
 
     @property
     def done(self) -> bool:
-        """Whether the last step is taken."""
+        """Whether the last step is taken, a bool."""
         return self.position == len(self)
 
     @property
     @isolated(grad=False)
     def x(self) -> Tensor:
-        """A copy of x_t, float32 [B, C, H, W]; the images, once it is done."""
+        """A copy of x_t, float32 [B, C, H, W] on the device; the images themselves once `done`.
+
+        Raises:
+            RuntimeError: if a callback of the sampler reads it.
+        """
         with self._executor.exclusive():
             return self._slots.state.x.clone(memory_format=torch.contiguous_format)
 
     @isolated(grad=False)
     def step(self, count: int = 1) -> None:
-        """Take so many steps, or as many as are left, by the network as it is now.
+        """Take some steps of every image, with the network's weights as they are now.
+
+        Args:
+            count: the number of steps, at least 1; no more are taken than are left.
 
         Raises:
-            ValueError: count is not an integer of at least 1.
-            NonFiniteError: the network's output turned NaN or infinite.
-            RuntimeError: the network's weights were changed meanwhile, by another thread.
+            ValueError: if count is no integer of at least 1, or the network's output is of a wrong
+                shape.
+            NonFiniteError: if the network's output turned NaN or infinite; the steps are taken all
+                the same.
+            RuntimeError: if the network was changed during the call, by another thread, or before
+                it in a way that cannot be followed; or if a callback of the sampler calls it.
+            CompilationError: if the compiler fails where compile=True.
         """
         count = min(arguments.integer("count", count, 1), len(self) - self.position)
         plan, stats = self.plan, self.plan.needs_stats
@@ -134,7 +174,16 @@ class Trajectory:
 
     @isolated(grad=False)
     def run(self) -> Tensor:
-        """Take every step that is left; return the images, float32 [B, C, H, W]."""
+        """Take all steps that are left, and return the images.
+
+        Returns:
+            float32 [B, C, H, W] in about [-1, 1], a copy on the device.
+
+        Raises:
+            ValueError, NonFiniteError, RuntimeError, CompilationError: as `step` says: a wrong
+                output, one that is not finite, a changed network or a call by a callback, or a
+                compiler that fails.
+        """
         if not self.done:
             self.step(len(self) - self.position)
         return self.x
@@ -144,7 +193,17 @@ class Trajectory:
 
     @isolated(grad=False)
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the state as a safetensors file, atomically."""
+        """Write the trajectory as a safetensors file that `Sampler.resume` reads, atomically.
+
+        The file has the state, seeds, labels, guidance, plan and position, but no weights.
+
+        Args:
+            path: the file; its folder is made if it is missing.
+
+        Raises:
+            OSError: if the file cannot be written.
+            RuntimeError: if a callback of the sampler calls it.
+        """
         tensors = {
             "x": self.x,
             "hist": self._slots.state.hist.clone(memory_format=torch.contiguous_format),
@@ -165,7 +224,12 @@ class Trajectory:
 
 
 def bits_depend_on(executor: Executor) -> dict[str, Any]:
-    """Return what the network's bits depend on besides its weights and the batch."""
+    """Return what decides the bits of the network's output, besides its weights and the batch.
+
+    Returns:
+        A dict of device (the GPU's name, or "cpu"), capability (of the CPU, else None), threads (of
+        torch on the CPU, else None), torch (its version), dtype and backend.
+    """
     device = executor.device
     cuda = device.type == "cuda"
     return {
@@ -179,10 +243,18 @@ def bits_depend_on(executor: Executor) -> dict[str, Any]:
 
 
 def load_trajectory(executor: Executor, path: str | PathLike[str]) -> Trajectory:
-    """Return the trajectory of a file that `Trajectory.save` wrote, to go on from.
+    """Return the trajectory that `Trajectory.save` wrote to a file, ready for its next step.
+
+    Args:
+        executor: the executor that runs the network, for images of the same shape.
+        path: the safetensors file.
 
     Raises:
-        CheckpointError: no such file, or not one that save wrote for images of this shape.
+        CheckpointError: if the file is missing or broken, is no trajectory, or is one of images of
+            another shape, or with labels where the network takes none, or the reverse.
+        ValueError: if the plan learns its variance and the U-Net does not predict it.
+        RuntimeError: if a callback of the sampler calls it, or the network was changed in a way
+            that cannot be followed, such as a move to another device.
     """
     tensors = read_tensors(Path(path))
     with safetensors.safe_open(path, "pt") as file:
