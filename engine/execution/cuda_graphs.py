@@ -1,6 +1,6 @@
 """CUDA graphs of sampling steps: which are kept, how many steps each holds, and what they cost.
 
-`Graphs` decides; `CaptureDevice` alone touches the GPU, so that the decisions are tested without one.
+`Graphs` decides; only `CaptureDevice` touches the GPU, so that decisions are tested without one.
 """
 
 from __future__ import annotations
