@@ -16,7 +16,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from flashddpm import arguments, host
 from flashddpm.diffusion.plan import Plan
 from flashddpm.errors import CheckpointError
+from flashddpm.execution.checks import check_variance
 from flashddpm.execution.executor import Executor
 from flashddpm.execution.slot_table import Occupant, SlotTable
 from flashddpm.host import isolated
@@ -151,8 +151,8 @@ class Trajectory:
             count: the number of steps, at least 1; no more are taken than are left.
 
         Raises:
-            ValueError: if count is no integer of at least 1, or the network's output is of a wrong
-                shape.
+            ValueError: if count is no integer of at least 1, the network's output is of a wrong
+                shape, or the plan learns its variance and the network predicts none.
             NonFiniteError: if the network's output turned NaN or infinite; the steps are taken all
                 the same.
             RuntimeError: if the network was changed during the call, by another thread, or before
@@ -167,7 +167,8 @@ class Trajectory:
                 self._slots.load_plan(plan)
                 self._version = version
             for _ in range(count):
-                self._executor.take_step(self._slots, self._compiled, stats, fractional)
+                out = self._executor.take_step(self._slots, self._compiled, stats, fractional)
+                check_variance(plan, out.shape[1], self._executor.shape[0])
                 self._table.advance()
                 self.position += 1
         check_finite(self._slots, self.images.seeds, len(self))
@@ -251,7 +252,7 @@ def load_trajectory(executor: Executor, path: str | PathLike[str]) -> Trajectory
 
     Raises:
         CheckpointError: if the file is missing or broken, is no trajectory, or is one of images of
-            another shape, or with labels where the network takes none, or the reverse.
+            another shape, or with labels or guidance that the network does not take.
         ValueError: if the plan learns its variance and the U-Net does not predict it.
         RuntimeError: if a callback of the sampler calls it, or the network was changed in a way
             that cannot be followed, such as a move to another device.
@@ -262,20 +263,11 @@ def load_trajectory(executor: Executor, path: str | PathLike[str]) -> Trajectory
     try:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"format {metadata.get('format')!r} is not {FORMAT}")
-        plan = Plan(tensors["rows"].numpy(), tensors["noise_keys"].numpy().astype(np.int64))
+        if tensors["noise_keys"].dtype is not torch.int64:
+            raise ValueError(f"noise_keys of {tensors['noise_keys'].dtype}")
+        plan = Plan(tensors["rows"].numpy(), tensors["noise_keys"].numpy())
         position = arguments.integer("position", int(metadata["position"]), 0, len(plan))
-        seeds = arguments.seed_list(tensors["seeds"])
-        for name in ("x", "hist"):
-            if tensors[name].shape != (len(seeds), *executor.shape):
-                raise ValueError(f"{name} of shape {tuple(tensors[name].shape)}")
-            if tensors[name].dtype is not torch.float32:
-                raise ValueError(f"{name} of {tensors[name].dtype}")
-        labels = tensors["labels"].tolist() if "labels" in tensors else None
-        guidance = [arguments.number("guidance", w) for w in tensors["guidance"].tolist()]
-        if len(guidance) != len(seeds) or (labels is not None and len(labels) != len(seeds)):
-            raise ValueError("labels or guidance are not as many as seeds")
-        if (labels is None) != (executor.conditioning.num_classes is None):
-            raise ValueError("labels do not fit the network")
+        images = _images(executor, tensors)
         stored = dict(json.loads(metadata["bits"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: is not a trajectory of this network: {error}") from error
@@ -287,6 +279,33 @@ def load_trajectory(executor: Executor, path: str | PathLike[str]) -> Trajectory
     ]
     if differ:
         log.info("goes on elsewhere, images agree to rounding only: %s", ", ".join(differ))
-    trajectory = Trajectory(executor, plan, Images(seeds, labels, guidance), position)
+    trajectory = Trajectory(executor, plan, images, position)
     trajectory.put(tensors["x"].to(executor.device), tensors["hist"])
     return trajectory
+
+
+def _images(executor: Executor, tensors: dict[str, Tensor]) -> Images:
+    """Return the seeds, labels and guidance of a file's images, which the network can draw.
+
+    Raises:
+        KeyError: if a tensor is missing.
+        ValueError: if one is of another shape or dtype, or not what the network takes.
+    """
+    seeds = arguments.seed_list(tensors["seeds"])
+    for name in ("x", "hist"):
+        if tensors[name].shape != (len(seeds), *executor.shape):
+            raise ValueError(f"{name} of shape {tuple(tensors[name].shape)}")
+        if tensors[name].dtype is not torch.float32:
+            raise ValueError(f"{name} of {tensors[name].dtype}")
+    labels = tensors["labels"].tolist() if "labels" in tensors else None
+    guidance = [arguments.number("guidance", w) for w in tensors["guidance"].tolist()]
+    if len(guidance) != len(seeds) or (labels is not None and len(labels) != len(seeds)):
+        raise ValueError("labels or guidance are not as many as seeds")
+    classes, null = executor.conditioning.num_classes, executor.conditioning.null_label
+    if (labels is None) != (classes is None):
+        raise ValueError("labels do not fit the network")
+    if labels is not None and not {*labels} <= {*range(classes or 0), null}:
+        raise ValueError(f"labels {labels} are not all labels of the network")
+    if null is None and any(w != 1 for w in guidance):
+        raise ValueError(f"guidance {guidance}: the network has no null class")
+    return Images(seeds, labels, guidance)

@@ -85,6 +85,9 @@ def test_elsewhere_says_so(tiny_sampler, tmp_path, caplog):
         ({"rows": torch.zeros(7, 3)}, "rows of shape"),
         ({"guidance": torch.ones(2).double()}, "labels or guidance"),
         ({"labels": None}, "labels do not fit"),
+        ({"labels": torch.tensor([0, 1, 7])}, r"labels \[0, 1, 7\]"),
+        ({"labels": torch.tensor([0, 1, -1])}, r"labels \[0, 1, -1\]"),
+        ({"noise_keys": torch.zeros(7)}, "noise_keys of torch.float32"),
         ({"x": None}, "'x'"),
     ],
 )
@@ -118,4 +121,26 @@ def test_non_finite_output_ends_it(tiny_sampler):
     with torch.no_grad():
         sampler.network.conv_out.bias.fill_(torch.nan)
     with pytest.raises(fd.NonFiniteError):
+        trajectory.step()
+
+
+def test_guidance_needs_a_null_class(tiny_sampler, tmp_path):
+    path = tmp_path / "state.safetensors"
+    tiny_sampler().trajectory(**ASK, num_steps=7).save(path)
+    without = tiny_sampler()
+    without.executor.conditioning = fd.Conditioning(4)
+    with pytest.raises(fd.CheckpointError, match="the network has no null class"):
+        without.resume(path)
+
+
+def test_a_network_without_a_variance_is_refused_one_that_is_learned():
+    """Else the images would be drawn with another variance, and nobody told."""
+
+    def network(x, t, labels):
+        return x * 0.5
+
+    schedule = fd.NoiseSchedule.create("linear", 50)
+    sampler = fd.Sampler(network, schedule, shape=(1, 4, 4), device="cpu", call=network)
+    trajectory = sampler.trajectory([1], solver="ddpm", variance_type="learned", num_steps=5)
+    with pytest.raises(ValueError, match="a learned variance takes 2"):
         trajectory.step()
