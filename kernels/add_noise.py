@@ -166,6 +166,7 @@ OP = Op(
     ),
     cases=(ByteCase("add_noise", on_row([0.8, 0.6]), ("add_noise",), _plain),),
     differentiable=("x0",),
+    gradient_bytes=_bytes_moved,  # that of the result is read, that of x0 written
     dtypes=FLOATS,
     index="t",
     all_work=(0, 1),  # a and b

@@ -191,6 +191,7 @@ OP = Op(
         ByteCase("diffusion_loss v backward", _VELOCITY, _BACKWARD, _plain_velocity, backward=True),
     ),
     differentiable=("out",),
+    gradient_bytes=lambda args: _bytes_moved(args) + args["out"].nbytes,  # the gradient is written
     dtypes=FLOATS,
     index="t",
     all_work=(LossColumn.EPS,),

@@ -289,6 +289,7 @@ OP = Op(
         ByteCase("hybrid_loss backward", _ROW, ("hybrid_loss_backward",), _plain, backward=True),
     ),
     differentiable=("out",),
+    gradient_bytes=lambda args: _bytes_moved(args) + args["out"].nbytes,  # the gradient is written
     dtypes=FLOATS,
     index="t",
     all_work=(LossColumn.EPS,),

@@ -195,6 +195,8 @@ class Op:
         read_again: names of the images that the operation reads in several passes. A benchmark
             counts their bytes once: whether a cache holds them for the later passes is the kernel's
             affair.
+        gradient_bytes: called with Arguments; returns the bytes of images that one call of the
+            gradient reads and writes; None if no argument has a gradient.
     """
 
     name: str
@@ -211,6 +213,7 @@ class Op:
     all_work: tuple[int, ...] = ()
     alike: Mapping[str, int] = field(default_factory=dict)
     read_again: tuple[str, ...] = ()
+    gradient_bytes: Callable[[Arguments], int] | None = None
 
 
 def collected(*functions: Callable[..., Any]) -> dict[str, Op]:

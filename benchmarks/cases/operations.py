@@ -173,16 +173,11 @@ def instruction_clocks(arch: int, multiprocessors: int) -> dict[tuple[str, torch
 
 
 def bytes_of(op: Op, arguments: Arguments, backward: bool) -> int:
-    """Return the bytes that a call of an operation, or of its gradient, moves in all its passes.
-
-    A gradient reads what the operation reads and writes one gradient for each differentiable
-    argument; that of ``add_noise`` reads one image and writes one.
-    """
-    moved = op.bytes_moved(arguments)
+    """Return the bytes that a call of an operation, or of its gradient, moves in all its passes."""
     if not backward:
-        return moved
-    written = arguments["x0"].nbytes if op.name == "add_noise" else 0  # the losses write no image
-    return moved - written + sum(arguments[name].nbytes for name in op.differentiable)
+        return op.bytes_moved(arguments)
+    assert op.gradient_bytes is not None, f"{op.name} has no gradient"
+    return op.gradient_bytes(arguments)
 
 
 def once_of(op: Op, arguments: Arguments, backward: bool) -> int:

@@ -93,9 +93,13 @@ def count(op: Op, case: ByteCase, dtype: torch.dtype) -> dict[str, float | None]
     args = op.example("cpu", dtype, SHAPE, BATCH, 0)
     args |= case.change(args)
     image = math.prod(SHAPE)
-    formula = op.bytes_moved(args)
-    gradients = [args[name].requires_grad_() for name in op.differentiable if case.backward]
-    formula += sum(x.numel() * x.itemsize for x in gradients)  # one is written for each
+    if case.backward:
+        assert op.gradient_bytes is not None
+        formula = op.gradient_bytes(args)
+        for name in op.differentiable:
+            args[name].requires_grad_()
+    else:
+        formula = op.bytes_moved(args)
     with counted() as moved:
         result = op.fast(**args)
         if case.backward:

@@ -65,7 +65,7 @@ def extractor():
 def test_all_combinations_with_few_steps_first():
     cases = solver_study.cases(list(SOLVERS), list(solver_plot.GRIDS), [100, 5])
     assert len(cases) == len(set(cases)) == len(SOLVERS) * 6 * 2
-    assert [case.steps for case in cases] == [5] * 36 + [100] * 36
+    assert [case.steps for case in cases] == [5] * (len(cases) // 2) + [100] * (len(cases) // 2)
     assert set(solver_plot.GRIDS) == {
         "leading", "linspace", "trailing", "karras", "exponential", "beta"
     }  # fmt: skip
