@@ -1,1 +1,1 @@
-"""The command line, ``flashddpm``."""
+"""The command line program ``flashddpm``: its commands, one module each."""

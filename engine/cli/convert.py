@@ -1,6 +1,7 @@
-"""The command ``flashddpm convert``: other projects' checkpoints, under the flags of their scripts.
+"""The command ``flashddpm convert``: it converts other projects' checkpoints to model folders.
 
-Flags may be spelled with dashes or underscores and take a value, as there: --learn_sigma True.
+It takes the flags of those projects' scripts, which may be spelled with dashes or underscores and
+take a value, as there: --learn_sigma True.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ SWITCHES = (
     "resblock_updown",
 )
 TRAINING = ("use_fp16", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
-"""Flags that say nothing of a checkpoint. They are taken so that a published line of flags, such as
-guided-diffusion's MODEL_FLAGS, can be pasted as it stands."""
+"""Flags that say nothing about a checkpoint. They are taken so that a published line of flags, such
+as guided-diffusion's MODEL_FLAGS, can be pasted as it stands."""
 
 
 def _flag(name: str, help: str | None = None) -> Any:
@@ -101,9 +102,10 @@ def convert(
     use_kl: Annotated[str | None, _flag("use_kl")] = None,
     rescale_learned_sigmas: Annotated[str | None, _flag("rescale_learned_sigmas")] = None,
 ) -> None:
-    """Write another project's checkpoint as a model folder.
+    """Convert another project's checkpoint to a model folder.
 
-    What the weights do not say must be given as it was in training; what they say is checked.
+    What the weights do not tell must be given as it was in training; flags that the weights do tell
+    are checked against them.
     """
     given = {
         name: _switch(name, value) if name in SWITCHES else value
@@ -116,7 +118,7 @@ def convert(
 
 
 def _switch(name: str, value: str) -> bool:
-    """Return what a switch says, in any of the words that the scripts take."""
+    """Return whether a switch is on, from any of the words that the projects' scripts take."""
     if value.lower() not in (*YES, *NO):
         raise ValueError(f"{name}={value!r}: must be True or False")
     return value.lower() in YES

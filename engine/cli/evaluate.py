@@ -1,4 +1,4 @@
-"""The command ``flashddpm evaluate``: how good a model is, as a table, a page and JSON."""
+"""The command ``flashddpm evaluate``: it measures a model and writes a page and JSON."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def evaluate(
     batch_size: BatchSize = 64,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Measure how good a model is, and write a page about it.
+    """Measure how good a model is, and write an HTML page and JSON about it.
 
-    A bound on its likelihood; how far samples are from real images, and what a classifier takes
-    them for; which training images they are nearest to. What cannot be measured is refused before
-    any work is done. Needs flashddpm[evaluate].
+    A bound on its likelihood; the distance of samples from real images, and the share of them that
+    a classifier recognises; the training images that samples are nearest to. What cannot be
+    measured is refused before any work is done. Needs flashddpm[evaluate].
     """
     from flashddpm.evaluation import report
     from flashddpm.evaluation.evaluate import evaluate as measure
@@ -120,10 +120,18 @@ def evaluate(
 
 
 def samples_of(seeds: str | None, num_images: int | None) -> list[int]:
-    """Return the seeds of the samples: 1,000 from the first one, unless more is said.
+    """Return the seeds of the samples that the options ask for, a list of ints.
+
+    Args:
+        seeds: the option --seeds: one seed ("7"), which is the first of them, several ("1,2,5"), a
+            range ("0:64"), or None for those from 0.
+        num_images: the option --num-images, the number of samples; None for as many as seeds are
+            listed, or, beside one seed or none, 1,000.
 
     Raises:
-        ValueError: as `parse_seeds`.
+        ValueError: if the seeds are not of this form or none, if a range has more than 1,000,000,
+            if one is no 64-bit integer, if num_images is below 1, or if there are not as many
+            seeds.
     """
     if num_images is None and (seeds is None or not set(seeds) & set(":,")):
         num_images = NUM_IMAGES
@@ -131,10 +139,13 @@ def samples_of(seeds: str | None, num_images: int | None) -> list[int]:
 
 
 def timesteps_of(given: str | None) -> int | str | None:
-    """Return the timesteps of the bound: how many, "all", or None where nothing was said.
+    """Return the number of timesteps of the bound, "all", or None where the option is not given.
+
+    Args:
+        given: the option --bound-timesteps: a number, "all", or None.
 
     Raises:
-        ValueError: neither a number nor "all".
+        ValueError: if it is neither an integer nor "all".
     """
     if given is None or given == "all":
         return given

@@ -1,4 +1,4 @@
-"""The command ``flashddpm info``: versions, devices, and what ``auto`` chooses."""
+"""The command ``flashddpm info``: it prints versions, devices, and what ``auto`` chooses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``flashddpm kernels``: a scorecard of the compiled kernels."""
+"""The command ``flashddpm kernels``: it prints a scorecard of the compiled Triton kernels."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def kernels(
         bool, Option("--verbose", help="Also accesses and opcodes of every variant.")
     ] = False,
 ) -> None:
-    """Print a scorecard of the compiled kernels; no GPU is needed.
+    """Print a scorecard of the compiled Triton kernels; no GPU is needed.
 
-    Compiles all of them for three generations of GPUs, which takes about a minute the first time.
-    The exit code is 1 where a gate fails.
+    All kernels are compiled for three generations of GPUs, which takes about a minute the first
+    time. The exit code is 1 if a gate (a check of the compiled code) fails.
     """
     try:
         from flashddpm.kernels.checks.compiled import ARCHITECTURES, INTERPRETED, KERNELS

@@ -1,4 +1,4 @@
-"""The command line ``flashddpm``: its commands, and what becomes of their errors."""
+"""The command line program ``flashddpm``: it runs commands and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,15 @@ for command in (sample, train, convert, bench, evaluate, kernels, warm, info):
 
 
 def main() -> None:
-    """Run the command line: bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
+    """Run the command line program with the arguments of the process.
+
+    After bad input, or an error of files, memory, sampling or compilation, it prints one line on
+    stderr and the exit code is 2; after Ctrl-C it is 130.
+
+    Raises:
+        SystemExit: at the end, with the exit code (not in one of several processes of torchrun,
+            which ends at once).
+    """
     logging.basicConfig(format="flashddpm: %(message)s")
     logging.getLogger("flashddpm").setLevel(logging.INFO)
     try:

@@ -5,9 +5,10 @@
      "run": {"torch": "2.14.1", "batch_size": 64, "world_size": 2, ...},
      "images": {"7.png": {"seed": 7, "label": 3, "rank": 0}, ...}}
 
-``settings`` are what an image depends on, with its seed and label: they must agree with a later
-run's. ``run`` is of the latest run that drew something: only the last bits depend on it.
-It is written before the first image and again after the last, so that no image is ever without it.
+``settings`` are what an image depends on besides its seed and label: a later run in the folder must
+have the same. ``run`` describes the latest run that drew something; only the last bits of images
+depend on it. The file is written before the first image and again after the last, so that no image
+is ever without it.
 """
 
 from __future__ import annotations
@@ -25,16 +26,23 @@ log = logging.getLogger("flashddpm")
 NAME = "manifest.json"
 FORMAT = 1
 FREE = ("world_size",)
-"""What of ``run`` no bit depends on."""
+"""The keys of ``run`` on which no bit of an image depends."""
 
 Manifest = dict[str, Any]
 
 
 def read(folder: Path) -> Manifest | None:
-    """Return the folder's manifest, or None.
+    """Return the manifest of a folder, a dictionary as in the module's docstring.
+
+    Args:
+        folder: the folder of images.
+
+    Returns:
+        The manifest, or None if the folder or its manifest does not exist.
 
     Raises:
-        ValueError: there is one, but not of this format.
+        ValueError: if the file is not JSON, or no manifest of this format.
+        OSError: if the file exists and cannot be read.
     """
     path = folder / NAME
     try:
@@ -61,16 +69,22 @@ def merge(
     run: Mapping[str, Any],
     images: Mapping[str, Mapping[str, Any]],
 ) -> Manifest:
-    """Return the folder's manifest with these images added; writes nothing.
+    """Return the folder's manifest with images added that are yet to be drawn; nothing is written.
 
     Args:
-        folder: may not exist yet.
-        settings, run: as in the module's docstring.
-        images: seed, label and rank by the file's name.
+        folder: the folder of images, which may not exist yet.
+        settings: what images depend on besides seed and label, as in the module's docstring.
+        run: facts of this run, as in the module's docstring.
+        images: for each file's name a dictionary of "seed", "label" (an int or None) and "rank",
+            the number of the process that draws it.
+
+    Returns:
+        The manifest; the folder's own, unchanged, if no image is missing.
 
     Raises:
-        ValueError: the folder has images of other settings or labels, or files of these names
-            that no manifest names.
+        ValueError: if the folder has images of other settings, an image of the same name with
+            another seed or label, or a file of such a name that is not in its manifest; or if its
+            manifest is broken or of another format.
     """
     where = f"out={str(folder)!r}"
     old = read(folder)
@@ -99,7 +113,11 @@ def merge(
 def _is_missing(
     folder: Path, name: str, image: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]
 ) -> bool:
-    """Return whether an image is yet to be drawn; refuse one that is another than it was."""
+    """Return whether an image is yet to be drawn.
+
+    Raises:
+        ValueError: if the manifest has it with another seed or label, or its file is not in it.
+    """
     where = f"out={str(folder)!r}"
     there = (folder / name).exists()
     if there and name not in known:
@@ -113,13 +131,23 @@ def _is_missing(
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Return what differs, in words."""
+    """Return, as text, the keys whose values differ."""
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return ", ".join(f"{key}={old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, ``complete`` if every image is there; a file that says so stays."""
+    """Write the manifest into its folder, atomically; a file that has the same text is not touched.
+
+    "complete" becomes true if the file of every image exists.
+
+    Args:
+        folder: the folder of images; it is made if it is missing.
+        manifest: the manifest, as ``merge`` returns it.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
     complete = all((folder / name).exists() for name in manifest["images"])
     head = json.dumps({**manifest, "complete": complete, "images": None}, indent=2)
     lines = ",\n".join(
@@ -132,7 +160,11 @@ def write(folder: Path, manifest: Manifest) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files of a run that was killed; no other may be running."""
+    """Remove the temporary files that a killed run left in a folder; no other run may be using it.
+
+    Args:
+        folder: the folder of images.
+    """
     for pattern in (".*.png.*.tmp", f".{NAME}.*.tmp"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)

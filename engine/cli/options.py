@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""The options that several commands share, as annotations for typer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def _joined(names: Iterable[str], last: str = "and") -> str:
 
 
 def _takers(option: str) -> str:
-    """Return the names of the solvers that take an option, in words."""
+    """Return the names of the solvers that take an option, as text."""
     return _joined(name for name, solver in SOLVERS.items() if option in solver.options)
 
 
 def _default_steps() -> str:
-    """Return how many steps each solver takes by default, in words, most solvers last."""
+    """Return the default number of steps of each solver, as text, most solvers last."""
     solvers: dict[int, list[str]] = {}
     for name, solver in SOLVERS.items():
         solvers.setdefault(solver.default_steps, []).append(name)

@@ -1,4 +1,4 @@
-"""Seeds and labels as text."""
+"""Parsers of the options --seeds and --labels."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ MAX_SEEDS = 1_000_000
 
 
 def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
-    """Return the seeds that the options name: "7", "1,2,5", "0:64", or one and a count.
+    """Return the seeds that the options name, a list of ints in [-2^63, 2^63).
+
+    Args:
+        seeds: integers and ranges (first:stop) with commas between, such as "1,2,5" or "0:64"; a
+            single one, such as "7", is the first of num_images seeds. None for the seeds from 0.
+        num_images: the number of images; None for as many as seeds are listed, or 64 where seeds
+            are None.
 
     Raises:
-        ValueError: not of that form, or another number of seeds than of images.
+        ValueError: if the text is not of this form or names no seed, if a range has more than
+            1,000,000 seeds, if one is not in [-2^63, 2^64), if num_images is below 1, or if there
+            are not as many seeds as images.
     """
     if num_images is not None:
         arguments.integer("num_images", num_images, 1)
@@ -40,10 +48,21 @@ def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
 
 
 def parse_labels(labels: str | None, conditioning: Conditioning, count: int) -> list[int] | None:
-    """Return a label for each image; without the option, the classes in turn.
+    """Return the class labels that the option names, a list of ints, or None for no labels.
+
+    Args:
+        labels: numbers or class names (in any case) with commas between, such as "3" (for all
+            images) or "0,Boot,2" (one for each); "none" for no labels; None for the classes in
+            turn: 0, 1, ...
+        conditioning: the classes of the model and their names.
+        count: the number of images.
+
+    Returns:
+        ``count`` labels, or as many as were listed, unchecked, where these are neither one nor
+        ``count``; None for "none" or, where the option is not given, for a model without classes.
 
     Raises:
-        ValueError: no number or class name, or another number of labels than 1 or ``count``.
+        ValueError: if a part is neither a number nor the name of a class.
     """
     classes, names = conditioning.num_classes, conditioning.class_names or ()
     if labels is None:

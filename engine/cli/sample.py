@@ -1,4 +1,4 @@
-"""The command ``flashddpm sample``: images as a labelled grid, or one by one in a folder."""
+"""The command ``flashddpm sample``: it draws images and writes a labelled grid or a folder."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ def sample(
     ] = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Draw images and write them as a labelled grid, or one by one.
+    """Draw images and write them as one labelled grid, or as a folder with one file for each.
 
-    A folder's finished images are kept, so that the same command goes on after a kill; under
-    torchrun each process draws its share of the batches.
+    Images that are finished in a folder are kept, so that the same command goes on after a kill;
+    under torchrun each process draws its share of the batches.
     """
     plan = {
         "guidance": guidance,
@@ -135,7 +135,24 @@ def sample(
 
 
 def run(options: SampleOptions) -> str:
-    """Draw and write what was asked for; return the closing line, empty but in process 0."""
+    """Draw images and write them, as the options of the command ask for.
+
+    Under torchrun all processes must call it.
+
+    Args:
+        options: the options of the command.
+
+    Returns:
+        The line that sums up the run (images, steps, seconds); "" in all processes but the first.
+
+    Raises:
+        ValueError: if an option is not allowed.
+        CheckpointError: if the model is missing or broken.
+        NonFiniteError: if the network's output turns NaN or infinite.
+        OSError: if a file cannot be written.
+        ConnectionError: if not all processes of torchrun joined.
+        SystemExit: if another process of torchrun failed (exit code 2).
+    """
     world = World.from_environment()
     if world.rank:
         log.setLevel(logging.WARNING)
@@ -164,7 +181,7 @@ def run(options: SampleOptions) -> str:
 
 
 def _write_picture(job: SampleJob, world: World) -> int:
-    """Write one picture of all images; return how many of them this process drew."""
+    """Write one picture of all images; return the number of images that this process drew."""
     shape = (len(job.seeds), *job.sampler.shape)
     frames: list[Any] = []
     mine = world.mine(job.parts)

@@ -1,4 +1,4 @@
-"""A folder with one file an image and a manifest, so that a killed run can be gone on with."""
+"""The writer of a folder with a file for each image and a manifest, to go on after a kill."""
 
 from __future__ import annotations
 
@@ -19,7 +19,26 @@ from flashddpm.io import images
 
 
 def write_folder(job: SampleJob, world: World) -> int:
-    """Write one file an image and the manifest; return how many files this process wrote."""
+    """Draw the images that are not in the folder yet, and write one PNG for each and the manifest.
+
+    The process with rank 0 also writes the animation, if one is wanted. Under torchrun all
+    processes must call it.
+
+    Args:
+        job: the checked options, with the model and the batches to draw.
+        world: the processes of the run, and which of them this one is.
+
+    Returns:
+        The number of images that this process wrote.
+
+    Raises:
+        ValueError: if the model was changed while processes read it, if an option turns out to be
+            not allowed, or if the folder has images of other settings, seeds or labels, or files
+            that its manifest does not name.
+        NonFiniteError: if the network's output turns NaN or infinite.
+        OSError: if a file cannot be written.
+        SystemExit: if another process of torchrun failed (exit code 2).
+    """
     frames: list[Any] = []
     out = job.options.out
     with world.together():
@@ -50,9 +69,10 @@ def write_folder(job: SampleJob, world: World) -> int:
 
 
 def _missing(job: SampleJob, world: World, frames: list[Any]) -> Iterator[tuple[slice, Tensor]]:
-    """Yield this process's batches with an image that is not in the folder, and their images.
+    """Yield each of this process's batches that has an image not in the folder, with its images.
 
-    Such a batch is drawn whole, for its images to have the bits that they have in a first run.
+    Such a batch is drawn as a whole, so that its images have the bits that they have in a first
+    run. With an animation, all batches are drawn.
     """
     keep = job.frames(frames)
     todo = [
@@ -69,7 +89,7 @@ def _missing(job: SampleJob, world: World, frames: list[Any]) -> Iterator[tuple[
 
 
 def _facts(job: SampleJob, world: World, model: str) -> tuple[dict[str, Any], ...]:
-    """Return settings, run and images as the manifest has them."""
+    """Return the settings, the run and the images that the manifest records."""
     sampler, options = job.sampler, job.options
     dtype = str(sampler.dtype).removeprefix("torch.")
     settings = {"model": model, "dtype": dtype, **options.plan}

@@ -1,4 +1,4 @@
-"""What ``flashddpm sample`` was asked for, checked, with its model loaded."""
+"""The job of ``flashddpm sample``: its options, checked, with the model loaded."""
 
 from __future__ import annotations
 
@@ -27,11 +27,24 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """The options of the command.
+    """The options of ``flashddpm sample``, as they were given.
 
     Attributes:
-        plan: guidance and options of `Sampler.plan` by name; None is "not given"
-            (`with_defaults`).
+        model_dir: the model's folder, or OWNER/NAME on the Hugging Face Hub; None for the model
+            that comes with the package.
+        out: the picture to write (with a suffix such as .png), or a folder (without).
+        num_images: the number of images; None for 64, or as many as seeds are listed.
+        seeds: the seeds as text, as `parse_seeds` takes them; None for those from 0.
+        labels: the class labels as text, as `parse_labels` takes them; None for the classes in
+            turn.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: "float32", "bfloat16" or "float16"; None for the default of the device.
+        backend: "auto", "fused" or "reference".
+        compile: whether the network is compiled: "auto", "on" or "off".
+        batch_size: the number of images drawn at a time, at least 1.
+        trajectory: the animation (.gif) of the predicted x0 to write besides; None for none.
+        plan: guidance, and options of `Sampler.plan`, by name; None is the same as left out.
+        allow_pickle: whether .bin weights (pickles) may be read where there are no safetensors.
     """
 
     model_dir: Path | None
@@ -51,14 +64,16 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class SampleJob:
-    """Options that were read and found possible.
+    """A run of ``flashddpm sample`` that is ready: its options, checked, and its model, loaded.
 
     Attributes:
+        options: the options; solver and num_steps of their plan are filled in.
+        sampler: the sampler of the model.
         folder: the model's folder.
-        seeds: the seed of each image.
-        labels: the label of each image; None for an unconditional model.
-        layout: arguments of ``images.make_grid``.
-        parts: the batches that are drawn one at a time, by whichever process.
+        seeds: the seed of each of the N images.
+        labels: the class label of each image; None for an unconditional model, or for no labels.
+        layout: the arguments "columns" and "captions" of ``images.make_grid``.
+        parts: the batches, as slices of 0..N-1, of which each is drawn by one process.
     """
 
     options: SampleOptions
@@ -71,14 +86,28 @@ class SampleJob:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the plan, which a respacing may set."""
+        """The number of steps of the plan, an int, which a respacing may determine."""
         options = {k: v for k, v in self.options.plan.items() if k != "guidance"}
         return len(self.sampler.plan(**options))
 
     def draw(
         self, part: slice, progress: bool, on_step: Callable[[int, Tensor], None] | None = None
     ) -> Tensor:
-        """Return the images of a part, on the sampler's device."""
+        """Draw the images of a batch.
+
+        Args:
+            part: the batch, a slice of 0..N-1.
+            progress: whether a progress bar is shown.
+            on_step: called after each step with its number, from 0, and the predicted x0, float32
+                [b, C, H, W], of the batch; None for no call.
+
+        Returns:
+            float32 [b, C, H, W] in about [-1, 1], on the sampler's device.
+
+        Raises:
+            ValueError: if an option is not allowed.
+            NonFiniteError: if the network's output turns NaN or infinite.
+        """
         return self.sampler.sample(
             self.seeds[part],
             None if self.labels is None else self.labels[part],
@@ -89,7 +118,12 @@ class SampleJob:
         )
 
     def frames(self, frames: list[Any]) -> Callable[[int, Tensor], None] | None:
-        """Return what keeps the previews of the steps that an animation shows, if one is wanted."""
+        """Return a callback for ``draw`` that collects the animation's frames; None without one.
+
+        Args:
+            frames: the list that it appends PIL images to: a grid of the predicted x0, of at most
+                60 evenly spaced steps and the last.
+        """
         if self.options.trajectory is None:
             return None
         last = self.num_steps - 1
@@ -102,11 +136,15 @@ class SampleJob:
 
 
 def prepare(options: SampleOptions, world: World) -> SampleJob:
-    """Check the options and load the model that they name.
+    """Check the options of ``flashddpm sample`` and load the model that they name.
+
+    Args:
+        options: the options, as they were given.
+        world: the processes of the run, and which of them this one is.
 
     Raises:
-        ValueError: an option that is not allowed.
-        CheckpointError: no such model, or one that is broken.
+        ValueError: if an option is not allowed, or the model draws images of more than 4 channels.
+        CheckpointError: if there is no such model, or it is broken.
     """
     seeds = _check(options, world)
     pickle, model = options.allow_pickle, options.model_dir
@@ -138,7 +176,7 @@ def prepare(options: SampleOptions, world: World) -> SampleJob:
 
 
 def _check(options: SampleOptions, world: World) -> list[int]:
-    """Check what can be checked without the model; return the seeds."""
+    """Check the options that can be checked without the model; return the seeds."""
     out, trajectory = options.out, options.trajectory
     if out.suffix:
         arguments.one_of("suffix of out", out.suffix.lower(), PICTURES)
@@ -159,7 +197,7 @@ def _check(options: SampleOptions, world: World) -> list[int]:
 
 
 def _layout(sampler: Sampler, labels: list[int] | None, in_turn: bool) -> dict[str, Any]:
-    """Return columns and captions of a grid: a column a class where there are few."""
+    """Return columns and captions of a grid; with 16 classes or less in turn, each has a column."""
     classes, names = sampler.conditioning.num_classes, sampler.conditioning.class_names
     captions = None
     if labels is not None:

@@ -1,4 +1,4 @@
-"""``flashddpm train``: its flags are the fields of `TrainConfig`."""
+"""The command ``flashddpm train``, whose flags are the fields of `TrainConfig`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def train(
 ) -> None:
     """Train a model; OUT always holds the latest averaged weights in diffusers' layout.
 
-    Under torchrun every process takes its part of each batch. Ctrl-C and SIGTERM save first.
+    Under torchrun every process takes its part of each batch. Ctrl-C and SIGTERM save the run, then
+    end it.
     """
     world = World.from_environment()
     device = world.device(device)
@@ -68,10 +69,10 @@ def train(
 
 
 def _stored(path: Path | None) -> dict[str, Any]:
-    """Return the settings in a file, checked.
+    """Return the settings in a file, checked; an empty dictionary for None.
 
     Raises:
-        CheckpointError: it cannot be read, or holds no settings.
+        CheckpointError: if the file cannot be read, or holds no settings.
     """
     if path is None:
         return {}
@@ -128,14 +129,14 @@ def _run(
 
 
 def _is_of_another_process(error: RuntimeError) -> bool:
-    """Return whether another process has ended, and so a sum over all of them failed."""
+    """Return whether the error came about because another process of torchrun has ended."""
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or "gloo/transport" in str(error)
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """Return a flag's value; integers are comma-separated."""
+    """Return the value of a flag; where the setting is a tuple, of the integers between commas."""
     if not isinstance(getattr(TrainConfig, name, None), tuple):
         return value
     try:
@@ -145,7 +146,14 @@ def _parsed(name: str, value: Any) -> Any:
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command of ``**flags`` the settings' flags, each by default None: not given."""
+    """Give a command of ``**flags`` the settings' flags, in place, and return it.
+
+    Each field of `TrainConfig` but ``data`` becomes a keyword-only option of typer, whose default
+    is None for "not given". Settings that are tuples become text, with integers between commas.
+
+    Args:
+        command: the function of the command.
+    """
     signature = inspect.signature(command, eval_str=True)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     kinds = get_type_hints(TrainConfig)

@@ -1,4 +1,4 @@
-"""The command ``flashddpm warm``: compiled code for later processes."""
+"""The command ``flashddpm warm``: it compiles a model ahead, for later processes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How good a model is: a bound on its likelihood, and its samples beside real images."""
+"""Evaluation of a model: a bound on its likelihood, and its samples compared with real images."""

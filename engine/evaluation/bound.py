@@ -1,10 +1,11 @@
-r"""The variational bound on the likelihood of 8-bit images, in bits for each element   (S8 to S10).
+r"""The variational bound on the likelihood of 8-bit images, in bits per element (S8 to S10).
 
     -log p(x_0)  <=  L_T + sum_{t >= 1} L_{t-1} + L_0
 
-(Ho et al. 2020, eq. 5.) Every image is noised to each chosen timestep, the network predicts, and
-``vlb_terms`` compares: noise is drawn once for each pair of image and timestep, a pure function of
-(seed, image's number, timestep), so that neither the batch nor the choice of timesteps changes it.
+(Ho et al. 2020, eq. 5.) Every image is noised to each chosen timestep, the network predicts from
+it, and ``vlb_terms`` computes the term. Noise is drawn once for each pair of image and timestep and
+is a pure function of (seed, the image's number, timestep), so that neither the batch size nor the
+choice of timesteps changes it.
 """
 
 from __future__ import annotations
@@ -28,27 +29,37 @@ from flashddpm.sampling import inputs
 from flashddpm.sampling.sampler import Sampler
 
 KEYS = 2**32
-"""The noise key of image i at timestep t is t KEYS + i."""
+"""The noise key (second word of the noise counter) of image i at timestep t is t * KEYS + i."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The bound and its parts: bits for each element, means over images, unless it says otherwise.
+    """A variational bound and its parts, as `variational_bound` returns it.
 
-    A standard error is that of a mean over images, NaN for one image: noise and images both.
+    All terms are in bits per element (of C x H x W) and are means over the images. A standard error
+    is that of such a mean, over images and their noise; it is NaN for one image. S is the number of
+    timesteps at which the network was evaluated.
 
     Attributes:
-        timesteps: where the network was evaluated, rising from 0.
-        terms, terms_stderr: L_0 and L_{t-1}, of each of these, and their standard errors.
-        x0_mse, eps_mse: of each, squared errors of the predicted x_0 and eps, means over elements.
-        prior, prior_stderr: L_T.
-        decoder, decoder_stderr: L_0, the first of the terms.
-        total, total_stderr: the bound. The sum over t >= 1 is T - 1 times the mean of the terms at
-            hand, an estimate unless all are.
-        images: how many.
-        num_timesteps: T.
-        variance_type, clip: of the model's normals (loss_tables.vlb_rows).
-        seed: of the noise.
+        timesteps: the S timesteps, rising, the first of them 0.
+        terms: the S terms: L_0 for timestep 0, then L_{t-1} for each timestep t.
+        terms_stderr: the standard errors of the S terms.
+        x0_mse: S squared errors of the predicted x_0 (images in [-1, 1]), means over elements and
+            images.
+        eps_mse: S squared errors of the predicted noise eps, means over elements and images.
+        prior: L_T, the divergence of x_T from the normal distribution.
+        prior_stderr: the standard error of L_T.
+        decoder: L_0, the same as ``terms[0]``.
+        decoder_stderr: the standard error of L_0.
+        total: the whole bound, prior + decoder + the sum over t >= 1, which is taken as T - 1 times
+            the mean of ``terms[1:]``: exact if all timesteps were evaluated, else an estimate.
+        total_stderr: the standard error of the whole bound.
+        images: the number of images.
+        num_timesteps: T, the number of timesteps that the model was trained with.
+        variance_type: the variance of the model's normals: "fixed_small", "fixed_large", "learned"
+            or "learned_range".
+        clip: the bound of the predicted |x_0|; 0 for none.
+        seed: the seed of the noise.
     """
 
     timesteps: tuple[int, ...]
@@ -69,7 +80,10 @@ class Bound:
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name, as JSON has them: lists, and None for a number that is NaN."""
+        """Return the fields as a dictionary by name, ready for JSON.
+
+        Tuples become lists, and a number that is NaN becomes None.
+        """
 
         def plain(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -92,29 +106,33 @@ def variational_bound(
     variance_type: str | None = None,
     clip: float | None = None,
 ) -> Bound:
-    """Return the variational bound on -log p of these images under the sampler's model.
+    """Compute the variational bound on -log p of images under a sampler's model.
 
-    The model is that of ancestral sampling over all T timesteps, without guidance: mean of S5 with
-    the predicted x_0, and the variance.
+    The model is that of ancestral sampling over all T timesteps without guidance: normals with the
+    mean of S5 for the predicted x_0, and the chosen variance.
 
     Args:
         sampler: the network with its schedule, on its device.
-        images: uint8 [N, C, H, W].
-        labels: of each image (one for all, or N), as for ``sample``: None is the null class.
-        timesteps: how many timesteps, from 2 to T; None is all of them. 0 is always one, the others
-            lie evenly in 1..T-1. Terms fall steeply at first, so that few timesteps estimate the
+        images: uint8 [N, C, H, W], N at least 1, C, H and W as the sampler draws them.
+        labels: one class label for all images, N labels (a sequence or an int64 tensor [N]), or
+            None for the null class, or for a model without classes.
+        timesteps: the number of timesteps evaluated, 2..T; None for all. They are 0 and others
+            evenly spaced in 1..T-1. Terms fall steeply at first, so few timesteps estimate the
             bound too low.
-        seed: of the noise.
-        batch_size: evaluations of the network at a time.
-        progress: show a bar.
-        variance_type: fixed_small, fixed_large, or for 2C channels learned or learned_range; by
-            default the sampler's own.
-        clip: bound of the predicted x_0, 0 for none; by default the sampler's own, and 1, that of
-            the images, where it has a dynamic threshold.
+        seed: the seed of the noise, in [-2^63, 2^64).
+        batch_size: the number of images in one network evaluation, at least 1.
+        progress: whether a progress bar is shown.
+        variance_type: "fixed_small", "fixed_large", or for a network of 2C output channels
+            "learned" or "learned_range"; None for the sampler's own.
+        clip: the bound of the predicted |x_0|, at least 0; 0 for none. None for the sampler's own,
+            or 1 (the images' range) where the sampler has a dynamic threshold.
 
     Raises:
-        ValueError: an argument that is not allowed.
-        FloatingPointError: a term is not finite; it says of which image and timestep.
+        ValueError: if an argument is out of its range, the images are of a wrong dtype or shape,
+            labels are not classes of the model or not N, the model has neither labels nor a null
+            class, T is below 2, or a learned variance is asked for and the network returns C
+            channels.
+        FloatingPointError: if a term is not finite; the text names the image and the timestep.
     """
     _check_images(images, sampler.shape)
     N, T, defaults = len(images), len(sampler.schedule), sampler.defaults
@@ -134,10 +152,16 @@ def variational_bound(
 
 
 def chosen_timesteps(T: int, count: int | None) -> list[int]:
-    """Return 0 and count - 1 timesteps of 1..T-1, the middles of as many equal parts; all if None.
+    """Return the timesteps at which the bound is evaluated: a rising list of ints, the first 0.
+
+    The others are the middles of count - 1 equal parts of 1..T-1.
+
+    Args:
+        T: the number of timesteps of the schedule.
+        count: the number of timesteps to return; None for all T.
 
     Raises:
-        ValueError: T below 2, or a count that is not an integer from 2 to T.
+        ValueError: if T is below 2, or count is no integer in 2..T.
     """
     arguments.integer("num_timesteps", T, 2)
     count = T if count is None else arguments.integer("timesteps", count, 2, T)
@@ -146,7 +170,7 @@ def chosen_timesteps(T: int, count: int | None) -> list[int]:
 
 
 class _Terms:
-    """Evaluates the network and the terms of some images."""
+    """The evaluation of the network and of the bound's terms, for some images."""
 
     def __init__(
         self,
@@ -167,9 +191,10 @@ class _Terms:
         )
 
     def of(self, steps: NDArray[np.int64], batch: int, progress: bool) -> NDArray[np.float64]:
-        """Return what ``vlb_terms`` has for every row of ``steps`` and image, [steps, N, 3].
+        """Return the results of ``vlb_terms`` for each timestep and image, float64 [S, N, 3].
 
-        The last batch is filled up with the last pair, so that the network sees one shape.
+        A step of T is the prior. The last batch is filled up with the last pair of timestep and
+        image, so that the network sees one batch size only.
         """
         from tqdm import tqdm
 
@@ -187,7 +212,10 @@ class _Terms:
         return found.cpu().double().numpy().reshape(len(steps), N, 3)
 
     def _batch(self, step: Tensor, image: Tensor, evaluations: int) -> Tensor:
-        """Return the terms of these pairs, all timesteps or all the prior, float32 [batch, 3]."""
+        """Return ``vlb_terms`` of these pairs of timestep and image, float32 [batch, 3], in nats.
+
+        Either all timesteps are of the network, or all are T, the prior.
+        """
         device, ops = self.sampler.device, self.sampler.executor.ops
         x0 = send(to_float(self.images[image]), device)
         x0 = x0.contiguous(memory_format=torch.channels_last)
@@ -219,7 +247,7 @@ def _check_images(images: Any, shape: tuple[int, int, int]) -> None:
 
 
 def _check_finite(terms: NDArray[np.float64], steps: list[int]) -> None:
-    """Refuse terms [steps, N] that are not all finite."""
+    """Raise FloatingPointError if the terms [steps, N] are not all finite."""
     wrong = np.argwhere(~np.isfinite(terms))
     if len(wrong):
         step, image = wrong[0]
@@ -238,7 +266,7 @@ def _summary(
     clip: float,
     seed: int,
 ) -> Bound:
-    """Return the means of [steps, N, 3] and [N], in nats, over images."""
+    """Return the `Bound` (in bits) of the terms [S, N, 3] and the prior [N], both in nats."""
     terms, prior = found[..., 0] / math.log(2), prior / math.log(2)
     means, errors = _mean(terms)
     total = prior + terms[0] + (T - 1) * terms[1:].mean(0)
@@ -265,7 +293,7 @@ def _summary(
 
 
 def _mean(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the mean over the last axis, images, and its standard error."""
+    """Return the mean over the last axis (images), and the standard error of that mean."""
     N = values.shape[-1]
     error = values.std(-1, ddof=1) / math.sqrt(N) if N > 1 else np.full(values.shape[:-1], np.nan)
     return values.mean(-1), error

@@ -1,10 +1,10 @@
-"""A small classifier of a data set: whether samples are what was asked for, and features of them.
+"""A small image classifier of a data set: it tells samples' classes, and gives features of images.
 
     python -P -m flashddpm.evaluation.classifier DATA_DIR --out classifier.safetensors
 
-trains one and says how many of the test images it recognises; with --weights FILE it measures the
-one in that file. DATA_DIR holds {train,t10k}-{images-idx3,labels-idx1}-ubyte, plain or gzipped.
-The file holds float16, so a trained classifier is rounded before it is judged or used.
+trains one and prints the share of the test images that it recognises; with --weights FILE it loads
+that file instead of training. DATA_DIR holds {train,t10k}-{images-idx3,labels-idx1}-ubyte, plain or
+gzipped. The file holds float16, so a trained classifier is rounded before it is judged or used.
 """
 
 from __future__ import annotations
@@ -37,18 +37,23 @@ EPOCHS = 5
 BUNDLED = MODELS / "fashion-mnist-classifier" / "classifier.safetensors"
 TRIED = 1000
 RECOGNISES = 0.5
-"""A classifier is of this data if it recognises half of the first ``TRIED`` images."""
+"""The bundled classifier suits data of which it recognises half of the first ``TRIED`` images."""
 
 
 class Classifier(nn.Module):
-    """Two convolutions and two linear layers, float32; sides are multiples of 4.
+    """A classifier, float32: two convolutions, a hidden layer of 64 features, a linear layer.
 
     Args:
-        channels, height, width: of the images.
-        num_classes: of the labels.
+        channels: the number of channels of the images.
+        height: the height of the images in pixels, a positive multiple of 4.
+        width: the width of the images in pixels, a positive multiple of 4.
+        num_classes: the number of classes.
+
+    Attributes:
+        shape: (C, H, W) of the images.
 
     Raises:
-        ValueError: a side that is no multiple of 4.
+        ValueError: if a side is no positive multiple of 4.
     """
 
     def __init__(self, channels: int, height: int, width: int, num_classes: int) -> None:
@@ -65,22 +70,38 @@ class Classifier(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Of the labels."""
+        """The number of classes that it tells apart, an int."""
         return self.last.out_features
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] -> [B, 64], what the last layer sees."""
+        """Return the input of the last layer, float32 [B, 64], none negative, of images.
+
+        Args:
+            images: uint8 [B, C, H, W], on the classifier's device.
+        """
         x = F.max_pool2d(F.relu(self.conv1(to_float(images))), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         return F.relu(self.hidden(x.flatten(1)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] -> logits [B, num_classes]."""
+        """Return logits, float32 [B, num_classes], of images.
+
+        Args:
+            images: uint8 [B, C, H, W], on the classifier's device.
+        """
         return self.last(self.features(images))
 
 
 def make_classifier(images: Tensor, labels: Tensor) -> Classifier:
-    """Return an untrained classifier for such images and labels."""
+    """Return an untrained classifier for images of this shape and labels of this range.
+
+    Args:
+        images: [N, C, H, W]; only the shape is read.
+        labels: int64 [N]; the number of classes is the largest label + 1.
+
+    Raises:
+        ValueError: if H or W is no positive multiple of 4.
+    """
     _, C, H, W = images.shape
     return Classifier(C, H, W, int(labels.max()) + 1)
 
@@ -89,17 +110,24 @@ def make_classifier(images: Tensor, labels: Tensor) -> Classifier:
 def train_classifier(
     images: Tensor, labels: Tensor, seed: int = 0, epochs: int = EPOCHS, progress: bool = False
 ) -> Classifier:
-    """Train a classifier: AdamW, one cycle of the learning rate, cross entropy.
+    """Train a classifier on the CPU with AdamW, a one-cycle learning rate and cross entropy.
 
     The same seed, number of threads and library versions give the same weights; torch's global
     generator is left as it was.
 
     Args:
-        images: uint8 [N, C, H, W].
-        labels: int64 [N].
-        seed: of the initial weights and of the order of the images.
-        epochs: how many times each image is seen.
-        progress: show a bar.
+        images: uint8 [N, C, H, W] on the CPU, H and W multiples of 4.
+        labels: int64 [N] on the CPU, in 0..num_classes-1.
+        seed: the seed of the initial weights and of the order of the images.
+        epochs: the number of times that each image is seen.
+        progress: whether a progress bar is shown.
+
+    Returns:
+        The classifier in evaluation mode, without gradients; its float32 weights are rounded to
+        float16.
+
+    Raises:
+        ValueError: if H or W is no positive multiple of 4.
     """
     from tqdm import tqdm
 
@@ -130,17 +158,32 @@ def _ready(model: Classifier, state: dict[str, Tensor]) -> Classifier:
 
 @isolated
 def save_classifier(path: Path, model: Classifier) -> None:
-    """Write a classifier as float16, whole or not at all."""
+    """Write a classifier's weights as a safetensors file of float16, whole or not at all.
+
+    Args:
+        path: the file to write; its folder is made if it is missing.
+        model: the classifier.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
     state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     write_atomic(path, save(state))
 
 
 @isolated
 def load_classifier(path: Path, shape: tuple[int, int, int], num_classes: int) -> Classifier:
-    """Return the classifier in a file, of images [C, H, W] and so many classes.
+    """Load a classifier, in evaluation mode on the CPU, from a safetensors file.
+
+    Args:
+        path: the file, as ``save_classifier`` writes it.
+        shape: (C, H, W) of the images that it classifies.
+        num_classes: the number of classes that it tells apart.
 
     Raises:
-        CheckpointError: the file is missing, broken, not finite or of another classifier.
+        CheckpointError: if the file is missing or broken, its tensors are of a classifier of
+            another shape or number of classes, or a weight is not finite.
+        ValueError: if H or W is no positive multiple of 4.
     """
     state = read_tensors(path)
     try:
@@ -157,30 +200,44 @@ def load_classifier(path: Path, shape: tuple[int, int, int], num_classes: int) -
 
 @isolated(grad=False)
 def judge(model: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the classes that the images are taken for, [N], and their features, [N, 64]."""
+    """Return the predicted classes, int64 [N], and the features, float32 [N, 64], of images.
+
+    Args:
+        model: the classifier.
+        images: uint8 [N, C, H, W], on the classifier's device, N at least 1.
+    """
     features = torch.cat([model.features(part) for part in images.split(500)])
     return model.last(features).argmax(1), features
 
 
 def share(predicted: Tensor, labels: Tensor, num_classes: int) -> tuple[float, list[float]]:
-    """Return the share of predictions that are the label: of all, and of each class.
+    """Return the fractions 0..1 of predictions that equal the label: of all images, and by class.
 
-    A class without an image has NaN.
+    Args:
+        predicted: int64 [N], the predicted classes.
+        labels: int64 [N], the right classes.
+        num_classes: the number of classes.
+
+    Returns:
+        The fraction of all images, and a list of num_classes fractions; a class without an image
+        (and the first fraction where N is 0) is NaN.
     """
     right = (predicted == labels).double()
     return float(right.mean()), [float(right[labels == c].mean()) for c in range(num_classes)]
 
 
 def bundled_classifier(images: Tensor, labels: Tensor) -> Classifier:
-    """Return the classifier that comes with the package, if it is one of such images.
+    """Load the package's Fashion-MNIST classifier, if the data are such images.
 
     Args:
-        images: uint8 [N, C, H, W], of the data to be judged.
-        labels: int64 [N].
+        images: uint8 [N, C, H, W] on the CPU, the data to be judged.
+        labels: int64 [N] on the CPU, the classes of the images.
 
     Raises:
-        ValueError: it takes images of another shape, tells another number of classes, or does not
-            recognise half of the first 1,000 of these: other data may have the same shape.
+        ValueError: if the images are not of shape (1, 28, 28) or the largest label is not 9, or if
+            it recognises less than half of the first 1,000 images, for other data may have the same
+            shape.
+        CheckpointError: if the package's own file is missing or broken.
     """
     shape, classes = tuple(images.shape[1:]), int(labels.max()) + 1
     if (shape, classes) != ((1, 28, 28), 10):
@@ -201,12 +258,19 @@ def bundled_classifier(images: Tensor, labels: Tensor) -> Classifier:
 def classifier_for(
     images: Tensor, labels: Tensor, progress: bool = False
 ) -> tuple[str, Classifier]:
-    """Return a name and a classifier of this data: the bundled one, or where it is not, a new one.
+    """Return a classifier of this data and its name: the bundled one, or else one that is trained.
 
     Args:
-        images: uint8 [N, C, H, W], to train on.
-        labels: int64 [N].
-        progress: show a bar while training.
+        images: uint8 [N, C, H, W] on the CPU, the images to judge by and to train on.
+        labels: int64 [N] on the CPU, the classes of the images.
+        progress: whether a progress bar is shown while training.
+
+    Returns:
+        The name and the classifier.
+
+    Raises:
+        CheckpointError: if the package's own file of weights is missing or broken.
+        ValueError: if one has to be trained and H or W is no positive multiple of 4.
     """
     try:
         return "bundled Fashion-MNIST classifier", bundled_classifier(images, labels)
@@ -218,10 +282,10 @@ def classifier_for(
 
 
 def find_test_images(folder: Path) -> Path:
-    """Return the one file of test images in a folder.
+    """Return the one file of test images, t10k-images-idx3-ubyte*, in a folder.
 
     Raises:
-        DataError: there is none, or more than one.
+        DataError: if there is none, or more than one.
     """
     found = sorted(folder.glob("t10k-images-idx3-ubyte*"))
     if len(found) != 1:
@@ -230,10 +294,17 @@ def find_test_images(folder: Path) -> Path:
 
 
 def load_labelled(path: Path) -> ImageData:
-    """Return images with labels, their sides multiples of 4.
+    """Load the images and labels of an IDX file, whose sides must be multiples of 4 pixels.
+
+    Args:
+        path: the file or folder, as ``load_idx`` takes it.
+
+    Returns:
+        Images, uint8 [N, 1, H, W], and labels, int64 [N].
 
     Raises:
-        DataError: of ``load_idx``, or there are no labels.
+        DataError: if a file is missing or broken, a side is no multiple of 4, or there are no
+            labels.
     """
     data = load_idx(path, 4)
     if data.labels is None:
@@ -242,7 +313,16 @@ def load_labelled(path: Path) -> ImageData:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train or load a classifier, write it, and print what it recognises."""
+    """Train or load a classifier, write it if asked, and print what share of images it recognises.
+
+    Args:
+        args: the parsed command line: data (folder, a Path), weights and out (Path or None), seed
+            and epochs (ints).
+
+    Raises:
+        ValueError: if epochs is below 1; or, as a DataError or CheckpointError, if a file of images
+            or of weights is missing or broken.
+    """
     arguments.integer("epochs", args.epochs, 1)
     train, test = load_labelled(args.data), load_labelled(find_test_images(args.data))
     assert train.labels is not None and train.num_classes is not None and test.labels is not None
@@ -259,7 +339,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; a bad argument or file is one line and exit status 1."""
+    """Run the command line of this module; a bad argument or file is one line and exit status 1.
+
+    Args:
+        argv: the arguments without the program's name; None for those of the process.
+
+    Raises:
+        SystemExit: after an error (1), or after arguments that cannot be parsed (2).
+    """
     parser = argparse.ArgumentParser(
         prog="flashddpm.evaluation.classifier",
         description=__doc__,

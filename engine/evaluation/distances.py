@@ -1,15 +1,15 @@
-"""Distances between two sets of images, from their features: torch-fidelity's own functions.
+"""Distances between two sets of images, computed from their features with torch-fidelity.
 
-* ``frechet``: between Gaussians fitted to the features (Heusel et al. 2017),
+* ``frechet``: the Frechet distance of Gaussians fitted to the features (Heusel et al. 2017),
   |mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2));
-* ``kernel``: squared maximum mean discrepancy under (x.y / D + 1)^3, unbiased (Binkowski et al.
-  2018), over random subsets;
-* ``precision_recall``: the share of drawn features within reach of the real ones, and of real
-  ones within reach of the drawn ones, where an image reaches as far as its k-th nearest neighbour
-  in its own set (Kynkaanniemi et al. 2019).
+* ``kernel``: the squared maximum mean discrepancy under (x.y / D + 1)^3, unbiased, over random
+  subsets (Binkowski et al. 2018);
+* ``precision_recall``: the share of drawn images that lie within reach of the real ones, and of
+  real ones within reach of the drawn ones, where an image reaches as far as its k-th nearest
+  neighbour in its own set (Kynkaanniemi et al. 2019).
 
 Features are [N, D] of any floating dtype on any device; all is computed in float64 on the CPU.
-With another extractor than the published Inception the numbers compare with no published ones.
+Only features of the published Inception network give numbers comparable with published ones.
 """
 
 from __future__ import annotations
@@ -26,14 +26,19 @@ from flashddpm.host import isolated
 
 EXTRA = "pip install flashddpm[evaluate]"
 NEEDED = "0.4"
-"""Older versions have other keywords, and would take their own defaults for ours, unsaid; until
-just before it, precision and recall stood in each other's place."""
+"""The oldest version of torch-fidelity that is taken. Older ones have other keywords, so that they
+would silently use their own defaults for ours, and had precision and recall exchanged."""
 MAX_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class KernelDistance:
-    """A kernel distance: its mean and standard deviation over the subsets."""
+    """A kernel distance (squared maximum mean discrepancy), over random subsets of the images.
+
+    Attributes:
+        mean: the mean over the subsets; about 0 for equal distributions, and possibly below.
+        deviation: the standard deviation over the subsets.
+    """
 
     mean: float
     deviation: float
@@ -41,17 +46,22 @@ class KernelDistance:
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Shares in [0, 1]: how many drawn images look real, and how many real ones could be drawn."""
+    """Precision and recall of drawn images, fractions 0..1.
+
+    Attributes:
+        precision: the share of drawn images that look real (lie within reach of the real ones).
+        recall: the share of real images that could be drawn (lie within reach of the drawn ones).
+    """
 
     precision: float
     recall: float
 
 
 def require_fidelity() -> None:
-    """Check that torch-fidelity is there, before any work is done.
+    """Raise ValueError if torch-fidelity cannot be used, before any work is done.
 
     Raises:
-        ValueError: it is not installed, or older than 0.4.
+        ValueError: if it is not installed, or older than 0.4.
     """
     _fidelity("metric_fid")
 
@@ -70,10 +80,15 @@ def _fidelity(name: str) -> ModuleType:
 
 
 def check_frechet(name: str, count: int, dimension: int) -> None:
-    """Refuse too few samples for a covariance of full rank.
+    """Raise ValueError if there are too few samples for a covariance of full rank.
+
+    Args:
+        name: the name of the set of samples, for the error's text.
+        count: the number of samples.
+        dimension: the number of features of a sample, D.
 
     Raises:
-        ValueError: naming the number needed.
+        ValueError: if there are not more samples than features; the text has the number needed.
     """
     if count <= dimension:
         raise ValueError(
@@ -83,10 +98,15 @@ def check_frechet(name: str, count: int, dimension: int) -> None:
 
 
 def check_kernel(name: str, count: int, subset_size: int) -> None:
-    """Refuse fewer samples than a subset takes.
+    """Raise ValueError if there are fewer samples than one subset takes.
+
+    Args:
+        name: the name of the set of samples, for the error's text.
+        count: the number of samples.
+        subset_size: the number of samples in a subset.
 
     Raises:
-        ValueError: naming the number needed.
+        ValueError: if count is below subset_size; the text has the number needed.
     """
     if count < subset_size:
         raise ValueError(
@@ -96,10 +116,15 @@ def check_kernel(name: str, count: int, subset_size: int) -> None:
 
 
 def check_precision_recall(name: str, count: int, k: int) -> None:
-    """Refuse fewer samples than have a k-th neighbour.
+    """Raise ValueError if there are too few samples for each to have k neighbours.
+
+    Args:
+        name: the name of the set of samples, for the error's text.
+        count: the number of samples.
+        k: the number of the nearest neighbour that is needed, besides the sample itself.
 
     Raises:
-        ValueError: naming the number needed.
+        ValueError: if there are not more than k samples; the text has the number needed.
     """
     if count <= k:
         raise ValueError(
@@ -123,14 +148,16 @@ def _features(names: tuple[str, str], a: Tensor, b: Tensor) -> tuple[Tensor, Ten
 
 @isolated(grad=False)
 def frechet(features_a: Tensor, features_b: Tensor) -> float:
-    """Return the Frechet distance of two sets of features, at least 0.
+    """Return the Frechet distance of two sets of features, a float of at least 0.
 
     Args:
-        features_a: [N_a, D], N_a > D.
-        features_b: [N_b, D], N_b > D.
+        features_a: floating-point [N_a, D], finite, N_a > D.
+        features_b: floating-point [N_b, D], finite, N_b > D.
 
     Raises:
-        ValueError: too few rows, unequal D, values that are not finite, or no torch-fidelity.
+        ValueError: if features are not floating-point, not of two dimensions, not finite or of
+            unequal D, if there are too few rows, or if torch-fidelity 0.4 or newer is not
+            installed.
     """
     names = ("features_a", "features_b")
     pair = _features(names, features_a, features_b)
@@ -156,14 +183,16 @@ def kernel(
     """Return the kernel distance of two sets of features; of equal distributions it is about 0.
 
     Args:
-        features_a: [N_a, D], N_a >= subset_size.
-        features_b: [N_b, D], N_b >= subset_size.
-        subsets: how many pairs of subsets are drawn.
-        subset_size: images in each, at least 2.
-        seed: of the draw, in 0..2^32-1.
+        features_a: floating-point [N_a, D], finite, N_a >= subset_size.
+        features_b: floating-point [N_b, D], finite, N_b >= subset_size.
+        subsets: the number of pairs of subsets that are drawn, at least 1.
+        subset_size: the number of images in each subset, at least 2.
+        seed: the seed by which subsets are drawn, in 0..2^32-1.
 
     Raises:
-        ValueError: too few rows, unequal D, values that are not finite, or no torch-fidelity.
+        ValueError: if features are not floating-point, not of two dimensions, not finite or of
+            unequal D, if there are too few rows, if another argument is out of its range, or if
+            torch-fidelity 0.4 or newer is not installed.
     """
     names = ("features_a", "features_b")
     pair = _features(names, features_a, features_b)
@@ -181,17 +210,19 @@ def kernel(
 
 @isolated(grad=False)
 def precision_recall(real: Tensor, drawn: Tensor, k: int = 3) -> PrecisionRecall:
-    """Return precision and recall of drawn images.
+    """Return the precision and recall of drawn images with respect to real ones.
 
     Both depend on the sizes of the sets: compare only figures of equal sizes.
 
     Args:
-        real: [N, D], N > k.
-        drawn: [M, D], M > k.
-        k: which nearest neighbour, besides itself, an image reaches to.
+        real: floating-point [N, D], finite features of real images, N > k.
+        drawn: floating-point [M, D], finite features of drawn images, M > k.
+        k: an image reaches as far as its k-th nearest neighbour besides itself; at least 1.
 
     Raises:
-        ValueError: too few rows, unequal D, values that are not finite, or no torch-fidelity.
+        ValueError: if features are not floating-point, not of two dimensions, not finite or of
+            unequal D, if there are too few rows, if k is below 1, or if torch-fidelity 0.4 or newer
+            is not installed.
     """
     names = ("real", "drawn")
     pair = _features(names, real, drawn)

@@ -1,4 +1,4 @@
-"""An evaluation: draw the samples, and measure them and the model against real images.
+"""An evaluation: draw samples, and measure them and the model against real images.
 
 ``evaluate(job)`` returns the numbers as JSON has them, and pictures (PNG) by their names:
 
@@ -6,9 +6,10 @@
      "bound": {...}, "frechet": {...}, "kernel": {...}, "prc": {...}, "recognised": {...},
      "neighbours": {...}}
 
-A metric that was not asked for is not there. Where there are real images that the model was not
-trained on, the same is measured of as many training images, with the samples' labels, under
-"training": what a perfect model would be given, for a set of few images is always some way off.
+A metric that was not asked for is missing. Where there are real images that the model was not
+trained on, each metric of features is also measured of as many training images, with the samples'
+labels, under "training": that is what a perfect model would be given, since a set of few images is
+always some way off.
 """
 
 from __future__ import annotations
@@ -44,18 +45,28 @@ from flashddpm.sampling.sampler import Sampler
 PACKAGES = ("flashddpm", "torch", "torch-fidelity", "numpy")
 PART = 1024
 ROWS = 10
-"""Samples in the picture of neighbours: those that are nearest to a training image."""
+"""The number of samples in the picture of neighbours: those nearest to a training image."""
 
 Evaluation = tuple[dict[str, Any], dict[str, bytes]]
 
 
 @isolated(grad=False)
 def evaluate(job: EvaluationJob) -> Evaluation:
-    """Return the numbers and the pictures of a job that was prepared.
+    """Run an evaluation and return its numbers and its pictures.
+
+    Args:
+        job: the evaluation, as `prepare` returns it.
+
+    Returns:
+        A dictionary that JSON can hold, with the keys of the module's docstring (NaN and infinities
+        are None), and a dictionary of PNG bytes by name: "samples", "terms", "errors" and
+        "neighbours", as far as the metrics asked for have them.
 
     Raises:
-        NonFiniteError: the network's output turned NaN or infinite.
-        ValueError: an extractor that gives what is no features for some images.
+        NonFiniteError: if the network's output turns NaN or infinite.
+        FloatingPointError: if a term of the bound is not finite.
+        ValueError: if the extractor fails on some images, or gives features that are not finite.
+        DataError: if a file of images has changed since the job was prepared.
     """
     metrics = job.settings.metrics
     start = time.perf_counter()
@@ -93,12 +104,20 @@ def draw(
     progress: bool = True,
     **options: Any,
 ) -> Tensor:
-    """Return samples as 8-bit images, uint8 [N, C, H, W] on the CPU.
+    """Draw samples and return them as 8-bit images, uint8 [N, C, H, W] on the CPU.
 
     Args:
-        sampler: draws them.
-        seeds, labels: one a sample; labels None for none.
-        batch_size, progress, options: as for ``Sampler.sample``.
+        sampler: the sampler that draws them.
+        seeds: N seeds, ints, at least one.
+        labels: N class labels, ints; None for no labels.
+        batch_size: the number of images that are drawn at a time, at least 1.
+        progress: whether a progress bar is shown.
+        options: further keyword arguments of ``Sampler.sample``: guidance, solver, num_steps and
+            the fields of `PlanOptions`.
+
+    Raises:
+        ValueError: if an argument is not allowed.
+        NonFiniteError: if the network's output turns NaN or infinite.
     """
     step = max(PART // batch_size, 1) * batch_size  # whole batches, so that no bit depends on it
     parts = []
@@ -116,18 +135,22 @@ def draw(
 
 @isolated(grad=False)
 def counterpart(source: ImageSource, count: int, labels: Sequence[int] | None) -> Tensor | None:
-    """Return as many training images as there are samples, uint8 [count, C, H, W].
+    """Return as many training images as there are samples, drawn at random but always the same.
 
-    If the samples have labels of the data, so do they: sets that hold the classes in the same
-    numbers compare, while a set drawn over all classes is further off by chance.
+    If the samples have labels of the data, each class has as many images as it has samples: only
+    such sets compare fairly, since one drawn over all classes is further off by chance.
 
     Args:
-        source: labelled, if there are labels.
-        count: of the samples.
-        labels: one a sample, each below the source's ``num_classes``; or None.
+        source: the training images, with labels if ``labels`` are given.
+        count: the number of samples.
+        labels: the label of each sample, ``count`` ints below the source's ``num_classes``; or
+            None.
 
     Returns:
-        None if there are too few, of all or of a class.
+        uint8 [count, C, H, W] on the CPU; None if there are too few images, of all or of a class.
+
+    Raises:
+        ValueError: if count is below 1 and there are no labels.
     """
     if count > len(source):
         return None
@@ -149,7 +172,7 @@ def counterpart(source: ImageSource, count: int, labels: Sequence[int] | None) -
 
 
 def _facts(job: EvaluationJob, seconds: float | None) -> dict[str, Any]:
-    """Return what the numbers depend on."""
+    """Return what the numbers depend on: model, data, samples, features and environment."""
     settings, sampler = job.settings, job.sampler
     plan = sampler.plan(**settings.plan)
     facts: dict[str, Any] = {
@@ -191,7 +214,13 @@ def _of_source(path: str, source: ImageSource) -> dict[str, Any]:
 
 
 def environment(sampler: Sampler) -> dict[str, Any]:
-    """Return versions, and how the sampler runs."""
+    """Return the versions of the packages, and the device and precision that the sampler runs with.
+
+    Returns:
+        "versions": a dictionary of version (or "not installed") by the name of the package;
+        "device": the name of the GPU, or "cpu"; "threads": the number of CPU threads, None on a
+        GPU; "dtype": such as "float32"; "backend": "fused" or "reference".
+    """
     device = sampler.device
     versions = {}
     for name in PACKAGES:
@@ -210,7 +239,7 @@ def environment(sampler: Sampler) -> dict[str, Any]:
 
 
 def _ranges(seeds: Sequence[int]) -> str:
-    """Return seeds as ``--seeds`` takes them: 0:1000, or 1,2,5."""
+    """Return seeds in the form that ``--seeds`` takes, such as "0:1000" or "1,2,5"."""
     parts: list[list[int]] = []
     for seed in seeds:
         if parts and seed == parts[-1][1]:
@@ -221,7 +250,7 @@ def _ranges(seeds: Sequence[int]) -> str:
 
 
 def _bound(job: EvaluationJob) -> dict[str, Any]:
-    """Return the bound of real images, with their labels where the model has them."""
+    """Return the bound of real images as a dictionary; labels are used where the model has them."""
     images, labels = job.reference.fetch(chosen(job.bound_images, len(job.reference)))
     start = time.perf_counter()
     bound = variational_bound(
@@ -240,7 +269,7 @@ def _bound(job: EvaluationJob) -> dict[str, Any]:
 
 
 def _of_features(job: EvaluationJob, drawn: Tensor) -> dict[str, Any]:
-    """Return distances, precision and recall, and the share recognised."""
+    """Return the metrics of features: distances, precision, recall and recognition."""
     extractor, count = job.extractor, len(drawn)
     assert extractor is not None
     real = cached_features(
@@ -272,7 +301,7 @@ def _kernel(drawn: Tensor, real: Tensor) -> dict[str, Any]:
 
 
 def _prc(drawn: Tensor, real: Tensor) -> dict[str, Any]:
-    """Measure sets of equal size, on which both shares depend."""
+    """Return precision and recall of sets of equal size, since both depend on the sizes."""
     count = min(len(drawn), len(real))
     theirs, ours = (x[chosen(count, len(x))] for x in (real, drawn))
     found = distances.precision_recall(theirs, ours, PRC_NEIGHBOUR)
@@ -282,7 +311,7 @@ def _prc(drawn: Tensor, real: Tensor) -> dict[str, Any]:
 def _recognised(
     job: EvaluationJob, classifier: Classifier, drawn: Tensor, real: Tensor
 ) -> dict[str, Any]:
-    """Return the share of samples, and of real images, that are taken for what they should be."""
+    """Return the share of samples, and of real images, that the classifier recognises."""
     last, classes = classifier.last, classifier.num_classes
 
     def shares(features: Tensor, labels: Tensor) -> tuple[float, list[float]]:
@@ -301,7 +330,7 @@ def _recognised(
 
 
 def _neighbours(job: EvaluationJob, drawn: Tensor) -> tuple[dict[str, Any], bytes]:
-    """Return how near samples are to training images, and the nearest of them as a picture."""
+    """Return samples' distances to training images, and a picture (PNG) of the nearest ones."""
     found = neighbours.nearest(drawn, job.data, NEIGHBOURS)
     first = found.distance[:, 0]
     rows = first.argsort(stable=True)[:ROWS]
@@ -329,14 +358,18 @@ def _neighbours(job: EvaluationJob, drawn: Tensor) -> tuple[dict[str, Any], byte
 
 
 def _quartiles(distance: Tensor) -> dict[str, float]:
-    """Return the smallest, and the quartiles, of distances to the nearest training image."""
+    """Return the smallest and the quartiles of the distances [N], by name."""
     at = distance.new_tensor([0, 0.25, 0.5, 0.75])
     names = ("smallest", "lower_quartile", "median", "upper_quartile")
     return dict(zip(names, torch.quantile(distance, at).tolist(), strict=True))
 
 
 def jsonable(value: Any) -> Any:
-    """Return a value as strict JSON has it: what is not finite, a share of nothing, is null."""
+    """Return a value for strict JSON: floats that are NaN or infinite become None, tuples lists.
+
+    Args:
+        value: any nesting of dictionaries, lists and tuples; other values are returned as they are.
+    """
     if isinstance(value, dict):
         return {key: jsonable(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,11 +1,12 @@
-"""Features of images: any function uint8 [B, C, H, W] -> float [B, D], checked, and kept.
+"""Feature extractors: functions from images to feature vectors, checked, with a cache on disk.
 
 extractor = Features.of_classifier(classifier)
 extractor = Features.of_torchscript("inception.pt", "uint8")
 features = features_of(images, extractor)            # float32 [N, D]
 features = cached_features(images, extractor)        # the same, read back the next time
 
-Images are in memory, or fetched by number from a data source.
+Images are a tensor in memory, or fetched by number from a data source. There are N images or, in a
+batch, B; an image has D features.
 """
 
 from __future__ import annotations
@@ -38,14 +39,20 @@ INPUTS = ("uint8", "float")
 BATCH = 256
 
 Images = Tensor | ImageSource
-"""uint8 [N, C, H, W] in memory, or a source of them."""
+"""Images: a tensor uint8 [N, C, H, W], or an ``ImageSource`` of N such images."""
 
 
 def fetch(images: Images, start: int, stop: int) -> Tensor:
-    """Return images start..stop-1, uint8 [B, C, H, W] on the CPU.
+    """Return the images start..stop-1, uint8 [B, C, H, W] on the CPU.
+
+    Args:
+        images: a tensor uint8 [N, C, H, W], or a data source.
+        start: the number of the first image.
+        stop: the number after that of the last image, at most N.
 
     Raises:
-        ValueError: they are of another shape or dtype.
+        ValueError: if the images are not uint8 or not of four dimensions.
+        DataError: if a data source cannot read an image.
     """
     if isinstance(images, Tensor):
         part = images[start:stop]
@@ -60,13 +67,14 @@ def fetch(images: Images, start: int, stop: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Features:
-    """An extractor of features.
+    """A feature extractor: a function of images, with a name and a fingerprint.
 
     Attributes:
-        function: uint8 [B, C, H, W] on ``device`` -> floating [B, D].
-        name: what a report calls it.
-        fingerprint: equal for extractors that give equal features; the key of what is cached.
-        device: where the images are put.
+        function: called with uint8 [B, C, H, W] on ``device``; returns floating-point [B, D].
+        name: the name in reports, progress bars and errors.
+        fingerprint: a string, equal for extractors that give equal features, by which they are
+            cached.
+        device: the device on which images are handed to the function.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -76,11 +84,15 @@ class Features:
 
     @isolated(grad=False)
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the features of uint8 [B, C, H, W], float32 [B, D] on the CPU.
+        """Return the features of images, float32 [B, D] on the CPU.
+
+        Args:
+            images: uint8 [B, C, H, W], on any device.
 
         Raises:
-            ValueError: the extractor takes no such images, or gives what is no [B, D] of finite
-                floating-point numbers.
+            ValueError: if the function fails on these images, or returns anything but one finite
+                floating-point tensor [B, D] with D at least 1.
+            torch.OutOfMemoryError: if the GPU's memory does not suffice.
         """
         try:
             found = self.function(images.to(self.device))
@@ -112,7 +124,16 @@ class Features:
     def of_classifier(
         cls, classifier: Classifier, name: str = "classifier", device: str = "cpu"
     ) -> Features:
-        """Return what the classifier's last layer sees; the classifier is moved to the device."""
+        """Return the extractor of the classifier's 64 features, the input of its last layer.
+
+        Args:
+            classifier: the classifier, which is set to evaluation mode and moved to the device.
+            name: the name of the extractor.
+            device: "auto", "cpu", "cuda" or "cuda:N".
+
+        Raises:
+            ValueError: if there is no such device.
+        """
         where = arguments.resolve_device(device)
         classifier = classifier.eval().to(where)
         return cls(classifier.features, name, _fingerprint(classifier, "features"), where)
@@ -122,19 +143,20 @@ class Features:
     def of_module(
         cls, module: nn.Module, name: str, images: str = "uint8", device: str = "cpu"
     ) -> Features:
-        """Return the output of a module, which is set to evaluation and moved to the device.
+        """Return an extractor whose features are the output of a module.
 
-        Its fingerprint covers its class, name, parameters and buffers, and no other attribute:
-        give modules that differ in those only different names.
+        The fingerprint covers the module's class and its source, the name, parameters and buffers,
+        and no other attribute: give modules that differ in other attributes different names.
 
         Args:
-            module: [B, C, H, W] -> floating [B, D].
-            name: what a report calls it.
-            images: what the module takes: "uint8", or "float" (float32 in [-1, 1]).
-            device: where it runs.
+            module: takes [B, C, H, W] and returns floating-point [B, D]; it is set to evaluation
+                mode and moved to the device.
+            name: the name of the extractor.
+            images: what the module is called with: "uint8", or "float" (float32 in [-1, 1]).
+            device: "auto", "cpu", "cuda" or "cuda:N".
 
         Raises:
-            ValueError: another kind of images, or no such device.
+            ValueError: if ``images`` is another string, or there is no such device.
         """
         arguments.one_of("images", images, INPUTS)
         where = arguments.resolve_device(device)
@@ -146,19 +168,20 @@ class Features:
     def of_torchscript(
         cls, path: str | PathLike[str], images: str = "uint8", device: str = "cpu"
     ) -> Features:
-        """Return the output of a TorchScript file. It is a program: load only what you trust.
+        """Return an extractor whose features are the output of a TorchScript file.
 
-        A function with an argument ``return_features`` is called with True there, as the
-        Inception file of StyleGAN's authors wants it.
+        Such a file is a program: load only what you trust. A function with an argument
+        ``return_features`` is called with True there, as the Inception file of StyleGAN's authors
+        wants it.
 
         Args:
-            path: of the file, as torch.jit.save writes it.
-            images: what it takes: "uint8", or "float" (float32 in [-1, 1]).
-            device: where it runs.
+            path: the file, as torch.jit.save writes it.
+            images: what its function is called with: "uint8", or "float" (float32 in [-1, 1]).
+            device: "auto", "cpu", "cuda" or "cuda:N".
 
         Raises:
-            ValueError: another kind of images, or no such device.
-            CheckpointError: the file is missing or no TorchScript.
+            ValueError: if ``images`` is another string, or there is no such device.
+            CheckpointError: if the file is missing, or is no TorchScript.
         """
         arguments.one_of("images", images, INPUTS)
         where, file = arguments.resolve_device(device), Path(path)
@@ -203,7 +226,7 @@ def _fingerprint(module: nn.Module, what: str) -> str:
 
 
 def fingerprint_of(images: Tensor) -> str:
-    """Return a hash of images in memory: of their shape and every byte."""
+    """Return a hash of a tensor, "sha256:...", that covers its dtype, its shape and every byte."""
     digest = hashlib.sha256()
     _hash_tensor(digest, images)
     return f"sha256:{digest.hexdigest()}"
@@ -216,14 +239,16 @@ def features_of(
     """Return the features of images, float32 [N, D] on the CPU.
 
     Args:
-        images: N of them, uint8.
-        extractor: of [B, D] from a batch.
-        batch_size: images a call.
-        progress: show a bar.
+        images: a tensor uint8 [N, C, H, W], or a data source of N images, N at least 1.
+        extractor: called with each batch, uint8 [B, C, H, W] on the CPU; returns float32 [B, D].
+        batch_size: the number of images in a batch, at least 1.
+        progress: whether a progress bar is shown.
 
     Raises:
-        ValueError: no image, another dtype or shape, or an extractor that fails, gives another
-            shape, another D for another batch, or what is not finite.
+        ValueError: if batch_size is below 1, if there is no image, if images are of another dtype
+            or shape, or if the extractor fails, returns what is no finite floating-point tensor [B,
+            D], or another D for another batch.
+        DataError: if a data source cannot read an image.
     """
     from tqdm import tqdm
 
@@ -255,18 +280,24 @@ def cached_features(
     folder: Path | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Return ``features_of`` the images, from a file if they were computed before.
+    """Return the features of images, float32 [N, D] on the CPU, from a file if computed before.
 
-    A file that is broken, cut short or of other images is computed anew and replaced. One that
-    cannot be written is a warning.
+    A file that is broken, cut short or of other images is replaced by newly computed features. If
+    the file cannot be written, a warning is logged.
 
     Args:
-        images, extractor, batch_size, progress: as for ``features_of``.
-        fingerprint: of the images; by default their source's own, or of all their pixels.
-        folder: where the files lie; by default features/ in this project's cache.
+        images: a tensor uint8 [N, C, H, W], or a data source of N images, N at least 1.
+        extractor: called with each batch, uint8 [B, C, H, W] on the CPU; returns float32 [B, D].
+        batch_size: the number of images in a batch, at least 1.
+        fingerprint: a string that identifies the images; None for the data source's own, or for a
+            hash of a tensor's bytes.
+        folder: the folder of the files; None for "features" in this project's cache folder.
+        progress: whether a progress bar is shown.
 
     Raises:
-        ValueError: as ``features_of``.
+        ValueError: as ``features_of``: if batch_size is below 1, there is no image, images are of
+            another dtype or shape, or the extractor fails or returns no finite [B, D].
+        DataError: if a data source cannot read an image.
     """
     if fingerprint is None:
         fingerprint = fingerprint_of(images) if isinstance(images, Tensor) else images.fingerprint()
@@ -288,7 +319,7 @@ def cached_features(
 
 
 def _digest(key: str, features: Tensor) -> Tensor:
-    """Return uint8 [32]: a file that was damaged, or renamed, does not hold its own."""
+    """Return a hash of key and features, uint8 [32], by which a damaged file is recognised."""
     digest = hashlib.sha256(key.encode())
     _hash_tensor(digest, features)
     return torch.tensor(list(digest.digest()), dtype=torch.uint8, device="cpu")

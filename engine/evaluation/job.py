@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, and whether it can be done: checked before any work is."""
+"""The settings of an evaluation, and the job made of them: checked before any work is done."""
 
 from __future__ import annotations
 
@@ -41,20 +41,28 @@ class Settings:
     """The options of ``flashddpm evaluate``.
 
     Attributes:
-        model: a model's folder, or OWNER/NAME on the hub.
-        data: what it was trained on, as `load_data` takes it.
-        out: the page to write, .html; the numbers go beside it as .json.
-        reference: real images to compare with; None: the IDX test images in ``data`` where it has
-            them, else ``data`` itself.
-        metrics: of METRICS.
-        seeds: the seed of each sample; by default 0 to 999.
-        plan: arguments of `Sampler.plan` by name; None is "not given" (`with_defaults`).
-        guidance: w; 1 is off.
-        bound_images: real images that the bound is of; None: 256, or all where there are fewer.
-        bound_timesteps: "all", or a number; None: 100, or all where there are fewer.
-        features: "auto" for a classifier of ``data``, or a TorchScript file.
-        feature_input: what that file takes: "uint8", or "float" (in [-1, 1]).
-        device, dtype, batch_size, allow_pickle: as for ``flashddpm sample``.
+        model: a model's folder, or OWNER/NAME on the Hugging Face Hub.
+        data: the images that the model was trained on: a file or folder, as `load_data` takes it.
+        out: the HTML page to write, which ends in .html; the numbers go beside it as .json.
+        reference: the real images to compare with, as `load_data` takes them; None for the IDX test
+            images in ``data`` where it has them, else ``data`` itself.
+        metrics: what is measured: any of "bound", "frechet", "kernel", "prc" (precision and recall)
+            and "neighbours".
+        seeds: the seed of each sample, ints; by default 0 to 999.
+        plan: arguments of `Sampler.plan` by name (solver, num_steps and the fields of
+            `PlanOptions`); None is the same as left out.
+        guidance: the guidance scale w; 1 is off.
+        bound_images: the number of real images that the bound is computed from, at least 2; None
+            for 256, or all where there are fewer.
+        bound_timesteps: the number of timesteps that the bound is computed at, at least 2, or
+            "all"; None for 100, or all where there are at most 100.
+        features: "auto" for a classifier of ``data``, or the path of a TorchScript file.
+        feature_input: what that file is called with: "uint8", or "float" (float32 in [-1, 1]).
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: the dtype of the network: "float32", "bfloat16" or "float16"; None for the default of
+            the device.
+        batch_size: the number of images that are drawn or evaluated at a time, at least 1.
+        allow_pickle: whether .bin weights (pickles) may be read where there are no safetensors.
     """
 
     model: str
@@ -80,17 +88,21 @@ class EvaluationJob:
     """An evaluation that is ready to run: its settings, checked, and what they name, loaded.
 
     Attributes:
-        settings: what was asked for; its plan has the model's defaults filled in.
-        sampler: the model.
-        folder, fingerprint: folder and fingerprint of the model.
-        data, reference: the training images, and those that samples are compared with.
-        held_out: whether ``reference`` is other images than ``data``.
-        seeds, labels: seed and label of each sample; labels None for an unconditional model.
-        conditional: whether the model's classes are those of ``data``, by their number.
-        labelled: whether ``reference`` has labels of these classes.
-        bound_images, bound_timesteps: as `variational_bound` takes them.
-        extractor: of features; None if no metric wants any.
-        classifier: where the features are a classifier's.
+        settings: the settings; their plan has the model's solver and num_steps filled in.
+        sampler: the sampler of the model.
+        folder: the folder of the model.
+        fingerprint: a hash of the model's files, "sha256:...".
+        data: the training images, a source of uint8 images.
+        reference: the real images that samples are compared with, a source of uint8 images.
+        held_out: whether ``reference`` holds other images than ``data``.
+        seeds: the seed of each of the N samples.
+        labels: the class label of each sample; None for an unconditional model.
+        conditional: whether the model has as many classes as ``data``, and so takes its labels.
+        labelled: whether the model is conditional and ``reference`` has labels of these classes.
+        bound_images: the number of images of the bound; 0 if the bound is not asked for.
+        bound_timesteps: the number of timesteps of the bound; None for all.
+        extractor: the extractor of features; None if no metric uses features.
+        classifier: the classifier whose features are used; None for another extractor, or none.
     """
 
     settings: Settings
@@ -113,17 +125,24 @@ class EvaluationJob:
 def chosen(count: int, total: int) -> Tensor:
     """Return ``count`` of the numbers 0..total-1, rising, drawn at random but always the same.
 
-    Evenly spaced numbers would do for images in any order but one: by class in turn.
+    They are not evenly spaced, since images may be ordered by class in turn.
+
+    Args:
+        count: how many numbers to draw.
+        total: how many numbers there are.
+
+    Returns:
+        int64 [count] on the CPU.
 
     Raises:
-        ValueError: more than there are.
+        ValueError: if count is no integer in 1..total.
     """
     arguments.integer("count", count, 1, total)
     return shuffled(total)[:count].sort().values
 
 
 def shuffled(count: int) -> Tensor:
-    """Return the numbers 0..count-1 in an order that is random but always the same."""
+    """Return the numbers 0..count-1 in a random but fixed order, int64 [count] on the CPU."""
     generator = torch.Generator().manual_seed(0)
     return torch.randperm(count, generator=generator, device="cpu")
 
@@ -131,11 +150,20 @@ def shuffled(count: int) -> Tensor:
 def load_images(
     data: Path, reference: Path | None, shape: tuple[int, int, int]
 ) -> tuple[ImageSource, ImageSource, bool]:
-    """Return training images, those to compare with, and whether these are others.
+    """Load the training images, and the real images that samples are compared with.
+
+    Args:
+        data: the training images, as `load_data` takes them.
+        reference: the real images; None for the one IDX file of test images in the folder ``data``,
+            or, where there is none, the training images.
+        shape: (C, H, W) of the images that the model draws.
+
+    Returns:
+        The training images, the real images, and whether the latter are others, by their content.
 
     Raises:
-        DataError: of `load_data`.
-        ValueError: images of another shape than the model's.
+        DataError: if a file or folder of images is missing, broken, or of mixed sizes.
+        ValueError: if images are of another shape than the model's.
     """
     if reference is None and data.is_dir():
         found = sorted(data.glob(TEST_IMAGES))
@@ -155,10 +183,22 @@ def load_images(
 def features_for(
     features: str, feature_input: str, data: ImageSource, device: str
 ) -> tuple[Features, Classifier | None]:
-    """Return the extractor that was asked for, and the classifier that it is of, if any.
+    """Load or train the feature extractor that was asked for.
+
+    Args:
+        features: "auto" for a classifier of the data, or the path of a TorchScript file.
+        feature_input: what that file is called with: "uint8", or "float" (float32 in [-1, 1]).
+        data: the training images, by whose labels a classifier is trained.
+        device: the device to run on: "auto", "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        The extractor, and the classifier whose features it gives, or None for a TorchScript file.
 
     Raises:
-        ValueError: "auto" for data without labels; or as `Features.of_torchscript`.
+        ValueError: if features is "auto" and the data have no labels or sides that are no multiples
+            of 4, if feature_input is another string, or if there is no such device.
+        CheckpointError: if the TorchScript file is missing or cannot be read as one.
+        DataError: if the images cannot be read.
     """
     if features != AUTO:
         return Features.of_torchscript(features, feature_input, device), None
@@ -173,7 +213,11 @@ def features_for(
 
 
 def everything(source: ImageSource) -> tuple[Tensor, Tensor | None]:
-    """Return all images and labels of a source, in memory."""
+    """Return a source's images, uint8 [N, C, H, W], and labels, int64 [N] or None, on the CPU.
+
+    Raises:
+        DataError: if an image cannot be read.
+    """
     if isinstance(source, ImageData):
         return source.images, source.labels
     return source.fetch(torch.arange(len(source), device="cpu"))
@@ -181,13 +225,15 @@ def everything(source: ImageSource) -> tuple[Tensor, Tensor | None]:
 
 @isolated(grad=False)
 def prepare(settings: Settings) -> EvaluationJob:
-    """Check the settings and load what they name; a classifier may be trained, at the end.
+    """Check the settings of an evaluation and load what they name.
+
+    A classifier may be trained, but only after everything else was checked.
 
     Raises:
-        ValueError: an option that is not allowed, or a metric that cannot be computed: a missing
-            package, or too few images (naming the number needed).
-        CheckpointError: of the model or the extractor.
-        DataError: of the images.
+        ValueError: if an option is not allowed, or a metric cannot be computed because a package is
+            not installed or there are too few images (the text has the number needed).
+        CheckpointError: if the model or the extractor is missing or broken.
+        DataError: if the images are missing or broken.
     """
     metrics = _check_options(settings)
     seeds = arguments.seed_list(settings.seeds)
@@ -255,10 +301,16 @@ def _check_options(settings: Settings) -> tuple[str, ...]:
 
 
 def check_out(name: str, out: Path, suffix: str) -> None:
-    """Refuse a file that could not be written when the work is done.
+    """Raise ValueError if a file could not be written when the work is done.
+
+    Args:
+        name: the name of the argument, for the error's text.
+        out: the file to be written.
+        suffix: the suffix that it must have, in lower case, such as ".html".
 
     Raises:
-        ValueError: another suffix, a folder, or a place where nothing may be written.
+        ValueError: if it has another suffix or is a folder, or if the nearest folder above it that
+            exists is not writable.
     """
     if out.suffix.lower() != suffix or out.is_dir():
         raise ValueError(f"{name}={str(out)!r}: must be a file that ends in {suffix}")
@@ -268,10 +320,10 @@ def check_out(name: str, out: Path, suffix: str) -> None:
 
 
 def require_matplotlib() -> None:
-    """Check that matplotlib is there.
+    """Check that matplotlib, which draws the pictures, is installed.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: if it cannot be imported.
     """
     try:
         import matplotlib  # noqa: F401
@@ -280,16 +332,22 @@ def require_matplotlib() -> None:
 
 
 def classes_in_turn(sampler: Sampler, count: int) -> list[int] | None:
-    """Return a label for each of so many images: 0, 1, ... and again; None without classes."""
+    """Return a list of ``count`` class labels, 0, 1, ... in turn; None for a model without classes.
+
+    Args:
+        sampler: the sampler whose model's classes are taken.
+        count: the number of images.
+    """
     classes = sampler.conditioning.num_classes
     return None if classes is None else [i % classes for i in range(count)]
 
 
 def _classes(sampler: Sampler, data: ImageSource, reference: ImageSource) -> tuple[bool, bool]:
-    """Return ``conditional`` and ``labelled`` of the job.
+    """Return whether the job is ``conditional`` and ``labelled``, as `EvaluationJob` defines them.
 
     Raises:
-        ValueError: the reference has labels that the model, which has the data's, does not know.
+        ValueError: if the model has the classes of the data, and the reference has labels beyond
+            them.
     """
     classes, known = sampler.conditioning.num_classes, reference.num_classes
     if classes is None or classes != data.num_classes:
@@ -305,7 +363,7 @@ def _classes(sampler: Sampler, data: ImageSource, reference: ImageSource) -> tup
 def _bound(
     settings: Settings, sampler: Sampler, reference: ImageSource, labelled: bool
 ) -> tuple[int, int | None]:
-    """Return how many images and timesteps the bound is of; None for all timesteps."""
+    """Return the numbers of images and of timesteps (None for all) of the bound."""
     defaults = sampler.defaults
     inputs.labels_of(0 if labelled else None, 1, sampler.conditioning)
     vlb_rows(sampler.schedule, sampler.prediction_type, defaults.variance_type, defaults.clip)
@@ -323,12 +381,16 @@ def _bound(
 
 
 def subset_size(count: int) -> int:
-    """Return the images in a subset of the kernel distance: half of the set, from 2 to 1,000."""
+    """Return the number of images in a subset of the kernel distance: count // 2, held in 2..1000.
+
+    Args:
+        count: the number of images in the set.
+    """
     return max(min(SUBSET, count // 2), 2)
 
 
 def _check_counts(metrics: Sequence[str], counts: Mapping[str, int], dimension: int) -> None:
-    """Refuse fewer images than a metric needs, naming the number needed."""
+    """Raise ValueError if there are fewer images than a metric needs."""
     for name, count in counts.items():
         if "frechet" in metrics:
             distances.check_frechet(name, count, dimension)

@@ -1,4 +1,4 @@
-"""The nearest training images of samples: what a model that has learned by heart gives away.
+"""The nearest training images of samples, by which a model is found out that has memorised them.
 
 The distance of two images is the root of their mean squared difference: over the pixels, in levels
 of 0..255, or over features. In pixels all sums are of integers below 2^53, so float64 is exact.
@@ -28,18 +28,19 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 256 << 20
 TABLES = 4
-"""How many tables of distances exist at once while the smallest of one are found."""
+"""The number of tables of distances that exist at once while the smallest of one are found."""
 MAX_TILE = 4096
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The k nearest training images of N samples, nearest first.
+    """The k nearest training images of each of N samples, nearest first; tensors are on the CPU.
 
     Attributes:
-        index: int64 [N, k], of training images.
-        distance: float64 [N, k].
-        duplicate: int64 [N], the first training image with the very same pixels, or -1.
+        index: int64 [N, k], the numbers of the training images, from 0.
+        distance: float64 [N, k], root mean squared differences of pixels (0..255) or of features.
+        duplicate: int64 [N], the number of the first training image with the very same pixels, or
+            -1.
     """
 
     index: Tensor
@@ -55,18 +56,20 @@ def nearest(
     extractor: Features | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Neighbours:
-    """Return the nearest training images of each sample; each training image is read once.
+    """Find the k nearest training images of each sample; each training image is read once.
 
     Args:
-        samples: uint8 [N, C, H, W], N >= 1.
-        training: uint8 [M, C, H, W], or a source of them, M >= k.
-        k: how many are found for each.
-        extractor: compare features, not pixels.
-        max_bytes: about what the comparison takes besides images and features.
+        samples: uint8 [N, C, H, W], N at least 1, on any device.
+        training: uint8 [M, C, H, W], or a data source of M such images; M at least k.
+        k: the number of neighbours of each sample, at least 1.
+        extractor: the extractor whose features are compared; None to compare pixels.
+        max_bytes: the bytes, about, that the comparison may take besides images and features.
 
     Raises:
-        ValueError: fewer training images than k, no sample, images of different shapes or not
-            uint8, or what the extractor raises.
+        ValueError: if k or max_bytes is below 1, if there are fewer training images than k or no
+            sample, if images are not uint8 [N, C, H, W] or of different shapes, or if the extractor
+            fails or returns what is not finite.
+        DataError: if a data source cannot read an image.
     """
     arguments.integer("k", k, 1)
     arguments.integer("max_bytes", max_bytes, 1)
@@ -103,12 +106,12 @@ def nearest(
 
 
 def _rows(images: Tensor, extractor: Features | None) -> Tensor:
-    """Return what is compared, [B, D]: pixels as they are, or float32 features."""
+    """Return what is compared, a row for each image, [B, D]: uint8 pixels, or float32 features."""
     return images.flatten(1) if extractor is None else features_of(images, extractor)
 
 
 def _tile(width: int, max_bytes: int) -> int:
-    """Return the most rows t of float64, of each side, with 8 (TABLES t^2 + 2 t width) bytes."""
+    """Return the largest number t of rows so that 8 (TABLES t^2 + 2 t width) <= max_bytes."""
     root = math.isqrt(width * width + TABLES * max_bytes // 8)
     return min(MAX_TILE, max(1, (root - width) // TABLES))
 
@@ -122,7 +125,7 @@ def _mean_squares(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _keys(images: Tensor) -> Iterator[bytes]:
-    """Yield a hash of each image's pixels."""
+    """Yield the SHA-256 hash of each image's pixels."""
     for image in images.cpu().contiguous().numpy():
         yield hashlib.sha256(image).digest()
 
@@ -135,19 +138,20 @@ def picture(
     names: Sequence[str] | None = None,
     zoom: int = 2,
 ) -> Image:
-    """Return a row for each sample: itself, then its neighbours with their distances.
+    """Draw a PIL image with a row for each sample: itself, then its neighbours and distances.
 
-    A neighbour with the very same pixels has "same" in the place of its distance.
+    A neighbour with the very same pixels has the caption "same" instead of its distance.
 
     Args:
-        samples: uint8 [N, 1 or 3, H, W], those that the neighbours were found for.
-        training: the images that they were found in.
-        found: the neighbours.
-        names: of the samples, by default their numbers.
-        zoom: side of the square that a pixel becomes.
+        samples: uint8 [N, 1 or 3, H, W], the samples that the neighbours were found for.
+        training: the images that they were found in: uint8 [M, C, H, W], or a data source.
+        found: the neighbours of the N samples, as ``nearest`` returns them.
+        names: N captions of the samples; None for their numbers, from 0.
+        zoom: the side, in pixels, of the square that a pixel becomes, at least 1.
 
     Raises:
-        ValueError: another number of samples or names, or what ``make_grid`` refuses.
+        ValueError: if there are not as many samples or names as ``found`` has rows, if there is no
+            sample, if images have not 1 to 4 channels, or if zoom is below 1.
     """
     count, k = found.index.shape
     names = [str(i) for i in range(count)] if names is None else list(names)

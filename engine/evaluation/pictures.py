@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: samples, the bound's terms and the errors over t. All return PNGs."""
+"""Pictures of an evaluation as PNG bytes: samples, the bound's terms, and errors over t."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ MAX_COLUMNS = 16
 
 
 def samples(images: Tensor, labels: Sequence[int] | None, names: Sequence[str] | None) -> bytes:
-    """Return the first samples, with the classes that were asked for.
+    """Draw a grid of the first 100 samples, with their classes as captions; return the PNG's bytes.
 
     Args:
-        images: uint8 [N, 1 or 3, H, W].
-        labels: one an image, or None.
-        names: of the classes, by number; None for the numbers.
+        images: uint8 [N, 1 or 3, H, W], N at least 1.
+        labels: the class label of each image, N ints; None for no captions.
+        names: the name of each class, by number; None to show the numbers.
+
+    Raises:
+        ValueError: if there is no image, if images have not 1 to 4 channels, or if there are fewer
+            labels than images shown.
     """
     few = images[:SHOWN]
     captions = None
@@ -39,14 +43,18 @@ def samples(images: Tensor, labels: Sequence[int] | None, names: Sequence[str] |
 
 
 def of_image(image: Image) -> bytes:
-    """Return a picture of PIL as a PNG."""
+    """Return a PIL image as the bytes of a PNG file."""
     content = io.BytesIO()
     image.save(content, "PNG")
     return content.getvalue()
 
 
 def terms(bound: Mapping[str, Any]) -> bytes:
-    """Draw the bound's terms over t, with their standard error; ``bound`` is `Bound.to_dict`'s."""
+    """Plot the bound's terms over timesteps, with standard errors; return the PNG's bytes.
+
+    Args:
+        bound: the dictionary that `Bound.to_dict` returns.
+    """
     figure, axes = _axes()
     t, values, error = (bound[key][1:] for key in ("timesteps", "terms", "terms_stderr"))
     axes.plot(t, values, ".-", markersize=4, color="#1b6ca8", label="a step's, by t")
@@ -61,7 +69,11 @@ def terms(bound: Mapping[str, Any]) -> bytes:
 
 
 def errors(bound: Mapping[str, Any]) -> bytes:
-    """Draw the mean squared errors of x0 and eps over t; ``bound`` is `Bound.to_dict`'s."""
+    """Plot the squared errors of predicted x_0 and eps over timesteps; return the PNG's bytes.
+
+    Args:
+        bound: the dictionary that `Bound.to_dict` returns.
+    """
     figure, axes = _axes()
     for key, name, colour in (("x0_mse", "x0", "#1b6ca8"), ("eps_mse", "eps", "#d1495b")):
         axes.plot(bound["timesteps"], bound[key], ".-", markersize=4, color=colour, label=name)

@@ -1,4 +1,7 @@
-"""An evaluation as a short table, as JSON, and as one HTML page that needs no other file."""
+"""The report of an evaluation: a short table of text, JSON, and an HTML page that stands alone.
+
+``result`` is always the dictionary of numbers that ``evaluate`` returns.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,13 @@ Rows = list[tuple[str, str, str]]
 
 
 def summary(result: Mapping[str, Any]) -> Rows:
-    """Return (measure, of the model, of real images) as text; the first row is the head."""
+    """Return the rows of the summary: tuples of (measure, of the model, of real images), all text.
+
+    The first row is the head; a value that was not measured is "".
+
+    Args:
+        result: the numbers of an evaluation, as ``evaluate`` returns them.
+    """
     rows: Rows = [("", "model", "real images")]
     if "bound" in result:
         bound = result["bound"]
@@ -52,7 +61,7 @@ def summary(result: Mapping[str, Any]) -> Rows:
 def _row(
     name: str, found: Mapping[str, Any], form: str, beside: str = "training"
 ) -> tuple[str, str, str]:
-    """Return a row of a measure of the model and, if there is one, of real images."""
+    """Return the row of a measure: of the model and, where it was measured, of real images."""
     other = found[beside]
     return name, form.format(**found), "" if other is None else form.format(**other)
 
@@ -66,7 +75,11 @@ def _share(value: float | None) -> str:
 
 
 def text(result: Mapping[str, Any]) -> str:
-    """Return the summary as a table of text, and what it is of."""
+    """Return the summary as a table in plain text, followed by lines that say what was measured.
+
+    Args:
+        result: the numbers of an evaluation, as ``evaluate`` returns them.
+    """
     rows = summary(result)
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [
@@ -77,7 +90,7 @@ def text(result: Mapping[str, Any]) -> str:
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
-    """Return lines that say of what the numbers are."""
+    """Return lines of text that say which samples, features and images the numbers are from."""
     reference = result["reference"]
     held_out = "" if reference["held_out"] else " (no others were given: those of training)"
     lines = []
@@ -100,7 +113,13 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
 
 
 def page(result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
-    """Return the page; ``pictures`` are PNGs by the names in CAPTIONS."""
+    """Return the report as one HTML page that needs no other file.
+
+    Args:
+        result: the numbers of an evaluation, as ``evaluate`` returns them.
+        pictures: PNG bytes by name: "samples", "terms", "errors" and "neighbours"; any may be
+            missing, and others are left out.
+    """
     parts = [html_pages.table(summary(result))]
     parts += [f"<p>{html.escape(line)}</p>" for line in _notes(result)]
     parts.append(
@@ -145,7 +164,16 @@ def _bound(bound: Mapping[str, Any]) -> str:
 
 
 def write(out: Path, result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Path:
-    """Write the page, and the JSON beside it; return the path of the latter."""
+    """Write the HTML page, and the numbers beside it as .json; return the path of the latter.
+
+    Args:
+        out: the page to write; its folder is made if it is missing.
+        result: the numbers of an evaluation, as ``evaluate`` returns them.
+        pictures: PNG bytes by name, as for ``page``.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
     numbers = out.with_suffix(".json")
     write_json(numbers, {"format": FORMAT, **result})
     write_atomic(out, page(result, pictures).encode())

@@ -1,4 +1,4 @@
-"""The tests of this project's kernels, for anybody's kernel that has a reference.
+"""Checks of a GPU kernel against a reference in PyTorch: this project's tests, for any kernel.
 
     import os
 
@@ -23,24 +23,27 @@
         rule = {"result": rules.rounded(8), "gradient of x": rules.rounded(8, terms)}
         check_op(silu, reference, arguments, differentiable=("x",), rule=rule)
 
-runs the whole battery (``CHECKS``) over odd shapes, dtypes and seeds, and raises ``CheckFailed``
-with the name of every check that fails. It returns what ran, and why the rest did not: compiled
-code is checked with ``kernels=[KernelCode(...)]``, gradients with ``differentiable``. Let ``fast``
-be a custom operator (``torch.library.custom_op``, with a fake and autograd): ``opcheck`` checks its
-registration, and ``compiled`` needs one, for ``torch.compile`` cannot trace Triton's interpreter.
-Without ``rule``, results must equal the reference's bit for bit; ``rules.rounded(n)`` allows n
-roundings, of terms that may cancel if it is given them, and ``rules.relative`` sums in another
-order. ``docs/examples/foreign_kernel.py`` does it for a kernel of somebody else's, right and with
-three planted bugs.
+runs all checks (``CHECKS``) over odd shapes, dtypes and seeds, and raises ``CheckFailed`` with the
+name of every check that fails. It returns which checks ran, and why the others did not: compiled
+code is checked with ``kernels=[KernelCode(...)]``, gradients with ``differentiable``. ``fast``, the
+function under test, should be a custom operator (``torch.library.custom_op``, with a fake and
+autograd): the check ``opcheck`` tests its registration, and the check ``compiled`` needs one, since
+``torch.compile`` cannot trace Triton's interpreter.
 
-- ``check_op``: the battery. On a GPU the kernels run there; without one, in Triton's interpreter,
-  if TRITON_INTERPRET=1 is set before anything imports Triton.
+Without ``rule``, results must equal the reference's bit for bit; ``rules.rounded(n)`` allows n
+roundings (with ``terms`` for sums whose terms may cancel), and ``rules.relative`` allows sums in
+another order. ``docs/examples/foreign_kernel.py`` checks a kernel of another project, as it is and
+with three planted bugs.
+
+- ``check_op``: runs all checks. Kernels run on a GPU or, without one, in Triton's interpreter, if
+  TRITON_INTERPRET=1 is set before anything imports Triton.
 - ``strategies``: hypothesis strategies of shapes, layouts, dtypes, seeds, rows and NaN.
-- ``rules``: what "equal" means: ``same``, ``close``, ``reduced``.
-- ``Guarded``, ``allocations``: red zones around arguments, and around what a function allocates.
-- ``KernelCode``, ``code_faults``: the gates of compiled code, for a kernel given to ``check_op``;
-  ``compile_kernel`` and ``faults`` are their parts (``flashddpm.kernels.checks``). They need Triton
-  and no GPU.
+- ``rules``: rules of what "equal" means: ``bitwise``, ``rounded``, ``relative`` and others.
+- ``Guarded``, ``allocations``: red zones (memory that shows whether it was written) around
+  arguments, and around what a function allocates.
+- ``KernelCode``, ``code_faults``: the gates (checks) of compiled code, for a kernel given to
+  ``check_op``; ``compile_kernel`` and ``faults`` are their parts (``flashddpm.kernels.checks``).
+  They need Triton and no GPU.
 
 Importing this needs neither a GPU, nor Triton, nor hypothesis; ``check_op`` and ``strategies`` need
 hypothesis, which ``pip install flashddpm[test]`` brings.
@@ -81,7 +84,7 @@ _LAZY = {
     **dict.fromkeys(("Case", "strategies"), "flashddpm.testing.strategies"),
     **dict.fromkeys(("compile_kernel", "faults"), "flashddpm.kernels.checks.compiled"),
 }
-"""Where the names come from that need hypothesis or Triton."""
+"""The modules of the names that need hypothesis or Triton, which are imported when first used."""
 
 
 def __getattr__(name: str) -> Any:

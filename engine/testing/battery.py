@@ -1,7 +1,9 @@
 """The checks of ``check_op``: what is asked of every kernel, one function each.
 
-A check takes a ``Trial`` and a ``Judge`` and raises AssertionError, or returns why it had nothing
-to check. The first line of its docstring is what ``CHECKS`` says.
+A check takes a ``Trial`` (the function under test on one case) and a ``Judge`` (the rules that
+results are compared by). It raises AssertionError if it fails; it returns None if it passed, or a
+string that says why there was nothing to check. The first line of a check's docstring is its text
+in ``CHECKS``.
 """
 
 from __future__ import annotations
@@ -25,18 +27,24 @@ HINT = "(for another order of rounding give rule=rules.rounded(n) or rules.relat
 
 @dataclass(frozen=True)
 class Judge:
-    """The rule for each result: its own, or the default."""
+    """The rules by which results are compared with the reference's.
+
+    Attributes:
+        default: the rule of results without one of their own, a callable of (result, the
+            reference's result[, the reference's result in float64]) that raises AssertionError.
+        own: the rule of single results, by the result's name.
+    """
 
     default: Rule = rules.bitwise
     own: Mapping[str, Rule] = field(default_factory=dict)
 
     def rule(self, name: str) -> Rule:
-        """Return the rule of this result."""
+        """Return the rule of the result of this name."""
         return self.own.get(name, self.default)
 
     @property
     def needs_float64(self) -> bool:
-        """Whether a rule looks at the result in float64."""
+        """Whether any rule compares with the reference's result in float64, a bool."""
         return any(map(rules.needs_float64, (self.default, *self.own.values())))
 
     def __call__(
@@ -47,7 +55,20 @@ class Judge:
         exact: Results,
         arguments: Callable[[], Arguments],
     ) -> None:
-        """Apply the rule of this result; ``arguments`` returns those of the call, on the CPU."""
+        """Compare a result with the reference's by its rule.
+
+        Args:
+            name: the name of the result.
+            actual: the results of the function under test, tensors by name.
+            plain: the reference's results, tensors by name.
+            exact: the reference's results in float64, tensors by name; read if the rule asks for
+                them.
+            arguments: called without arguments by a rule that has terms; returns the arguments of
+                the call by name, on the CPU.
+
+        Raises:
+            AssertionError: if the rule finds the result wrong.
+        """
         rule = self.rule(name)
         try:
             if not rules.needs_float64(rule):
@@ -62,7 +83,11 @@ class Judge:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every call of an operator that is not PyTorch's own."""
+    """A dispatch mode that records every call of an operator that is not PyTorch's own.
+
+    Attributes:
+        calls: a list of (operator, positional arguments, keyword arguments).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +103,7 @@ class Recorder(TorchDispatchMode):
 
 @contextmanager
 def _about(name: str) -> Iterator[None]:
-    """Put a name before what failed within."""
+    """Prefix the text of an error in a block with a name, and make it an AssertionError."""
     try:
         yield
     except AssertionError as error:
@@ -307,4 +332,4 @@ CHECKS: dict[str, str] = {
     name: (function.__doc__ or "").partition("\n")[0]
     for name, function in (PER_CASE | PER_DTYPE).items()
 } | {"compiled_code": "The machine code of the given kernels passes the gates."}
-"""Every check: its name, and what it asks."""
+"""The text of every check, which says what it asks, by the check's name."""

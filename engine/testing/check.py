@@ -1,4 +1,4 @@
-"""``check_op``: the whole battery on any function that has a reference."""
+"""``check_op``: run all checks of a kernel on any function that has a reference."""
 
 from __future__ import annotations
 
@@ -29,13 +29,17 @@ RAN, NOT_RUN = "ran", "not run: "
 
 
 class CheckFailed(Portable, AssertionError):
-    """Checks failed; the message has the first lines of each failure and the last.
+    """Checks of ``check_op`` failed; the message has the first and last lines of each failure.
+
+    Args:
+        failures: a dictionary: the name of the check -> (the smallest ``Case`` that failed, or None
+            for compiled code; the exception).
+        not_run: the names of the checks that were not run for safety.
 
     Attributes:
-        failures: name of the check -> (the smallest arguments that failed, None for compiled code;
-            why, in full).
-        not_run: names of the checks that were not run, since a kernel that writes into red zones
-            may harm the process where there are none.
+        failures: the same dictionary.
+        not_run: a tuple of the names of the checks that were not run, since a kernel that writes
+            into red zones (memory around its tensors) may harm the process where there are none.
     """
 
     def __init__(self, failures: Failures, not_run: Collection[str] = ()) -> None:
@@ -55,7 +59,7 @@ class CheckFailed(Portable, AssertionError):
 
 
 def _short(text: str, width: int = 300) -> str:
-    """Return the first two lines and the last, each cut to this width."""
+    """Return the first two lines and the last line of a text, each cut to ``width`` characters."""
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     if len(lines) > 3:
         lines = [*lines[:2], "...", lines[-1]]
@@ -65,12 +69,14 @@ def _short(text: str, width: int = 300) -> str:
 
 @dataclass
 class Findings:
-    """What the wanted checks found.
+    """The findings of the checks that are to be run.
 
     Attributes:
-        wanted: names of the checks to run.
-        failures: by check, the smallest case that failed, and why.
-        outcomes: by check, "ran", or "not run: " and why there was nothing to check.
+        wanted: the names of the checks to run.
+        failures: a dictionary: the name of the check -> (the smallest ``Case`` that failed, None
+            for compiled code; the exception).
+        outcomes: a dictionary: the name of the check -> "ran", or "not run: " and why there was
+            nothing to check.
     """
 
     wanted: Collection[str]
@@ -78,7 +84,15 @@ class Findings:
     outcomes: dict[str, str] = field(default_factory=dict)
 
     def run(self, name: str, case: Case | None, check: Callable[[], str | None]) -> None:
-        """Run a check; of its failures keep that of the smallest case."""
+        """Run a check and note its outcome; of several failures that of the smallest case is kept.
+
+        Args:
+            name: the name of the check.
+            case: the case, whose size is batch times the elements of a sample; None for compiled
+                code.
+            check: called without arguments; returns None if it ran, or a string that says why there
+                was nothing to check. Whatever Exception it raises is noted as a failure.
+        """
         reason = None
         try:
             reason = check()
@@ -111,39 +125,44 @@ def check_op(
     checks: Collection[str] | None = None,
     skip: Collection[str] = (),
 ) -> dict[str, str]:
-    """Run the battery on ``fast``, a function of the same arguments as ``reference``.
+    """Run all checks on ``fast``, a function of the same arguments as ``reference``.
 
-    Both return a tensor, several, or None. ``CHECKS`` says what each check asks. Returns, for every
-    check, "ran", or "not run: " and why: left out, or with nothing to check.
+    Both functions are called with keyword arguments, and return a tensor, a sequence of tensors, or
+    None. ``CHECKS`` says what each check asks.
 
     Args:
         fast: the function under test, called on ``device``.
-        reference: what it must equal, called on the CPU; in float64 too, if a rule asks: then
-            it must not cast to float32 what comes as float64.
-        arguments: (device, dtype, shape of one sample, batch, seed) -> the arguments by name, the
-            same numbers on every device and whenever it is called.
-        mutates: names of the arguments that are changed in place.
-        differentiable: names of the arguments that have a gradient.
-        batched: names of the tensors with one entry a sample, along their first dimension. If not
-            given, those that grow by one when the batch does; () if samples are not independent.
-        rule: how results and gradients are judged, ``rules.bitwise`` if nothing is said; or one for
-            each by its name: "result" ("result 0", "result 1" of several), that of a mutated
-            argument, or "gradient of x".
-        dtypes: drawn from.
-        shapes, batches: strategies to draw from; images and 1 to 4 samples if nothing is said.
-        cases: that are always run, before those drawn: ``Case(dtype, shape, batch, seed)``.
-        examples: how many draws; each is a dozen calls. 0 for the given cases alone.
-        derandomize: draw the same in every run, so that a failure comes back.
-        device: cuda if there is one, else cpu.
-        kernels: whose machine code is checked for ``architectures``.
-        architectures: compute capabilities, times 10.
-        checks: names of the checks to run; all, if nothing is said.
-        skip: names of the checks to leave out.
+        reference: the function that it must equal, called on the CPU. If a rule asks for float64 it
+            is also called with float64, and then must not cast it to float32.
+        arguments: called with (device, dtype, shape of one sample, batch, seed); returns the
+            arguments by name, the same numbers on every device and whenever it is called.
+        mutates: the names of the arguments that are changed in place.
+        differentiable: the names of the arguments that have a gradient.
+        batched: the names of the tensors whose first dimension is the batch; None for those that
+            grow by one when the batch does, () if samples are not independent.
+        rule: the rule that results and gradients are compared by, or a dictionary of rules by the
+            name of the result: "result" ("result 0", "result 1" of several), the name of a mutated
+            argument, or "gradient of x". Results without a rule must be equal bit for bit.
+        dtypes: the dtypes that cases are drawn from.
+        shapes: a strategy of one sample's shape; None for (C, H, W) of 0 to 1,025 pixels, C 1 or 3.
+        batches: a strategy of the number of samples; None for 1 to 4.
+        cases: cases, ``Case(dtype, shape, batch, seed)``, that are run before those drawn.
+        examples: the number of cases that are drawn, each a dozen calls; 0 for ``cases`` alone.
+        derandomize: whether every run draws the same cases, so that a failure comes back.
+        device: the device of ``fast``; None for "cuda" if there is one, else "cpu".
+        kernels: the kernels whose machine code is checked.
+        architectures: the GPUs that it is compiled for: compute capabilities times 10, such as 90.
+        checks: the names of the checks to run; None for all.
+        skip: the names of the checks to leave out.
+
+    Returns:
+        For the name of every check, "ran", or "not run: " and why: it was left out, or had nothing
+        to check.
 
     Raises:
-        CheckFailed: with every check that failed.
-        ValueError: an unknown name, arguments that do not fit what is said of them, or a check that
-            is asked for by its name and has nothing to check.
+        CheckFailed: if a check failed. An error of ``fast`` on a case is raised as it is.
+        ValueError: if a name is unknown, if arguments do not fit what is said of them, or if a
+            check that is named in ``checks`` has nothing to check.
     """
     kernels, cases, dtypes = tuple(kernels), tuple(cases), tuple(dtypes)
     if device is None:
@@ -179,7 +198,7 @@ def check_op(
 
 
 def _quick_interpreter() -> AbstractContextManager[None]:
-    """Return ``quick``, which speeds up Triton's interpreter; without Triton, what does nothing."""
+    """Return a context that speeds up Triton's interpreter; one without effect without Triton."""
     try:
         from flashddpm.kernels.checks.interpreter import quick
     except ImportError:
@@ -190,7 +209,12 @@ def _quick_interpreter() -> AbstractContextManager[None]:
 def _outcomes(
     findings: Findings, asked: Collection[str], not_run: Collection[str]
 ) -> dict[str, str]:
-    """Return what ran; raise CheckFailed, or ValueError where what was asked for had no object."""
+    """Return the outcome of every check, by name.
+
+    Raises:
+        CheckFailed: if a check failed.
+        ValueError: if a check that was asked for by name had nothing to check.
+    """
     if findings.failures:
         ordered = {name: findings.failures[name] for name in CHECKS if name in findings.failures}
         raise CheckFailed(ordered, not_run)
@@ -208,7 +232,7 @@ def _draw(
     examples: int,
     derandomize: bool,
 ) -> None:
-    """Call the function with so many cases."""
+    """Call ``every_case`` with ``examples`` cases that are drawn from a strategy."""
 
     @settings(
         max_examples=examples,
@@ -227,17 +251,17 @@ def _draw(
 
 @dataclass
 class _Battery:
-    """The checks on a subject, case by case."""
+    """The run of all checks on a subject, case by case."""
 
     subject: Subject
     judge: Judge
     findings: Findings
     number: int = 0
     chosen: Case | None = None
-    """The case for the checks of each dtype: the first that has elements."""
+    """The case for the checks that are run once per dtype: the first case that has elements."""
 
     def every_case(self, case: Case) -> None:
-        """Run the checks of a case; of the first one, see first whether it is as it should be."""
+        """Run the checks of one case; before the first, validate what the caller gave."""
         if self.number == 0:
             validate(self.subject, self.judge, case)
         if self.chosen is None or 0 in self.chosen.shape:
@@ -248,7 +272,7 @@ class _Battery:
         self.number += 1
 
     def every_dtype(self, dtypes: Sequence[torch.dtype]) -> list[str]:
-        """Run the checks of a dtype; return the names of those that were not run for safety."""
+        """Run the checks of each dtype; return the names of those that were not run for safety."""
         names = [name for name in PER_DTYPE if name in self.findings.wanted]
         if "red_zones" in self.findings.failures:
             return names
@@ -278,7 +302,7 @@ def _elements(case: Case) -> int:
 def _check_code(
     kernels: Sequence[KernelCode], architectures: Sequence[int], findings: Findings
 ) -> None:
-    """Read the machine code of the kernels."""
+    """Check the machine code of the kernels."""
 
     def check(kernel: KernelCode) -> None:
         found = code_faults(kernel, architectures)

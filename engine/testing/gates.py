@@ -1,4 +1,4 @@
-"""The gates of compiled code for anybody's kernel, from a process that may not compile.
+"""The gates (checks) of compiled code for any Triton kernel, also from a process that interprets.
 
 Triton's interpreter and its compiler cannot share a process, so where the interpreter is on, the
 kernel is compiled in a child process, which imports the kernel's file again. The first kernel
@@ -26,23 +26,25 @@ from flashddpm.kernels.checks.gates import ARCHITECTURES
 
 @dataclass(frozen=True)
 class KernelCode:
-    """A Triton kernel and how it is compiled.
+    """A Triton kernel whose machine code is to be checked, and how it is compiled.
 
     Attributes:
-        fn: the function, by its own name in a module or file.
-        signature: type of each argument, "*fp32:16" for a pointer or int divisible by 16, in the
-            dtype to test.
-        constants: value of each constexpr argument.
-        images: pointer arguments that must be accessed 16 bytes at a time; the others may be
-            accessed by any bytes, but a thread moves no more of them than it needs.
-        options: of the launch.
-        foreign: pointer arguments of which neither the widths nor the amount is judged.
-        exact: whether every floating-point operation must be correctly rounded; without, float64
-            and calls are faults still.
-        registers: the most that a thread may use; None if they are not judged.
+        fn: the Triton function, a global of a module or file under its own name.
+        signature: the Triton type of each run-time argument by name, such as "*fp32:16" or "i32";
+            the suffix ":16" marks a pointer or int divisible by 16. Images have the dtype to test.
+        constants: the value of each constexpr argument, by name.
+        images: the names of the pointer arguments that must be accessed 16 bytes at a time; others
+            may be accessed by any number of bytes, but a thread must not move more of them than it
+            needs.
+        options: the options of the launch by name, such as num_warps; None for those of this
+            project's kernels.
+        foreign: the names of the pointer arguments whose accesses, wide or many, are not checked.
+        exact: whether every floating-point operation must be correctly rounded; if not, float64 and
+            function calls are still faults.
+        registers: the most registers that a thread may use; None for no limit.
 
     Raises:
-        ValueError: an image or a foreign argument that is not in the signature.
+        ValueError: if a name in ``images`` or ``foreign`` is not in the signature.
     """
 
     fn: Any
@@ -63,15 +65,21 @@ class KernelCode:
 
 
 def code_faults(kernel: KernelCode, architectures: Sequence[int] = ARCHITECTURES) -> list[str]:
-    """Return what is wrong with the kernel's machine code, nothing if all is well; no GPU needed.
+    """Compile a kernel, without a GPU, and return the faults of its machine code, as strings.
 
-    What is looked for stands in ``flashddpm.kernels.checks``. The file of the kernel must not set
-    TRITON_INTERPRET where it is set already.
+    The list is empty if all is well. What counts as a fault stands in ``flashddpm.kernels.checks``.
+    The file of the kernel must not set TRITON_INTERPRET where it is set already.
+
+    Args:
+        kernel: the kernel and how it is compiled.
+        architectures: the GPUs to compile for: compute capabilities times 10, such as 90.
 
     Raises:
-        ImportError: without Triton.
-        ValueError: under the interpreter, a kernel that is not found by its name in its file.
-        RuntimeError: the child process failed; with what it said.
+        ImportError: if Triton is not installed.
+        ValueError: if Triton's interpreter is on and the kernel is defined inside a function.
+        RuntimeError: if Triton's interpreter is on and the child process failed, for example
+            because the kernel was not found by its name in its file; the text has the child's
+            error.
     """
     from flashddpm.kernels.launch import INTERPRETED
 
@@ -106,7 +114,7 @@ class _Compiler:
         )
 
     def faults(self, request: Mapping[str, Any]) -> list[str]:
-        """Return the faults of the kernel that is asked for."""
+        """Return the faults of the kernel that the request describes."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with self._turn:
             try:
@@ -123,7 +131,7 @@ class _Compiler:
 
 @functools.cache
 def _compiler(process: int) -> _Compiler:
-    """Return the child of this process: one that is forked has a child of its own."""
+    """Return the child process of this process; a forked process gets a child of its own."""
     return _Compiler()
 
 
@@ -144,7 +152,7 @@ def _faults(kernel: KernelCode, architectures: Sequence[int]) -> list[str]:
 
 
 def _serve() -> None:
-    """Answer requests, a line each, with the faults of a kernel or with what went wrong."""
+    """Answer each request, a line of JSON on stdin, with the kernel's faults or an error."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what a kernel's file prints is no answer
     for line in sys.stdin:
         try:
@@ -164,7 +172,7 @@ def _requested(request: Mapping[str, Any]) -> list[str]:
 
 
 def _module(name: str, file: str) -> Any:
-    """Return the module; from its file, where it cannot be imported by name."""
+    """Return the module of this name; load it from its file if it cannot be imported."""
     try:
         found = None if name == "__main__" else importlib.util.find_spec(name)
     except (ImportError, ValueError):

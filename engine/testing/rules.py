@@ -1,8 +1,9 @@
-"""What "equal" means: ``same``, ``close`` and ``reduced``. No rule is loosened to pass.
+"""Rules of what "equal" means for a kernel's result: ``same``, ``close``, ``reduced`` and others.
 
-R64 is the result in float64 from the arguments as they are stored, u = 2^-24. Each rule raises
-AssertionError. Triton's interpreter truncates float32 to bfloat16 where GPUs round, hence the one
-exception in two of them.
+No rule is loosened to make a test pass. Each raises AssertionError where results differ. R64 is the
+reference's result in float64 from the arguments as they are stored, u = 2^-24 is the unit roundoff
+of float32. Triton's interpreter truncates float32 to bfloat16 where GPUs round, so ``same`` and
+``close`` allow one more unit in the last place of bfloat16 there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ except ImportError:  # without Triton
     INTERPRETED = False
 
 U = 2.0**-24
-"""Unit roundoff of float32."""
+"""The unit roundoff of float32."""
 BITS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
@@ -30,23 +31,37 @@ BITS = {
 }
 DIGITS = {torch.float16: 11, torch.bfloat16: 8}
 LOWEST = {torch.float16: -14, torch.bfloat16: -126}
-"""Exponents of the smallest normal numbers."""
+"""The exponents of the smallest normal numbers."""
 
 Rule = Callable[..., None]
-"""(result, the reference's result, the reference's result in float64) -> None, or AssertionError:
-how ``check_op`` judges a result. With two arguments, it does without float64."""
+"""A rule of ``check_op``: called with (result, the reference's result, the reference's result in
+float64), tensors of equal shape, it raises AssertionError if the result is wrong. A rule of two
+arguments does without float64."""
 
 
 def needs_float64(rule: Rule) -> bool:
-    """Whether a rule takes the result in float64: a third argument that has no default."""
+    """Return whether a rule compares with the result in float64: it has three arguments or more.
+
+    Args:
+        rule: the rule; arguments that have a default are not counted.
+    """
     parameters = inspect.signature(rule).parameters.values()
     return sum(parameter.default is parameter.empty for parameter in parameters) > 2
 
 
 def same(actual: Tensor, expected: Tensor, truncates: bool = False) -> None:
-    """Equal bit for bit, signs of zeros too; NaN equals NaN.
+    """Raise AssertionError unless two tensors are equal bit for bit, signs of zeros included.
 
-    With ``truncates``, bfloat16 under the interpreter may be one step nearer to zero.
+    NaN equals NaN, whatever its bits. Both may be on any device.
+
+    Args:
+        actual: the result, of any shape and dtype.
+        expected: what it must equal.
+        truncates: whether, in Triton's interpreter, a bfloat16 result may be one step nearer to
+            zero.
+
+    Raises:
+        AssertionError: if shapes, dtypes or values differ.
     """
     assert actual.shape == expected.shape, f"shape {actual.shape}, not {expected.shape}"
     assert actual.dtype == expected.dtype, f"{actual.dtype}, not {expected.dtype}"
@@ -67,12 +82,12 @@ def same(actual: Tensor, expected: Tensor, truncates: bool = False) -> None:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """Return the bits of floating-point numbers as integers of 64 bits, integers as they are."""
+    """Return the bits of floating-point numbers as int64, and integers as they are, in int64."""
     return (x.contiguous().view(BITS[x.dtype]) if x.dtype in BITS else x).long()
 
 
 def _largest_difference(actual: Tensor, expected: Tensor) -> str:
-    """Return the largest difference, of floating-point numbers in units in the last place too."""
+    """Return the largest difference as text, of floating-point numbers also in ulp."""
     value = (actual.double() - expected.double()).abs().max()
     if actual.dtype not in BITS:
         return f"{value:.3g}"
@@ -83,13 +98,19 @@ def _largest_difference(actual: Tensor, expected: Tensor) -> str:
 
 
 def close(actual: Tensor, r64: Tensor, terms: Tensor, n: int) -> None:
-    """Within n u times the terms' sum of the float64 result, and half a unit of the dtype.
+    """Raise AssertionError unless a result is within the rounding errors of n operations.
+
+    The bound is n u times the sum of absolute terms, and for float16 and bfloat16 half a unit in
+    the last place (a whole one for bfloat16 in Triton's interpreter, which truncates).
 
     Args:
-        actual: the result, float32, float16 or bfloat16.
-        r64: the result in float64.
-        terms: the sum of the absolute values of the terms that were added.
-        n: roundings on the longest path.
+        actual: the result, float32, float16 or bfloat16, of any shape and on any device.
+        r64: float64 on the CPU, of the same shape: the reference's result in float64.
+        terms: on the CPU, of the same shape: the sums of the absolute values of the terms added.
+        n: the number of roundings on the longest path of the computation.
+
+    Raises:
+        AssertionError: if an element is further off, or not finite.
     """
     bound = n * U * terms.double()
     if actual.dtype is not torch.float32:
@@ -102,19 +123,53 @@ def close(actual: Tensor, r64: Tensor, terms: Tensor, n: int) -> None:
 
 
 def reduced(actual: Tensor, r64: Tensor, plain: Tensor) -> None:
-    """Relative error at most twice that of plain PyTorch in the same dtype, or 1e-6."""
+    """Raise AssertionError unless a result is about as accurate as PyTorch's in the same dtype.
+
+    The relative error of each element may be twice that of ``plain``, and always 1e-6.
+
+    Args:
+        actual: the result, floating-point, of any shape and on any device.
+        r64: float64 on the CPU, of the same shape, nowhere 0: the reference's result in float64.
+        plain: on the CPU, of the same shape: the reference's result in the dtype of ``actual``.
+
+    Raises:
+        AssertionError: if an element is further off.
+    """
     error = ((actual.detach().cpu().double() - r64) / r64).abs()
     allowed = (2 * ((plain.double() - r64) / r64).abs()).clamp(min=1e-6)
     assert (error <= allowed).all(), f"relative errors {error} over {allowed}"
 
 
 def bitwise(actual: Tensor, plain: Tensor, r64: Tensor | None = None) -> None:
-    """A ``Rule``: the ``same`` as the reference."""
+    """Raise AssertionError unless the result has the bits of the reference's: the default ``Rule``.
+
+    In Triton's interpreter, which truncates, bfloat16 may be one step nearer to zero.
+
+    Args:
+        actual: the result, of any shape and dtype.
+        plain: the reference's result.
+        r64: not read.
+
+    Raises:
+        AssertionError: if shapes, dtypes or values differ.
+    """
     same(actual, plain, truncates=True)
 
 
 def relative(actual: Tensor, plain: Tensor, r64: Tensor) -> None:
-    """A ``Rule`` of sums in another order: ``reduced``, or equal where R64 is 0, NaN or Inf."""
+    """Raise AssertionError unless the result is about as accurate as the reference's in its dtype.
+
+    This is the ``Rule`` for sums in another order: ``reduced``, but equal where R64 is 0, NaN or
+    Inf.
+
+    Args:
+        actual: the result, floating-point, of any shape.
+        plain: the reference's result, of the same shape and dtype.
+        r64: the reference's result in float64, of the same shape.
+
+    Raises:
+        AssertionError: if shapes or dtypes differ, or an element is further off.
+    """
     assert actual.shape == plain.shape, f"shape {actual.shape}, not {plain.shape}"
     assert actual.dtype == plain.dtype, f"{actual.dtype}, not {plain.dtype}"
     actual, plain, r64 = actual.detach().cpu(), plain.detach().cpu(), r64.detach().cpu()
@@ -125,12 +180,13 @@ def relative(actual: Tensor, plain: Tensor, r64: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Rounded:
-    """The ``Rule`` that ``rounded`` returns.
+    """The ``Rule`` of results that differ from R64 by n roundings, as ``rounded`` returns it.
 
     Attributes:
-        n: roundings on the longest path.
-        terms: the arguments, by name, in float64 -> the sum of absolute terms of each element of
-            the result; the absolute result, if nothing is said.
+        n: the number of roundings on the longest path of the computation.
+        terms: called with the call's arguments by name, in float64; returns, in a shape that
+            broadcasts to the result, the sum of the absolute values of the terms added. None for
+            the absolute value of the result itself.
     """
 
     n: int
@@ -143,7 +199,17 @@ class Rounded:
         r64: Tensor,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        """Raise AssertionError if the result is further off; ``terms`` needs the arguments."""
+        """Raise AssertionError unless the result is ``close`` to R64, or equal where not finite.
+
+        Args:
+            actual: the result, float32, float16 or bfloat16, of any shape.
+            plain: the reference's result, of the same shape and dtype.
+            r64: the reference's result in float64, of the same shape.
+            arguments: the arguments of the call by name, in float64, for ``terms``; else not read.
+
+        Raises:
+            AssertionError: if shapes or dtypes differ, or an element is further off.
+        """
         assert actual.shape == plain.shape, f"shape {actual.shape}, not {plain.shape}"
         assert actual.dtype == plain.dtype, f"{actual.dtype}, not {plain.dtype}"
         actual, r64 = actual.detach().cpu(), r64.detach().cpu().double()
@@ -156,12 +222,13 @@ class Rounded:
 
 
 def rounded(n: int, terms: Callable[..., Tensor] | None = None) -> Rounded:
-    """Return the ``Rule`` of n roundings: ``close``.
+    """Return the ``Rule`` that allows the rounding errors of n operations (see ``close``).
 
     Args:
-        n: roundings on the longest path.
-        terms: of results that are sums, whose terms may cancel: the arguments by name, as for the
-            reference and in float64 -> the sum of the absolute terms, to broadcast to the result.
-            For a gradient: those that ``check_op`` sends backward are of size 1/8 to 2.
+        n: the number of roundings on the longest path of the computation.
+        terms: for results that are sums, whose terms may cancel: called with the arguments by name,
+            in float64, it returns the sum of the absolute values of the terms, in a shape that
+            broadcasts to the result. For a gradient, note that the gradients which ``check_op``
+            sends backward have absolute values of 1/8 to 2. None for results that are no sums.
     """
     return Rounded(n, terms)

@@ -1,6 +1,6 @@
-"""Hypothesis strategies of what kernels are called with: where they fail, not what is typical.
+"""Hypothesis strategies of the arguments that kernels fail on: shapes, layouts, dtypes and seeds.
 
-A strategy returns plain numbers or functions, never tensors, so that failures print short.
+They draw plain numbers or functions, never tensors, so that failures print short.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ Layout = Callable[[Tensor], Tensor]
 
 
 class Case(NamedTuple):
-    """What ``check_op`` hands to ``arguments``, after the device."""
+    """One case of ``check_op``, handed to ``arguments`` after the device.
+
+    Attributes:
+        dtype: the dtype under test.
+        shape: the shape of one sample, without the batch.
+        batch: the number of samples.
+        seed: a signed 64-bit seed, by which the arguments' values are drawn.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -32,21 +39,31 @@ class Case(NamedTuple):
 
 
 def sizes(block: int = 1024) -> SearchStrategy[int]:
-    """Return one dimension's size: 0, 1, 2, 3, primes, 16, and a block's edges."""
+    """Return a strategy of the size of one dimension, an int.
+
+    It draws 0, 1, 2, 3, 16, primes up to 127, and block - 1, block and block + 1.
+
+    Args:
+        block: the number of elements that one program of the kernel handles.
+    """
     return st.sampled_from([1, 0, 2, 3, *PRIMES, 16, block - 1, block, block + 1])
 
 
 def shapes(
     dims: int = 3, channels: Sequence[int] = (1, 3), block: int = 1024
 ) -> SearchStrategy[tuple[int, ...]]:
-    """Return the shape of one sample: (n,), (H, W) or (C, H, W).
+    """Return a strategy of the shape of one sample, a tuple: (n,), (H, W) or (C, H, W).
 
-    Zero elements, 1, 2, 3, primes, 17x17, and as many elements as ``block`` gives or take one.
+    It draws shapes without elements, sizes 1, 2, 3 and primes, 17 x 17, and such of about ``block``
+    elements.
 
     Args:
-        dims: 1, 2 or 3.
-        channels: C, where there are three dimensions.
-        block: elements that one program of the kernel handles.
+        dims: the number of dimensions: 1, 2 or 3.
+        channels: the numbers of channels C that are drawn where there are three dimensions.
+        block: the number of elements that one program of the kernel handles.
+
+    Raises:
+        ValueError: if dims is not 1, 2 or 3.
     """
     if dims not in (1, 2, 3):
         raise ValueError(f"dims={dims}: must be 1, 2 or 3")
@@ -66,36 +83,47 @@ def shapes(
 
 
 def batches(largest: int = 4) -> SearchStrategy[int]:
-    """Return the number of samples, at least 1; a batch of none has a check of its own."""
+    """Return a strategy of the number of samples, an int from 1 to ``largest``.
+
+    A batch without samples is not drawn, for ``check_op`` has a check of its own for it.
+    """
     return st.integers(1, largest)
 
 
 def dtypes(allowed: Sequence[torch.dtype] = FLOATS) -> SearchStrategy[torch.dtype]:
-    """Return a dtype, of floating-point images if nothing is said."""
+    """Return a strategy of an allowed dtype, by default float32, float16 and bfloat16."""
     return st.sampled_from(list(allowed))
 
 
 def seeds() -> SearchStrategy[int]:
-    """Return a signed 64-bit seed: any, and the edges of 32 and 64 bits."""
+    """Return a strategy of a signed 64-bit seed: any int, and the edges of 32 and 64 bits."""
     edges = [0, 1, -1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, -(2**31), 2**63 - 1, -(2**63)]
     return st.one_of(st.sampled_from(edges), st.integers(-(2**63), 2**63 - 1))
 
 
 def noise_keys() -> SearchStrategy[int]:
-    """Return a noise key: a timestep, a number past 32 bits, or any 64 bits."""
+    """Return a strategy of a noise key (second word of the noise counter), a signed 64-bit int.
+
+    It draws timesteps 0..999, numbers past 32 bits, or any 64 bits.
+    """
     return st.one_of(st.integers(0, 999), st.integers(2**32, 2**40), seeds())
 
 
 def coefficients(limit: float = 4.0) -> SearchStrategy[float]:
-    """Return a float32 in [-limit, limit], often 0, -0 or 1."""
+    """Return a strategy of a float that float32 holds, in [-limit, limit], often 0, -0, 1 or -1.
+
+    Args:
+        limit: the largest absolute value, at least 1, a number that float32 holds.
+    """
     numbers = st.floats(-limit, limit, width=32, allow_subnormal=False)
     return st.one_of(st.sampled_from([0.0, 1.0, -0.0, -1.0]), numbers)
 
 
 def step_rows() -> SearchStrategy[list[float]]:
-    """Return a row of ``denoise_step``, in the order of ``kernels.Column``, any columns 0.
+    """Return a strategy of the coefficients of one step of ``denoise_step``, a list of floats.
 
-    What has a sign or a range by its meaning keeps it: the two of a clip, a quantile in [0, 1].
+    They are in the order of ``kernels.Column``; any column may be 0. Columns whose meaning implies
+    a sign or a range keep to it: sigma and the clip are not negative, a quantile is in [0, 1].
     """
     positive = coefficients().map(abs)
     share = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1, width=32))
@@ -111,14 +139,24 @@ def step_rows() -> SearchStrategy[list[float]]:
 
 
 def noising_rows() -> SearchStrategy[list[float]]:
-    """Return (a, b) of ``add_noise``: of the process, a^2 + b^2 = 1, or any two coefficients."""
+    """Return a strategy of the coefficients [a, b] of ``add_noise``, a list of two floats.
+
+    They are those of a noising process, a^2 + b^2 = 1, or any two coefficients in [-4, 4].
+    """
     angles = st.floats(0, math.pi / 2).map(lambda angle: [math.cos(angle), math.sin(angle)])
     ends = st.sampled_from([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     return st.one_of(ends, angles, st.tuples(coefficients(), coefficients()).map(list))
 
 
 def nonfinite(shape: Sequence[int]) -> SearchStrategy[tuple[tuple[int, ...], float]]:
-    """Return where in a tensor of this shape to put which of NaN, Inf and -Inf."""
+    """Return a strategy of where to put which non-finite number: (index, NaN, Inf or -Inf).
+
+    Args:
+        shape: the shape of the tensor that the index, a tuple of ints, is within.
+
+    Raises:
+        ValueError: if the shape has no element.
+    """
     if 0 in shape:
         raise ValueError(f"shape={tuple(shape)}: must have an element")
     index = st.tuples(*(st.integers(0, size - 1) for size in shape))
@@ -126,38 +164,41 @@ def nonfinite(shape: Sequence[int]) -> SearchStrategy[tuple[tuple[int, ...], flo
 
 
 def contiguous(x: Tensor) -> Tensor:
-    """Return the tensor with elements in the order of its dimensions."""
+    """Return the tensor in contiguous layout: the last dimension has stride 1."""
     return x.contiguous()
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return [B, C, H, W] with elements in (b, h, w, c) order."""
+    """Return the tensor [B, C, H, W] in channels-last layout: elements in (b, h, w, c) order."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def offset(x: Tensor) -> Tensor:
-    """Return a view that begins one element into its memory, so not at 16 bytes; same strides."""
+    """Return a copy that begins one element into its memory, so not at 16 bytes; same strides."""
     return _placed(x, x.stride(), 1)
 
 
 def spaced(x: Tensor) -> Tensor:
-    """Return every second sample of a batch twice as long; strides within a sample stay."""
+    """Return a copy that lies in every second sample of a batch twice as long.
+
+    The strides within a sample stay as they are. The tensor has at least one dimension.
+    """
     extent = 1 + sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True))
     return _placed(x, (2 * max(x.stride(0), extent), *x.stride()[1:]), 0)
 
 
 def strided(x: Tensor) -> Tensor:
-    """Return every second element of a last dimension twice as long."""
+    """Return a copy that lies in every second element of a last dimension twice as long."""
     return x.repeat_interleave(2, -1)[..., ::2]
 
 
 def transposed(x: Tensor) -> Tensor:
-    """Return a view of memory in which the last two dimensions are exchanged."""
+    """Return a tensor of the same values, the last two dimensions exchanged in memory."""
     return x.mT.contiguous().mT
 
 
 def padded(x: Tensor) -> Tensor:
-    """Return a view of the middle of rows that are three elements longer."""
+    """Return a copy that lies in the middle of rows that are three elements longer."""
     return torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
 
 
@@ -176,19 +217,23 @@ LAYOUTS: dict[Layout, int] = {
     transposed: 2,
     channels_last: 4,
 }
-"""Layout -> dimensions that a tensor needs for it (``channels_last``: has)."""
+"""Each layout, a function of a tensor, and the number of dimensions that a tensor needs for it, or,
+for ``channels_last``, must have."""
 
 
 def layouts_of(dims: int) -> list[Layout]:
-    """Return the layouts that a tensor of so many dimensions can have; none where it has none."""
+    """Return the layouts that a tensor of ``dims`` dimensions can have; none for dims = 0."""
     return [f for f, needed in LAYOUTS.items() if dims >= needed and (needed != 4 or dims == 4)]
 
 
 def layouts(dims: int = 4) -> SearchStrategy[Layout]:
-    """Return a function tensor -> tensor of the same values in another layout.
+    """Return a strategy of a function from a tensor to one of the same values in another layout.
 
     Args:
-        dims: of the tensor, at least 1.
+        dims: the number of dimensions of the tensor, at least 1.
+
+    Raises:
+        ValueError: if dims is below 1.
     """
     if dims < 1:
         raise ValueError(f"dims={dims}: must be at least 1")
@@ -200,5 +245,11 @@ def cases(
     shapes: SearchStrategy[tuple[int, ...]],
     batches: SearchStrategy[int],
 ) -> SearchStrategy[Case]:
-    """Return what ``check_op`` draws."""
+    """Return a strategy of the cases that ``check_op`` draws; their seeds are any 64-bit integers.
+
+    Args:
+        dtypes: a strategy of the dtype.
+        shapes: a strategy of the shape of one sample.
+        batches: a strategy of the number of samples.
+    """
     return st.builds(Case, dtypes, shapes, batches, seeds())

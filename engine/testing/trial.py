@@ -1,7 +1,8 @@
-"""One call of a function under test, and what comes of it: results, gradients, red zones.
+"""Calls of a function under test, and what they yield: results, gradients and red zones.
 
-Every call gets its arguments in red zones, and so does what it allocates: a kernel that writes past
-its output must not harm the process that finds this out.
+Every call gets its arguments in red zones (memory around a tensor whose content shows whether it
+was written), and so does what it allocates: a kernel that writes past its output must not harm the
+process that finds this out.
 """
 
 from __future__ import annotations
@@ -23,12 +24,21 @@ Arguments = dict[str, Any]
 Results = dict[str, Tensor]
 
 ZONE = 1 << 15
-"""Elements around each tensor: more than one program of a kernel would overrun."""
+"""The number of elements before and behind each tensor: more than one program of a kernel would
+overrun."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One call: its results by name, the arguments after it, and the zones around all of them."""
+    """One call of the function under test.
+
+    Attributes:
+        results: the tensors that the call returned or changed, and gradients, by name, as
+            ``Subject.call`` returns them.
+        arguments: the arguments by name, as they are after the call.
+        zones: the guarded memory of every tensor argument, by its name, and of everything that the
+            call allocated, "allocation 0", "allocation 1", ...
+    """
 
     results: Results
     arguments: Arguments
@@ -37,7 +47,19 @@ class Run:
 
 @dataclass
 class Subject:
-    """What is under test; the arguments of ``check_op``, and what is found out about them."""
+    """The function under test, its reference, and what is known of their arguments.
+
+    Attributes:
+        fast: the function under test.
+        reference: the function that it must equal.
+        arguments: called with (device, dtype, shape of one sample, batch, seed); returns the
+            arguments by name.
+        mutates: the names of the arguments that are changed in place.
+        differentiable: the names of the arguments that have a gradient.
+        given_batched: the names of the tensors whose first dimension is the batch, if the caller
+            gave them; None to find them.
+        device: the device that ``fast`` is called on.
+    """
 
     fast: Callable[..., Any]
     reference: Callable[..., Any]
@@ -49,18 +71,29 @@ class Subject:
     _per_sample: set[str] | None = None
 
     def build(self, case: Case, device: torch.device | str | None = None) -> Arguments:
-        """Return the arguments of a case."""
+        """Return the arguments of a case, by name.
+
+        Args:
+            case: the dtype, shape, batch and seed.
+            device: the device of the tensors; None for that of the subject.
+        """
         return self.arguments(self.device if device is None else device, *case)
 
     def batched(self, case: Case) -> tuple[str, ...]:
-        """Return the names of the arguments that have one entry a sample."""
+        """Return the names of the arguments whose first dimension is the batch.
+
+        Unless the caller gave them, they are those that grow by one when the case's batch does.
+        """
         if self.given_batched is not None:
             return self.given_batched
         args, more = (self.build(case._replace(batch=case.batch + i), "cpu") for i in (0, 1))
         return tuple(_growing(args, more, case.batch))
 
     def per_sample(self, case: Case) -> set[str]:
-        """Return the names of the results that have one entry a sample."""
+        """Return the names of the results whose first dimension is the batch.
+
+        They are found once, by the first case, and are the same for all cases.
+        """
         if self._per_sample is None:
             batched = self.batched(case)
             fewer, more = (
@@ -80,15 +113,23 @@ class Subject:
         seed: int = 0,
         order: Tensor | None = None,
     ) -> Results:
-        """Return every tensor that the call makes or changes, gradients included, by name.
+        """Call a function and return its results, changed arguments and gradients by name.
 
-        A differentiable argument that no result depends on has no gradient among them.
+        The names are "result" for one tensor, "result 0", "result 1", ... for several, the names of
+        the mutated arguments, and "gradient of x". A differentiable argument that no result depends
+        on has no gradient among them.
 
         Args:
-            function: to call.
-            args: its arguments; those that are differentiable are replaced by leaves.
-            seed: of the gradients of the results, that go backward.
-            order: permutes these gradients.
+            function: the function to call.
+            args: its arguments by name; in this dictionary, differentiable ones are replaced by
+                leaves of autograd.
+            seed: the seed of the gradients that are sent backward from the results.
+            order: int64 [batch], a permutation of the samples by which these gradients are
+                permuted; None for none.
+
+        Raises:
+            ValueError: if the function returns something else than tensors or None, or if it
+                returns nothing and no argument is mutated.
         """
         for name in self.differentiable:
             args[name] = args[name].detach().requires_grad_()
@@ -116,14 +157,19 @@ class Subject:
         canary: float = Guarded.CANARY,
         order: Tensor | None = None,
     ) -> Run:
-        """Call the fast function, everything in red zones.
+        """Call the function under test with all arguments and all that it allocates in red zones.
 
         Args:
-            case: whose arguments are taken if ``args`` are not given.
-            args: to call it with.
-            fill: what its buffers hold when it gets them.
-            canary: what the zones hold.
-            order: of the samples, if they were permuted.
+            case: the case, whose arguments are taken if ``args`` are None, and whose seed is that
+                of the gradients.
+            args: the arguments by name; None for those of the case.
+            fill: the value that buffers hold when the function allocates them.
+            canary: the value that the red zones hold.
+            order: int64 [batch], the permutation by which the samples were permuted; None for none.
+
+        Raises:
+            ValueError: if the function returns something else than tensors or None, or if it
+                returns nothing and no argument is mutated.
         """
         zones = {
             name: Guarded.like(value, ZONE, canary)
@@ -139,14 +185,25 @@ class Subject:
 
 
 class Trial:
-    """A subject on one case, the number-th; runs are made when a check first asks for them."""
+    """A subject on one case; its runs are made when a check first asks for them.
+
+    Args:
+        subject: the function under test and its reference.
+        case: the dtype, shape, batch and seed.
+        number: the number of the case, from 0, by which layouts vary.
+
+    Attributes:
+        subject, case, number: the arguments of the same names.
+        generators_moved: once ``base`` was read, the names of the global random generators whose
+            state the call changed.
+    """
 
     def __init__(self, subject: Subject, case: Case, number: int = 0) -> None:
         self.subject, self.case, self.number = subject, case, number
 
     @functools.cached_property
     def base(self) -> Run:
-        """The run that the others are compared with."""
+        """The run of the function under test that other runs are compared with, a ``Run``."""
         before = generators()
         run = self.subject.run(self.case)
         self.generators_moved = [
@@ -156,16 +213,21 @@ class Trial:
 
     @functools.cached_property
     def expected(self) -> Results:
-        """What the reference makes of the same arguments, on the CPU."""
+        """The reference's results from the same arguments, tensors on the CPU by name."""
         return self._reference(self.subject.build(self.case, "cpu"))
 
     @functools.cached_property
     def exact(self) -> Results:
-        """The same in float64."""
+        """The reference's results from arguments cast to float64, tensors on the CPU by name."""
         return self.in_float64(self.subject.build(self.case, "cpu"))
 
     def in_float64(self, args: Arguments) -> Results:
-        """Return the reference's results from arguments cast to float64."""
+        """Return the reference's results, tensors by name, from arguments that are cast to float64.
+
+        Args:
+            args: the arguments by name, on the CPU; those that are not floating-point stay as they
+                are.
+        """
         return self._reference(in_float64(args))
 
     def _reference(self, args: Arguments) -> Results:
@@ -173,12 +235,12 @@ class Trial:
 
     @property
     def batched(self) -> tuple[str, ...]:
-        """Names of the arguments that have one entry a sample."""
+        """The names of the arguments whose first dimension is the batch, a tuple of strings."""
         return self.subject.batched(self.case)
 
 
 def in_float64(args: Arguments) -> Arguments:
-    """Return the arguments, those of floating point cast to float64."""
+    """Return the arguments by name, with floating-point tensors cast to float64."""
     return {
         name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in args.items()
@@ -186,7 +248,11 @@ def in_float64(args: Arguments) -> Arguments:
 
 
 def generators() -> dict[str, Any]:
-    """Return the states of the global random generators, by name."""
+    """Return the states of the global random generators of torch, random and numpy, by name.
+
+    The names are "torch", "random", "numpy" and, where there is a GPU, "torch.cuda" (of the current
+    device). The states can be compared with ``==``.
+    """
     states: dict[str, Any] = {
         "torch": torch.get_rng_state().tolist(),
         "random": random.getstate(),
@@ -200,7 +266,7 @@ def generators() -> dict[str, Any]:
 
 
 def _growing(args: Arguments, more: Arguments, batch: int) -> list[str]:
-    """Return the names of the tensors that have ``batch`` entries, and one more in ``more``."""
+    """Return the names of tensors of ``batch`` entries in ``args`` and one more in ``more``."""
     lengths = {
         name: (len(value), len(more[name]))
         for name, value in args.items()
@@ -210,7 +276,7 @@ def _growing(args: Arguments, more: Arguments, batch: int) -> list[str]:
 
 
 def _tensors(result: Any) -> Results:
-    """Return what a function returned, by name."""
+    """Return the tensors that a function returned, by name."""
     if result is None:
         return {}
     if isinstance(result, Tensor):
@@ -221,7 +287,7 @@ def _tensors(result: Any) -> Results:
 
 
 def _weights(tensor: Tensor, seed: int, order: Tensor | None) -> Tensor:
-    """Return the gradient of a result: numbers that every dtype holds exactly, never 0."""
+    """Return the gradient of a result: eighths of 1 to 16, of either sign, exact in every dtype."""
     draws = torch.Generator().manual_seed(seed % 2**63)
     weights = torch.randint(1, 17, tensor.shape, generator=draws) / 8
     weights = weights * (torch.randint(0, 2, tensor.shape, generator=draws) * 2 - 1)

@@ -1,4 +1,4 @@
-"""What ``check_op`` refuses: each a ValueError that names the argument and says what it must be."""
+"""Validation of the arguments of ``check_op``, by ValueErrors that name the argument."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flashddpm.testing.strategies import Case
 from flashddpm.testing.trial import Arguments, Subject, in_float64
 
 NUDGE = 1 - 2.0**-40
-"""Times a float32, a number that only float64 holds."""
+"""A factor that makes a float32 number one that only float64 holds."""
 
 
 def wanted_checks(
@@ -23,7 +23,19 @@ def wanted_checks(
     subject: Subject,
     kernels: Sequence[KernelCode],
 ) -> set[str]:
-    """Return the names of the checks to run; refuse one asked for that cannot be."""
+    """Return the names of the checks to run.
+
+    Args:
+        checks: the names of the checks that were asked for; None for all.
+        skip: the names of the checks to leave out.
+        subject: the function under test, which has the differentiable arguments.
+        kernels: the kernels whose machine code is to be checked.
+
+    Raises:
+        ValueError: if a name is not in ``CHECKS``, if names are a string and no list, or if
+            "gradients" is asked for and no argument is differentiable, or "compiled_code" and there
+            is no kernel.
+    """
     for argument, names in (("checks", checks or ()), ("skip", skip)):
         for name in (names,) if isinstance(names, str) else names:
             if name not in CHECKS:
@@ -41,7 +53,17 @@ def wanted_checks(
 
 
 def validate_cases(cases: Sequence[Case], dtypes: Sequence[torch.dtype], examples: int) -> None:
-    """Refuse cases of other dtypes or without a sample, and no case at all."""
+    """Raise ValueError if the cases and the number of draws do not fit.
+
+    Args:
+        cases: the cases that the caller gave.
+        dtypes: the dtypes that are allowed.
+        examples: the number of cases to draw.
+
+    Raises:
+        ValueError: if a case has another dtype or less than one sample, if examples is negative, or
+            if there is neither a case nor an example.
+    """
     for case in cases:
         if case.dtype not in dtypes or case.batch < 1:
             allowed = ", ".join(map(str, dtypes))
@@ -51,7 +73,19 @@ def validate_cases(cases: Sequence[Case], dtypes: Sequence[torch.dtype], example
 
 
 def validate(subject: Subject, judge: Judge, case: Case) -> None:
-    """Refuse names that are no argument's, and arguments that differ from call to call."""
+    """Raise ValueError if names are wrong, or if arguments differ from call to call.
+
+    Args:
+        subject: the function under test, which has the names of arguments and builds them.
+        judge: the rules, by the names of results.
+        case: the case on which it is found out.
+
+    Raises:
+        ValueError: if a mutated, differentiable or batched name is no tensor argument, if arguments
+            differ for the same seed, if the reference's result has no gradient for a differentiable
+            argument, if a rule is for a name that is no result, or if the reference returns
+            something else than tensors or None.
+    """
     args, again = subject.build(case), subject.build(case)
     tensors = [name for name, value in args.items() if isinstance(value, Tensor)]
     for argument, names in (
@@ -82,10 +116,19 @@ def validate(subject: Subject, judge: Judge, case: Case) -> None:
 
 
 def validate_float64(subject: Subject, judge: Judge, case: Case) -> None:
-    """Refuse a reference whose results in float64, that a rule looks at, are float32's.
+    """Raise ValueError if the reference rounds to float32 where it is called with float64.
 
-    Its arguments are numbers that float32 does not hold, so that results of which it holds each
-    one were rounded to it on the way.
+    Its arguments are numbers that float32 does not hold, so that a result of which float32 holds
+    every element must have been rounded to it on the way.
+
+    Args:
+        subject: the function under test and its reference.
+        judge: the rules; only results whose rule compares with float64 are looked at.
+        case: the case whose arguments are taken.
+
+    Raises:
+        ValueError: if a floating-point result is not float64, or all its finite elements but 0 are
+            numbers that float32 holds.
     """
     args: Arguments = {
         name: value * NUDGE if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,8 +1,8 @@
-"""Red zones: memory around what may be written, whose content shows whether it was.
+"""Red zones: memory around a tensor, whose content shows whether a function wrote outside of it.
 
 ``Guarded`` puts them around a tensor. ``allocations`` puts them around every tensor that a function
-makes uninitialised, and says what those tensors hold at first, so that a result that depends on it
-differs from call to call.
+allocates uninitialised, and sets what those tensors hold at first, so that a result that depends
+on it differs from call to call.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from torch import Tensor
 
 
 class Guarded:
-    """Memory with red zones: canaries around what may be written.
+    """A tensor in memory with red zones before and behind it, filled with a canary (a number).
 
     Attributes:
-        whole: [zone + elements + zone], zones included.
-        view: the tensor inside it.
+        whole: the memory, of one dimension [zone + elements + zone], in the tensor's dtype.
+        view: the tensor, a view of ``whole``.
+        zone: the number of elements of each red zone.
     """
 
     CANARY, ZONE = 12345.678, 64
@@ -37,11 +38,17 @@ class Guarded:
         zone: int = ZONE,
         canary: float = CANARY,
     ) -> None:
-        """Make room for a tensor of this size and stride that extends over this many elements.
+        """Allocate memory for a tensor of this size and stride, filled with the canary.
 
         Args:
-            zone: elements before and behind it; a multiple of 64 keeps its alignment.
-            canary: what the zones hold, and the tensor too at first.
+            size: the shape of the tensor.
+            stride: the strides of the tensor, in elements.
+            dtype: the dtype of the tensor.
+            device: the device of the tensor.
+            elements: the number of elements of memory from the tensor's first to its last.
+            zone: the number of elements before and behind it; a multiple of 64 keeps its alignment.
+            canary: the value of the zones and, at first, of the tensor, as ``fit`` makes it of the
+                dtype.
         """
         whole = torch.full((elements + 2 * zone,), fit(canary, dtype), dtype=dtype)
         self.whole, self.zone = whole.to(device), zone
@@ -50,7 +57,14 @@ class Guarded:
 
     @classmethod
     def around(cls, values: Tensor, stride: int, device: str | torch.device) -> Guarded:
-        """Return images, channels-last, with this stride from one to the next."""
+        """Return a guarded channels-last copy of images, which lie ``stride`` elements apart.
+
+        Args:
+            values: [N, C, H, W], of any dtype.
+            stride: the elements from the start of one image to that of the next, at least C x H x
+                W.
+            device: the device of the copy.
+        """
         count, C, H, W = values.shape
         strides = (stride, 1, W * C, C)
         result = cls(values.shape, strides, values.dtype, device, count * stride)
@@ -59,7 +73,13 @@ class Guarded:
 
     @classmethod
     def like(cls, values: Tensor, zone: int = ZONE, canary: float = CANARY) -> Guarded:
-        """Return a copy on the same device, of the same strides and alignment."""
+        """Return a guarded copy of a tensor: same device, strides and alignment.
+
+        Args:
+            values: a tensor of any shape and dtype; gradients do not reach it.
+            zone: the number of elements before and behind the copy; a multiple of 64.
+            canary: the value that the zones hold.
+        """
         size, stride = values.shape, values.stride()
         shift = int(values.storage_offset()) % 64
         extent = shift + _extent(size, stride)
@@ -69,7 +89,11 @@ class Guarded:
         return result
 
     def check(self) -> None:
-        """Raise AssertionError if something outside the view was written, or between its rows."""
+        """Raise AssertionError if something was written outside of the tensor, or between its rows.
+
+        Raises:
+            AssertionError: if a byte of ``whole`` that is no part of ``view`` has changed.
+        """
         outside = torch.ones(self.whole.shape, dtype=torch.bool)
         view = self.view
         outside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
@@ -85,14 +109,19 @@ class Guarded:
 
 
 def _extent(size: Sequence[int], stride: Sequence[int]) -> int:
-    """Return the elements from a tensor's first to its last."""
+    """Return the number of elements of memory from a tensor's first element to its last."""
     if 0 in size:
         return 0
     return 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 
 def fit(value: float, dtype: torch.dtype) -> float | int | bool:
-    """Return the value as one of this dtype: NaN as the largest integer, others cut off."""
+    """Return a number as one that the dtype holds; for integer dtypes fractions are cut off.
+
+    For integer dtypes NaN becomes the largest integer, and a number out of range the nearest one.
+    For bool, 0 is False and all others, NaN too, are True. Floating and complex dtypes: the same
+    number.
+    """
     if dtype.is_floating_point or dtype.is_complex:
         return value
     if dtype is torch.bool:
@@ -108,23 +137,27 @@ ALLOCATORS = (
     (torch.Tensor, "new_empty"),
     (torch.Tensor, "new_empty_strided"),
 )
-"""Functions that return uninitialised memory, and where they are."""
+"""The functions of torch that return uninitialised memory: (the object they are in, the name)."""
 
 
 @contextmanager
 def allocations(
     fill: float, zone: int = Guarded.ZONE, canary: float = Guarded.CANARY
 ) -> Iterator[list[Guarded]]:
-    """Within it, ``torch.empty`` and its kin return tensors full of ``fill``, in red zones.
+    """Put every tensor that torch allocates uninitialised into red zones, within a ``with`` block.
 
-    Yields the list that collects them; call ``check`` on each. Not seen is what is allocated in C++
-    or in compiled code, or after ``from torch import empty``. Replaces attributes of torch, so it
-    is not for several threads at once.
+    In it ``torch.empty``, ``empty_like``, ``empty_strided``, ``new_empty`` and
+    ``new_empty_strided`` return tensors full of ``fill``. Allocations in C++ or in compiled code
+    are not seen, nor those by a name that was imported earlier (``from torch import empty``). It
+    replaces attributes of torch, so it must not be used by several threads at once.
 
     Args:
-        fill: the content; where the dtype is integral, NaN is its largest number.
-        zone: elements before and behind each tensor.
-        canary: what the zones hold.
+        fill: the value that the tensors hold at first, as ``fit`` makes it of their dtype.
+        zone: the number of elements before and behind each tensor.
+        canary: the value that the zones hold.
+
+    Yields:
+        A list that collects a ``Guarded`` for each allocation; call ``check`` on each.
     """
     made: list[Guarded] = []
 
@@ -157,7 +190,7 @@ def allocations(
 
 
 def fillable(x: Tensor) -> bool:
-    """Whether it is ordinary memory, that can be filled: not traced, quantised or sparse."""
+    """Return whether a tensor is plain CPU or GPU memory: not traced, quantised or sparse."""
     if torch.compiler.is_compiling() or x.is_quantized or x.layout is not torch.strided:
         return False
     return x.device.type in ("cpu", "cuda")
