@@ -58,11 +58,13 @@ def parse_labels(labels: str | None, conditioning: Conditioning, count: int) -> 
         count: the number of images.
 
     Returns:
-        ``count`` labels, or as many as were listed, unchecked, where these are neither one nor
-        ``count``; None for "none" or, where the option is not given, for a model without classes.
+        ``count`` labels; None for "none" or, where the option is not given, for a model without
+        classes.
 
     Raises:
-        ValueError: if a part is neither a number nor the name of a class.
+        ValueError: if a part is neither a number nor the name of a class, if a number is not in
+            0..num_classes-1, if neither one nor ``count`` labels are listed, or if some are though
+            the model has no classes.
     """
     classes, names = conditioning.num_classes, conditioning.class_names or ()
     if labels is None:
@@ -80,4 +82,4 @@ def parse_labels(labels: str | None, conditioning: Conditioning, count: int) -> 
         except ValueError:
             known = f" or one of {', '.join(names)}" if names else ""
             raise ValueError(f"labels: {part!r} must be a number{known}") from None
-    return result * count if len(result) == 1 else result
+    return arguments.label_list(result * count if len(result) == 1 else result, count, classes)

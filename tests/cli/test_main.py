@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one-line errors, the files that it writes."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -239,3 +240,11 @@ def test_kernels_needs_triton(run, monkeypatch):
 def test_warm_refuses_bad_input(run, options, message):
     code, out, err = run("warm", *options)
     assert code == 2 and message in err and not out
+
+
+def test_evaluate_takes_all_metrics_by_default():
+    """The command does not import them, so that ``--help`` is quick."""
+    from flashddpm.cli.evaluate import evaluate
+    from flashddpm.evaluation.job import METRICS
+
+    assert inspect.signature(evaluate).parameters["metrics"].default.split(",") == list(METRICS)

@@ -87,6 +87,18 @@ def test_other_settings_are_refused_and_named(run, tmp_path, options, message):
     assert state(tmp_path / "out") == first
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [("1,2", "2 labels for 3 seeds"), ("1,2,9", "labels=9: must be in 0..")],
+)
+def test_labels_that_do_not_fit_are_refused_before_anything_is_written(
+    run, tmp_path, labels, message
+):
+    code, out, err = run("--num-images", 3, "--labels", labels)
+    assert (code, out) == (2, "") and message in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_weights_and_configs_are_refused(run, model, tmp_path):
     run("--num-images", 3)
     other = tmp_path / "other"
