@@ -140,7 +140,7 @@ def label_list(
 
     Args:
         labels: one label for all images, one for each of them (a sequence, an array or a tensor of
-            integers), or None.
+            integers; no bools), or None.
         count: the number of images.
         num_classes: the number of classes of the model; None for an unconditional model.
 
@@ -166,9 +166,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """Return the torch.device that a string or device names, a CUDA device always with its number.
 
     Args:
-        device: "auto" (CUDA where there is a GPU, else the CPU), "cpu", "cuda" or "cuda:N", or a
-            torch.device. A CUDA device without a number becomes this thread's current one, since
-            other threads may have another.
+        device: "auto" (CUDA where there is a GPU, else the CPU), "cpu", "cuda" or "cuda:N", in
+            lower case, or a torch.device. A CUDA device without a number becomes this thread's
+            current one, since other threads may have another.
 
     Raises:
         ValueError: if the device is of another kind, or there is no GPU of that number.
@@ -201,7 +201,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, default: torch.dtype) -> torc
     """Return the torch.dtype of the network: float32, bfloat16 or float16.
 
     Args:
-        dtype: the dtype, its name with or without "torch.", or None for ``default``.
+        dtype: the dtype, its name in lower case with or without "torch.", or None for ``default``.
         default: the dtype that is returned for None, unchecked.
 
     Raises:

@@ -112,7 +112,9 @@ class World:
         The group uses gloo on the CPU and, where the device is no CPU and CUDA is available, NCCL
         for tensors on GPUs, and then makes GPU number ``local_rank`` the current one. On the CPU a
         process takes its share of the machine's threads: torchrun sets OMP_NUM_THREADS to 1 where
-        it is unset; any other number is kept. With one process nothing is done.
+        it is unset; any other number is kept. With one process nothing is done. The group is left
+        at the end of the block, but not if the block raises: the error goes on, and the other
+        processes wait until this one has ended.
 
         Args:
             device: the device of this process, as `device` returns it.

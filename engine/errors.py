@@ -41,6 +41,9 @@ def _causes(error: BaseException) -> list[BaseException]:
 def portable(error: BaseException) -> BaseException:
     """Return an error that can be pickled in place of the given one.
 
+    Args:
+        error: any exception; it is not changed.
+
     Returns:
         The error itself, if pickling and unpickling gives one of the same class and text; otherwise
         a RuntimeError whose text is the class's name and the error's text.

@@ -1,6 +1,7 @@
-r"""Operation ``add_noise``, forward noising x_t = a x_0 + b eps with (a, b) = rows[t]   (S4, S2).
+r"""Operation ``add_noise``, forward noising x_t = a x_0 + b eps with (a, b) = rows[t].
 
-eps is drawn in registers. Reads one image and writes one: 2 x itemsize bytes for each element.
+(Equations S2 and S4 of docs/math.md.) eps is drawn in registers. Reads one image and writes one: 2
+x itemsize bytes for each element.
 """
 
 from __future__ import annotations
@@ -99,9 +100,11 @@ def add_noise(
     rows: Tensor,
     purpose: int = Purpose.TRAINING,
 ) -> Tensor:
-    """Return the images with noise added, x_t = rows[t, 0] x0 + rows[t, 1] eps   (S2, S4).
+    """Return the images with noise added, x_t = rows[t, 0] x0 + rows[t, 1] eps.
 
-    Computed in float32 whatever the dtype. Differentiable with respect to x0.
+    (Equations S2 and S4 of docs/math.md.) eps is the standard normal noise that ``philox`` gives
+    for the same seeds, keys and purpose. Computed in float32 whatever the dtype. Differentiable
+    with respect to x0.
 
     Args:
         x0: [B, C, H, W], the images, float32, float16 or bfloat16, any layout and range.

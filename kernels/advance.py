@@ -49,7 +49,8 @@ def _advance_fake(idx: Tensor, next: Tensor) -> None:
 def advance(slots: StepSlots, table: StepTable) -> None:
     """Move every slot (the place of one image in a batch) to its next row, idx[s] = next[idx[s]].
 
-    A row is the coefficients of one step; a row that points at itself keeps its slots.
+    A row is the coefficients of one step; a row that points at itself (next[i] = i) keeps its
+    slots.
 
     Args:
         slots: only ``idx``, int64 [S], is used; it is changed in place. Its entries must lie in [0,

@@ -1,7 +1,8 @@
-r"""Operation ``denoise_step``, one reverse step of every slot, each by its own row   (S5, S6).
+r"""Operation ``denoise_step``, one reverse step of every slot, each by its own row.
 
-A slot is the place of one image in a batch, a row the coefficients of one step (in full: tables.py,
-docs/math.md), a lane one evaluation of the network, of which a guided image takes two.
+(Equations S5 and S6 of docs/math.md.) A slot is the place of one image in a batch, a row the
+coefficients of one step (in full: tables.py, docs/math.md), a lane one evaluation of the network,
+of which a guided image takes two.
 
     out    = out[lane_cond],  or  out[lane_uncond] + w (out[lane_cond] - out[lane_uncond])
     x0     = x0_xt x_t + x0_out out, clipped
@@ -197,8 +198,15 @@ def denoise_step(
 ) -> None:
     """Apply one reverse step to every slot (the place of one image in a batch), in place.
 
-    Slot s follows row idx[s] (the coefficients of one step; the formula: ``tables``). Slots whose
-    row points at itself (``table.next``) are left untouched.
+    Slot s follows row idx[s] (the coefficients of one step, a column for each ``Column``):
+
+        x0     = x0_xt x + x0_out out, clipped to [-clip, clip] (clip 0: not), or, where the row has
+                 a threshold, clipped to the dynamic threshold and divided by it
+        x_next = c_x0 x0 + c_xt x + c_out out + c_hist hist + sigma e^(log_sigma v) z
+
+    with out the slot's conditional output, or for a guided slot uncond + w (cond - uncond), times
+    the rescale factor where the row rescales. A slot is guided if it has an unconditional lane and
+    its row's column unguided is 0. Slots whose row points at itself (``table.next``) are untouched.
 
     Args:
         state: what the step changes: ``x`` becomes x_next; ``hist`` becomes x0 where the next row

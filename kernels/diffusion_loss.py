@@ -1,10 +1,10 @@
-r"""Operation ``diffusion_loss``, the training loss of each image by one fused kernel   (S7).
+r"""Operation ``diffusion_loss``, the training loss of each image by one fused kernel.
 
     L_b = w mean(l(out - (k0 x_0 + k1 eps))),    (k0, k1, w) = rows[t]
 
-(Ho et al. 2020, eq. 14; the targets of Salimans & Ho 2022; l is e^2, |e| or Huber's.) The error,
-its penalty and the launcher: losses.py. Bytes for each element: forward one read (two where k0 is
-not 0), backward the same reads and one write.
+(Equation S7 of docs/math.md; Ho et al. 2020, eq. 14; the targets of Salimans & Ho 2022; l is e^2,
+|e| or Huber's.) The error, its penalty and the launcher: losses.py. Bytes for each element: forward
+one read (two where k0 is not 0), backward the same reads and one write.
 """
 
 from __future__ import annotations
@@ -92,11 +92,11 @@ def diffusion_loss(
     loss: str = "mse",
     delta: float = 1.0,
 ) -> Tensor:
-    """Return the training loss w mean(l(out - (k0 x0 + k1 eps))) of each image, float32 [B]   (S7).
+    """Return the training loss w mean(l(out - (k0 x0 + k1 eps))) of each image, float32 [B].
 
-    (k0, k1, w) = rows[t], and l is the penalty ``loss``; eps is the noise that ``add_noise`` drew
-    for the same seeds and keys. Differentiable with respect to ``out``, once (no second
-    derivative); the images have no gradient.
+    (Equation S7 of docs/math.md.) (k0, k1, w) = rows[t], and l is the penalty ``loss``; eps is the
+    noise that ``add_noise`` drew for the same seeds and keys. Differentiable with respect to
+    ``out``, once (no second derivative); the images have no gradient.
 
     Args:
         out: the network's output, [B, C, H, W], float32, float16 or bfloat16, any layout.

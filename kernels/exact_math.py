@@ -24,7 +24,7 @@ def ln(v, SCALE: tl.constexpr):
     bits.
 
     Args:
-        v: float32, positive and normal; anything else, NaN too, gives some number.
+        v: float32, any shape, positive and normal; anything else, NaN too, gives some number.
         SCALE: the negative power of two in the product, an integer.
     """
     i = v.to(tl.int32, bitcast=True)
@@ -52,7 +52,7 @@ def exp(x):
     """Return e^x to a relative error of 1.5e-7, float32: 0 below x = -86, infinite above 88.
 
     Args:
-        x: float32, any values; NaN gives NaN.
+        x: float32, any shape and values; NaN gives NaN.
     """
     k = x * 1.44269504 + ROUNDER
     n = k - ROUNDER

@@ -13,7 +13,7 @@ from flashddpm.kernels.tables import Column
 
 
 class ExampleDraws:
-    """Random tensors that are drawn on the CPU, so that every device gets the same numbers.
+    """A source of random tensors, drawn on the CPU so that every device gets the same numbers.
 
     Args:
         device: the device on which the tensors are returned.
@@ -75,7 +75,9 @@ def of_images(
     outputs: int = 0,
     first: int = 0,
 ) -> Arguments:
-    """Return example arguments of an operation on images, each of which takes the next row in turn.
+    """Return example arguments of an operation on images; image i has row (first + i) mod R.
+
+    A row is one line of the table of R rows of coefficients.
 
     Args:
         device: the device of the tensors.
@@ -86,7 +88,7 @@ def of_images(
         rows: the table of coefficients, a list of numbers for each row.
         outputs: how many times the channels of an image the network's output ``out`` has; 0 for an
             operation that takes no output.
-        first: the row of the first image.
+        first: the index of the row of the first image.
 
     Returns:
         The arguments by name: "out", [B, outputs C, H, W], if outputs is not 0; "x0", [B, C, H, W];
@@ -106,10 +108,10 @@ def of_images(
 
 
 def on_row(row: list[float]) -> Callable[[Arguments], Arguments]:
-    """Return a function that puts every image on one given row (``ByteCase.change``).
+    """Return a function that gives every image the same coefficients, for ``ByteCase.change``.
 
     Args:
-        row: the coefficients, one a column.
+        row: the coefficients, a number for each column of the operation's table.
 
     Returns:
         A function of an operation's arguments, which are on the CPU; it returns the arguments that
@@ -122,7 +124,8 @@ def step_row(**columns: float) -> list[float]:
     """Return the coefficients of one step, a number for each ``Column``.
 
     Args:
-        columns: coefficients by the column's name in lower case, such as c_x0; the others are 0.
+        columns: coefficients by the column's name in lower case, such as c_x0; the others are 0,
+            and names of no column are ignored.
     """
     return [columns.get(column.name.lower(), 0.0) for column in Column]
 
@@ -142,7 +145,9 @@ def of_slots(
 ) -> Arguments:
     """Return the example tensors of a sampling step by name; every second slot is guided.
 
-    A slot is the place of one image in a batch; slots take the rows (steps) of ``STEPS`` in turn.
+    A slot is the place of one image in a batch; slots take the five rows (a row is one step's
+    coefficients) of ``STEPS`` in turn, from row 1 on. Slots 1, 3, ... are guided: they have two
+    lanes (a lane is one evaluation of the network).
 
     Args:
         device: the device of the tensors.
@@ -153,8 +158,7 @@ def of_slots(
 
     Returns:
         The fields of ``StepState``, ``StepSlots``, ``StepStatistics`` and ``StepTable`` by their
-        names, and "out", [L, C, H, W], for L = S + S // 2 lanes (a lane is one evaluation of the
-        network).
+        names, and "out", the network's output, [L, C, H, W], for L = S + S // 2 lanes.
     """
     draws = ExampleDraws(device, seed)
     slot = torch.arange(batch, device=device, dtype=torch.int32)
@@ -181,15 +185,19 @@ def of_slots(
 def on_step(
     *, guided: bool = False, following: bool = False, **columns: float
 ) -> Callable[[Arguments], Arguments]:
-    """Return a function that puts every slot on one row of coefficients (``ByteCase.change``).
+    """Return a function that gives every slot the same step, for ``ByteCase.change``.
+
+    A slot is the place of one image in a batch.
 
     Args:
         guided: whether slots have two lanes (a lane is one evaluation of the network), or one.
-        following: whether the row after it reads the history.
-        columns: the row's coefficients by the column's name in lower case; the others are 0.
+        following: whether the next step reads the history (c_hist = 1), so that this one writes it.
+        columns: the step's coefficients by the column's name in lower case; the others are 0.
 
     Returns:
-        A function of a step's tensors by name, which are on the CPU; it returns those that differ.
+        A function of a step's tensors by name (``of_slots``), on the CPU; it returns those that
+        differ, of the names that it is given: "idx", lanes, a table of three rows, and "net_in" and
+        "out" with the first image repeated for every lane.
     """
 
     def change(args: Arguments) -> Arguments:
@@ -214,7 +222,8 @@ def on_step(
 def learned_range(out: Tensor) -> tuple[Tensor, Tensor]:
     """Return the prediction and log variance of an output of 2C channels, in eager PyTorch.
 
-    The log variance is a mix of two, here of -2 and -3 (Nichol & Dhariwal 2021, eq. 15).
+    The log variance is a mix of two bounds, here -2 f - 3 (1 - f) with f = (v + 1) / 2 (Nichol &
+    Dhariwal 2021, eq. 15).
 
     Args:
         out: [B, 2C, H, W], float32, float16 or bfloat16; the second C channels are v in [-1, 1].

@@ -1,10 +1,10 @@
 r"""Operation ``hybrid_loss``, the training loss of a network that predicts its variance too.
 
-    L_b = w mean(l(error)) + b mean(bound),    error = out - (k0 x_0 + k1 eps)    (S7 and S10)
+    L_b = w mean(l(error)) + b mean(bound),    error = out - (k0 x_0 + k1 eps)
 
-(Nichol & Dhariwal 2021, eq. 16.) The second C of the network's 2C channels, v, set the variance:
-the log variance of the model over that of the posterior (S5) is d = offset + slope v, and a term of
-the variational bound is, in nats,
+(Equations S7 and S10 of docs/math.md; Nichol & Dhariwal 2021, eq. 16.) The second C of the
+network's 2C channels, v, set the variance: the log variance of the model over that of the posterior
+(S5) is d = offset + slope v, and a term of the variational bound is, in nats,
 
     (d - 1 + e^-d (1 + (gain precision error)^2)) / 2      the divergence of two normals
     -ln P(bin of x_0)                                      where half_bin is not 0 (t = 0)
@@ -193,11 +193,18 @@ def hybrid_loss(
 ) -> Tensor:
     """Return the hybrid loss w mean(l(error)) + b mean(bound) of each image, float32 [B].
 
-    (S7 and S10; Nichol & Dhariwal 2021, eq. 16.) The first C channels of ``out`` are the
-    prediction, whose error is out - (k0 x0 + k1 eps) with the noise eps of ``add_noise``; the
-    second C set the variance in the term of the variational bound, in nats. Differentiable with
-    respect to ``out``, once (no second derivative); the bound has a gradient for the variance
-    channels only, and the images have none.
+    (Equations S7 and S10 of docs/math.md; Nichol & Dhariwal 2021, eq. 16.) The first C channels of
+    ``out`` are the prediction, whose error is out - (k0 x0 + k1 eps) with the noise eps of
+    ``add_noise``. The second C, v, set the log variance of the model over that of the posterior, d
+    = offset + slope v, in the term of the variational bound, in nats,
+
+        (d - 1 + e^-d (1 + (gain precision error)^2)) / 2     (the divergence of two normals)
+
+    or, where half_bin is not 0, -ln of the probability of x0's bin, x0 +- half_bin, under a normal
+    of deviation e^(d/2) / precision about x0 + gain error; bins of the first and the last pixel
+    value (|x0| > 0.999) are open. Each image's coefficients are its row of ``rows``: w is the
+    column weight, b bound_weight. Differentiable with respect to ``out``, once (no second
+    derivative); the bound has a gradient for v only, and the images have none.
 
     Args:
         out: the network's output, [B, 2C, H, W], float32, float16 or bfloat16, any layout.
@@ -206,8 +213,8 @@ def hybrid_loss(
             for the device.
         seeds, keys: int64 [B], the noise seeds and keys (the upper 64 bits of the noise counter)
             that ``add_noise`` got, with Purpose.TRAINING.
-        rows: float32 [T, len(LossColumn)], the coefficients of each timestep
-            (``parameterization.hybrid_rows``).
+        rows: float32 [T, len(LossColumn)], the coefficients of each timestep, a column for each
+            ``LossColumn`` (``flashddpm.diffusion.loss_tables.hybrid_rows`` makes them).
         loss: the penalty l of an error e: "mse" (e^2), "l1" (|e|) or "huber" (e^2 / 2 where |e| <=
             delta, delta (|e| - delta / 2) beyond).
         delta: the |e| where "huber" turns from a parabola to a line, in [1e-37, 1e37].

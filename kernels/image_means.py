@@ -56,9 +56,10 @@ def image_means(
     The mean over an image of no elements is NaN.
 
     Args:
-        kernel: a Triton kernel that begins with ``place``, takes the partial sums first and ends in
-            ``store_partial``.
-        x0: the images that the means are of, [B, C, H, W].
+        kernel: a Triton kernel that begins with ``launch.place`` (which gives a program its image
+            and block of elements), takes the partial sums, float32 [B, *sums, blocks], as its first
+            argument, and ends in ``store_partial`` (which stores one block's sum).
+        x0: the images that the means are of, [B, C, H, W], any dtype.
         arguments: the kernel's arguments between the partial sums, its first, and BLOCK, its last.
         sums: the shape of the sums of one image; () for a single one. The kernel stores them as if
             each were an image of its own, one after the other.

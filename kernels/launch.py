@@ -52,7 +52,7 @@ def launch(
         grid: the number of programs along up to three axes.
         like: a tensor on the device that runs the kernel.
         arguments: the kernel's arguments.
-        options: options of the launch, which replace those of ``OPTIONS``.
+        options: options of the launch, such as num_warps=4, which replace those of ``OPTIONS``.
     """
     with torch.cuda.device_of(like):
         kernel[grid](*arguments, **OPTIONS | options)
@@ -62,7 +62,8 @@ def launch_blocks(kernel: Any, images: Tensor, *arguments: Any, **options: int) 
     """Launch one program of a kernel for each block of elements of each image.
 
     Args:
-        kernel: a Triton kernel that begins with ``place`` and whose last argument is BLOCK.
+        kernel: a Triton kernel that begins with ``place`` (which gives a program its image and
+            block) and whose last argument is BLOCK, the elements of a block.
         images: [B, C, H, W], any dtype, at least one element, on the device that runs the kernel.
         arguments: the kernel's arguments except the last; BLOCK is added.
         options: options of the launch, which replace those of ``OPTIONS``.
@@ -72,13 +73,14 @@ def launch_blocks(kernel: Any, images: Tensor, *arguments: Any, **options: int) 
 
 
 def blocks_of(images: Tensor) -> tuple[tuple[int, int, int], int]:
-    """Return the grid that ``place`` expects for a batch of images, and the elements of a block.
+    """Return the grid of programs for a batch of images, as ``place`` expects it, and the block.
 
     Args:
         images: [B, C, H, W], B >= 1; only the shape matters.
 
     Returns:
-        (programs along three axes, elements of a block).
+        (programs along three axes: images, and two for an image's blocks; elements of a block, that
+        is of a program).
     """
     n = images[0].numel()
     block = block_size(n)
@@ -86,7 +88,7 @@ def blocks_of(images: Tensor) -> tuple[tuple[int, int, int], int]:
 
 
 def grid(images: int, n: int, block: int) -> tuple[int, int, int]:
-    """Return the grid that ``place`` expects: images on the first axis, blocks on the other two.
+    """Return the numbers of programs along three axes: images, and two for an image's blocks.
 
     Past 65,535 blocks the last of the programs may lie outside the image, where masks are empty.
 

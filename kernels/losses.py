@@ -41,7 +41,7 @@ def error_of(o, x0, row, seed, key, block, start, offsets, mask, like, BLOCK: tl
     Args:
         o: float32 [BLOCK], the network's prediction.
         x0: pointer to the clean images, [B, n]; read only where k0 is not 0.
-        row: pointer to the image's row of coefficients, which begins with k0 and k1.
+        row: pointer to the image's row of float32 coefficients, which begins with k0 and k1.
         seed, key: int64 scalars, the seed and key of the noise eps.
         block: the block's index in its image, int64 scalar.
         start: the block's first element in x0, int64 scalar, the images before it included.
@@ -104,14 +104,17 @@ def loss_operator(
     Args:
         name: the name of the operation, "diffusion_loss" or "hybrid_loss".
         forward: the Triton kernel of the loss, with arguments (partial, out, x0, t, seeds, keys,
-            rows, delta, n, LOSS, [C], BLOCK).
+            rows, delta, n, LOSS, [C], BLOCK): it writes the sums of blocks to partial, float32 [B,
+            blocks]; n is the elements of an image, LOSS the index of the loss in ``LOSSES``.
         backward: the Triton kernel of the gradient, with arguments (d_out, d_loss, out, x0, t,
-            seeds, keys, rows, delta, n, LOSS, [C], BLOCK).
-        learned: whether ``out`` has 2C channels; the kernels then take C.
+            seeds, keys, rows, delta, n, LOSS, [C], BLOCK): it writes d_out, like out, from d_loss,
+            float32 [B].
+        learned: whether ``out`` has 2C channels; the kernels then take C too.
 
     Returns:
-        The operator, called as (out, x0, t, seeds, keys, rows, loss, delta), tensors but for the
-        last two; it returns the loss of each image, float32 [B], and checks no argument.
+        The operator, called as (out, x0, t, seeds, keys, rows, loss, delta): six tensors, the name
+        of the loss ("mse", "l1" or "huber") and a float; it returns the loss of each image, float32
+        [B], and checks no argument.
     """
     gradient = _gradient_operator(f"{name}_backward", backward, learned)
     plain, options = getattr(reference, name), _options(learned)
@@ -192,10 +195,11 @@ def _constants(x0: Tensor, loss: str, learned: bool) -> tuple[int, ...]:
 
 
 def plain_loss(out: Tensor, x0: Tensor, t: Tensor, rows: Tensor, **_: Any) -> Tensor:
-    """Return the epsilon loss of each image in eager PyTorch, float32 [B] (``ByteCase.plain``).
+    """Return the loss of a noise-predicting network in eager PyTorch, float32 [B].
 
-    The squared error, in float32, against the noise, which noising had to keep in memory; x0 stands
-    for the noise here.
+    It is w times the mean squared error, in float32, against the noise, which plain code has to
+    keep in memory after noising; x0 stands for the noise here. For ``ByteCase.plain``, which counts
+    the bytes that such code moves.
 
     Args:
         out: [B, C, H, W], the network's output, any floating-point dtype.

@@ -34,8 +34,9 @@ class Budget:
         registers: 32-bit registers of a thread; a multiprocessor has 65,536 for at most 2048
             threads, so that 64 let half of the threads stay resident and 96 a third.
         shared: bytes of shared memory of a program (a thread block).
-        instructions: instructions for each element of an image, slow paths left out; None where the
-            kernel has a loop, whose instructions depend on sizes.
+        instructions: instructions for each element of an image, without the slow paths of roots and
+            divisions (of subnormal, infinite or NaN operands); None where the kernel has a loop,
+            whose instructions depend on sizes.
         reason: what the resources are spent on, in words.
         width: the fewest bytes that an access of an image may move, for images of ``Kernel.images``
             and ``Kernel.foreign``.
@@ -53,7 +54,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One variant of a Triton kernel, and how it is compiled for every dtype of its images.
+    """One variant of a Triton kernel: the function with certain values of its constexpr arguments.
+
+    The record says how the variant is compiled, for every dtype of its images, and what it may use.
 
     Attributes:
         name: the name of the variant.
@@ -123,9 +126,10 @@ def variant(
         types: types that replace those of ``TYPES``, by argument.
         foreign: names of the pointer arguments to images of another layout; those that the function
             does not have are left out.
-        exact: whether every floating-point operation must be correctly rounded.
+        exact: whether every floating-point operation must be correctly rounded float32.
         num_warps: warps of a program; None for those of ``launch.OPTIONS``.
-        constants: values of the constexpr arguments; BLOCK is ``launch.BLOCK`` by default.
+        constants: values of the constexpr arguments; BLOCK is ``launch.BLOCK`` by default. The
+            other arguments of the function are those of run time.
 
     Raises:
         KeyError: if a runtime argument of the function has no type.
@@ -145,7 +149,10 @@ LEARNED: dict[str, Any] = {"foreign": ("out", "d_out"), "num_warps": WARPS_2C, "
 
 @dataclass(frozen=True)
 class ByteCase:
-    """An operation with arguments that use certain terms, whose moved bytes are counted.
+    """One choice of an operation's arguments, for which the bytes that it moves are counted.
+
+    What is moved depends on the terms of the formula that the coefficients use. The count is
+    compared with the operation's own (``Op.bytes_moved``) and with that of plain PyTorch.
 
     Attributes:
         name: the name of the case, which begins with the operation's name.
@@ -181,17 +188,18 @@ class Op:
         bytes_moved: called with Arguments; returns the bytes of images (for ``advance``, of
             indices) that one call reads and writes. The few numbers of each image are left out.
         kernels: the variants that are compiled and held to the gates (checks of compiled code) and
-            their budgets.
+            their budgets (the most that each may use).
         cases: the cases whose bytes are counted.
         mutates: names of the arguments that are changed in place.
         differentiable: names of the arguments that have a gradient.
         dtypes: the dtypes that the images may have.
-        index: name of the argument that holds each image's row (the index of its coefficients); ""
-            if there is none.
-        all_work: columns of the table of rows none of which is 0 in a row that asks for all the
-            work: benchmarks give every image the first such row of the example, so that all cost
-            the same.
-        alike: values, by name, of other arguments that benchmarks give every image to the same end.
+        index: name of the argument that holds the index of each image's row (its coefficients) in
+            the argument ``rows``; "" if there is none.
+        all_work: indices of the columns of ``rows`` that switch the costly terms on: benchmarks
+            give every image the first row of the example in which none of them is 0, so that all
+            images cost the same.
+        alike: {name of an argument: number}: benchmarks fill these arguments of the example with
+            the number, to the same end.
         read_again: names of the images that the operation reads in several passes. A benchmark
             counts their bytes once: whether a cache holds them for the later passes is the kernel's
             affair.
@@ -217,7 +225,7 @@ class Op:
 
 
 def collected(*functions: Callable[..., Any]) -> dict[str, Op]:
-    """Return the records of operations by their names.
+    """Return the records of operations, ``Op``, by their names, in the order of the functions.
 
     Args:
         functions: public functions of operations; each one's module holds its record as ``OP``.

@@ -1,6 +1,7 @@
 r"""Operation ``philox``, normal noise by Philox4x32-10, and ``draw``, the same noise in registers.
 
-The noise is that of S2, S4 and S5 (docs/math.md); w_a and w_b are words of one Philox call:
+The noise is that of equations S2, S4 and S5 of docs/math.md; w_a and w_b are words of one Philox
+call:
 
     words  = philox(key = seed, counter = (element // 4, purpose, low and high word of the key))
     u      = float(w_a) 2^-32 + 2^-33 in (0, 1],   r = sqrt(-2 ln u)
@@ -169,6 +170,8 @@ def philox(
 ) -> Tensor:
     """Return standard normal noise for a batch of images, a pure function of seed, key and purpose.
 
+    An element of an image depends on them and on its place in (h, w, c) order only.
+
     Args:
         seeds, keys: int64 [B], the seed of each image's noise and its key (the upper 64 bits of the
             noise counter); any values.
@@ -180,7 +183,7 @@ def philox(
         float32 [B, C, H, W], channels-last, on the device of ``seeds``.
 
     Raises:
-        ValueError: if shape is not three numbers from 0 with a product below 2^34; if seeds or keys
+        ValueError: if shape is not three numbers >= 0 with a product below 2^34; if seeds or keys
             is not a contiguous int64 vector, or keys is not of the size and device of seeds; or if
             purpose is not an integer in range.
     """

@@ -250,12 +250,16 @@ def sample_stats(
 ) -> None:
     """Compute the statistics of whole images that ``denoise_step`` will read, in place.
 
-    For each slot (the place of one image in a batch) they are the dynamic threshold of x0 and the
-    factor that rescales its guidance, where the slot's row (the coefficients of one step) asks for
-    them. Slots whose row asks for neither, or points at itself, are left untouched.
+    For each slot (the place of one image in a batch) they are, where its row (the coefficients of
+    one step) asks for them, the dynamic threshold: the quantile of |x0| that the row's threshold
+    names, in [1, max(clip, 1)], of the predicted x0 before clipping; and the factor that rescales
+    its guidance: phi std(cond) / std(guided) + 1 - phi, of its conditional and its guided output,
+    with phi the row's rescale (1 where std(guided) is 0). A slot is guided if it has an
+    unconditional lane and its row's column unguided is 0. Slots whose row asks for neither, or
+    points at itself, are left untouched.
 
     Args:
-        state: only ``x``, float32 [S, C, H, W], channels-last, is read.
+        state: only ``x``, float32 [S, C, H, W], channels-last, is read and checked.
         out: [L, C or 2C, H, W], the network's output in its L lanes (a lane is one evaluation of
             the network), float32, float16 or bfloat16, any layout.
         slots: each slot's row, guidance weight and lanes, which are read; its seeds are not.

@@ -20,7 +20,10 @@ from torch import Tensor
 
 
 class StepState(NamedTuple):
-    """The tensors that a step changes in place; no two of the images may overlap (not checked).
+    """The tensors of all slots that a step changes in place.
+
+    x, hist and net_in must not share memory (not checked). In x and hist there may be room between
+    one image and the next.
 
     Attributes:
         x: float32 [S, C, H, W], channels-last, the states x_t of the S slots (a slot is the place
@@ -30,9 +33,9 @@ class StepState(NamedTuple):
         net_in: float32, float16 or bfloat16 [L, C, H, W], channels-last, the input of the network's
             L lanes (a lane is one evaluation of the network); a step writes x_next to each lane of
             a slot.
-        nonfinite: int32 [S], 0 while the network's output of the slot has been finite; a step sets
-            it to the slot's row (the index of its coefficients in the table) when it is 0 and the
-            output is not finite.
+        nonfinite: contiguous int32 [S], 0 while the network's output of the slot has been finite; a
+            step sets it to the slot's row (the index of its coefficients in the table) when it is 0
+            and the output is not finite.
     """
 
     x: Tensor
@@ -44,12 +47,14 @@ class StepState(NamedTuple):
 class StepSlots(NamedTuple):
     """The row, seed, guidance and lanes of each slot (the place of one image in a batch).
 
+    All are contiguous vectors on the device of the states.
+
     Attributes:
         idx: int64 [S], the slot's row (the index of its step's coefficients in the table), in [0,
             R); the range is not checked, for that would wait for the device.
         seeds: int64 [S], the seed of the slot's noise, any value.
-        guidance: float32 [S], the weight w of classifier-free guidance, read where the slot has two
-            lanes (a lane is one evaluation of the network).
+        guidance: float32 [S], the weight w of classifier-free guidance, used where the slot has two
+            lanes (a lane is one evaluation of the network) and its row is not unguided.
         lane_cond: int32 [S], the index in [0, L) of the slot's conditional lane.
         lane_uncond: int32 [S], the index in [0, L) of the slot's unconditional lane; -1 where the
             slot is not guided.
@@ -65,11 +70,14 @@ class StepSlots(NamedTuple):
 class StepStatistics(NamedTuple):
     """The statistics of whole images: ``sample_stats`` writes them and ``denoise_step`` reads them.
 
+    Both are contiguous vectors; entries of other slots than those named are neither read nor
+    written, so that any memory will do at first.
+
     Attributes:
-        dynamic_threshold: float32 [S], the bound of |x0| of each slot (the place of one image in a
-            batch) whose row has a threshold.
+        dynamic_threshold: float32 [S], the bound of |x0|, at least 1, of each slot (the place of
+            one image in a batch) whose row (the coefficients of its step) has a threshold.
         rescale_factor: float32 [S], the factor of the guided output of each slot that has two lanes
-            and whose row rescales the guidance.
+            (evaluations of the network) and whose row rescales the guidance and is not unguided.
     """
 
     dynamic_threshold: Tensor
@@ -78,6 +86,8 @@ class StepStatistics(NamedTuple):
 
 class StepTable(NamedTuple):
     """The table of all rows (a row is one step) of all plans (a plan is the steps of one image).
+
+    All are contiguous. Row 0 is that of slots without an image: it points at itself.
 
     Attributes:
         rows: float32 [R, len(Column)], the coefficients of each step; columns: ``tables.Column``.
@@ -127,8 +137,8 @@ def by_tensor(function: Callable[..., Any]) -> Callable[..., Any]:
     Tests and benchmarks, which change one tensor at a time, call operations like this.
 
     Args:
-        function: a function with annotated parameters, some of which may be groups such as
-            ``StepState``.
+        function: a function with annotated parameters, some of which may be groups: named tuples of
+            tensors such as ``StepState``.
 
     Returns:
         A function of keyword arguments only: the fields of every group by their names, and the
@@ -151,6 +161,8 @@ def tensor_schema(
     names: Sequence[str], mutated: Sequence[str], optional: Sequence[str] = ()
 ) -> str:
     """Return the ``torch.library`` schema of an operator that takes tensors and returns nothing.
+
+    For instance "(Tensor(a0!) x, Tensor y, Tensor? z) -> ()" where x is mutated and z optional.
 
     Args:
         names: the names of the operator's arguments, in order.

@@ -36,8 +36,8 @@ def lane_elements(start, offsets, n, C: tl.constexpr):
         start: the element of the image at which the block begins, int64 scalar.
         offsets: int32 [BLOCK], the elements of the block, from 0.
         n: the elements of an image, int64 scalar.
-        C: 0 if a lane has the image's channels; the image's channels if a lane has 2C channels, the
-            first C of each pixel being these elements.
+        C: 0 if a lane (one evaluation of the network) has the image's channels; the image's
+            channels if a lane has 2C channels, the first C of each pixel being these elements.
 
     Returns:
         int64 [BLOCK], the offsets within the lane, and the number of a lane's elements, n or 2n.
@@ -53,8 +53,9 @@ def is_guided(uncond, row):
     """Return whether the slot is guided: it has an unconditional lane and its row is not unguided.
 
     Args:
-        uncond: the slot's unconditional lane, int64 scalar; -1 for none.
-        row: pointer to the first column of the slot's row.
+        uncond: the index of the slot's unconditional lane (one evaluation of the network), int64
+            scalar; -1 for none.
+        row: pointer to the first column of the slot's row (its step's coefficients), float32.
     """
     guides = uncond >= 0
     if guides:
@@ -70,7 +71,8 @@ def guided_output(out, cond, uncond, guides, weight, at, lane, mask):
 
     Args:
         out: pointer to the network's output, [L, lane].
-        cond, uncond: the slot's conditional and unconditional lanes, int64 scalars.
+        cond, uncond: the indices of the slot's conditional and unconditional lanes (evaluations of
+            the network), int64 scalars.
         guides: whether the slot has both lanes and its row is not unguided (``is_guided``).
         weight: the guidance weight w, float32 scalar.
         at: int64 [BLOCK], the block's offsets within a lane.
@@ -94,7 +96,7 @@ def unclipped_x0(x_t, o, row, BLOCK: tl.constexpr):
     Args:
         x_t: float32 [BLOCK], the slot's state.
         o: float32 [BLOCK], the network's output of the slot.
-        row: pointer to the first column of the slot's row.
+        row: pointer to the first column of the slot's row (its step's coefficients), float32.
     """
     x0 = minus_zeros(BLOCK)
     c = tl.load(row + X0_XT)
@@ -115,7 +117,7 @@ def clipped(x0, row, dynamic_threshold, slot):
 
     Args:
         x0: float32 [BLOCK], the predicted x0.
-        row: pointer to the first column of the slot's row.
+        row: pointer to the first column of the slot's row (its step's coefficients), float32.
         dynamic_threshold: pointer to float32 [S], read at ``slot`` where the row has a threshold.
         slot: the slot's index, int64 scalar.
     """
@@ -142,7 +144,7 @@ def without_noise(
         hist_stride: elements between two slots' histories.
         start: the element of the image at which the block begins.
         offsets: int32 [BLOCK], the elements of the block, from 0.
-        row: pointer to the first column of the slot's row.
+        row: pointer to the first column of the slot's row (its step's coefficients), float32.
         mask: bool [BLOCK], which elements exist.
 
     Returns:

@@ -18,8 +18,9 @@ of every table, the row of idle slots (a slot is the place of one image in a bat
 Four columns are 0 for most plans (a lane is one evaluation of the network; a guided image has a
 conditional and an unconditional one):
 
-- log_sigma: the network has 2C channels, and v, the second C of the slot's conditional lane, is
-  how far the logarithm of sigma departs from that of the column (Nichol & Dhariwal 2021, eq. 15).
+- log_sigma: the network has 2C channels, v is the second C of the slot's conditional lane, and
+  log_sigma v is how far the logarithm of the noise's deviation departs from that of the column
+  sigma (Nichol & Dhariwal 2021, eq. 15).
 - threshold: ``sample_stats`` takes this quantile of the slot's |x0|, in [1, max(clip, 1)], for
   ``dynamic_threshold``; x0 is clipped to it and divided by it (Saharia et al. 2022, section 2.3).
 - rescale: for a guided slot, ``sample_stats`` compares the standard deviation of out with that of
@@ -40,7 +41,10 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Column(IntEnum):
-    """The columns of the float32 table ``rows`` [R, len(Column)], one row a step (see the module).
+    """The columns of the float32 table ``rows`` [R, len(Column)], one row a step of sampling.
+
+    x_next = c_x0 x0 + c_xt x_t + c_out out + c_hist hist + sigma e^(log_sigma v) z, where x0 is
+    x0_xt x_t + x0_out out, clipped, and z is noise; a term whose coefficient is 0 is not added.
 
     Attributes:
         X0_XT: the factor of x_t in the predicted x0.
@@ -53,7 +57,7 @@ class Column(IntEnum):
         CLIP: the bound of |x0|, and of the dynamic threshold if it is above 1; 0 does not clip.
         THRESHOLD: the quantile in (0, 1] of dynamic thresholding; 0 does without.
         RESCALE: the strength phi of guidance rescaling; 0 does without.
-        UNGUIDED: not 0 where the step ignores the guidance.
+        UNGUIDED: not 0 where the step uses the conditional output alone, even of a guided image.
         TIMESTEP: the timestep that the network is given; the kernels do not read it.
     """
 
@@ -79,7 +83,8 @@ IDLE = 0
 class LossColumn(IntEnum):
     """The columns of ``hybrid_loss``'s float32 table, [T, len(LossColumn)], one row a timestep.
 
-    The first three are all the columns of ``diffusion_loss``'s table.
+    The first three are all the columns of ``diffusion_loss``'s table. v is the second C of the
+    network's 2C channels.
 
     Attributes:
         X0: the factor k0 of x_0 in the training target k0 x_0 + k1 eps.
@@ -89,8 +94,9 @@ class LossColumn(IntEnum):
         OFFSET, SLOPE: the model's log variance over the posterior's is offset + slope v.
         GAIN: the error of the model's mean for a unit error of the network's output.
         PRECISION: 1 / the posterior's standard deviation.
-        HALF_BIN: half the width of a pixel's bin, in the units of x_0, where the term is the
-            decoder's negative log likelihood; else 0.
+        HALF_BIN: half the width of a pixel's bin (the interval of x_0 that is rounded to the
+            pixel's value), in the units of x_0, where the term is the decoder's negative log
+            likelihood of that bin (t = 0); else 0.
     """
 
     X0 = 0
@@ -107,7 +113,8 @@ class LossColumn(IntEnum):
 class VlbColumn(IntEnum):
     """The columns of ``vlb_terms``'s float32 table, [T + 1, len(VlbColumn)].
 
-    There is one row for each timestep, and the last row is that of the prior.
+    There is one row for each timestep, and the last row is that of the prior's term L_T. v is the
+    second C of 2C channels of the network, 0 without them.
 
     Attributes:
         X0: the factor k0 of x_0 in the output of a perfect network, k0 x_0 + k1 eps.
@@ -119,8 +126,9 @@ class VlbColumn(IntEnum):
         OFFSET, SLOPE: the model's log variance over the posterior's is offset + slope v.
         GAIN: the error of the model's mean for a unit error of x_0, divided by the posterior's
             standard deviation.
-        HALF_BIN: half the width of a pixel's bin, divided by the posterior's standard deviation,
-            where the term is the decoder's negative log likelihood; else 0.
+        HALF_BIN: half the width of a pixel's bin (the interval of x_0 that is rounded to the
+            pixel's value), divided by the posterior's standard deviation, where the term is the
+            decoder's negative log likelihood of that bin; else 0.
     """
 
     X0 = 0

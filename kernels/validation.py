@@ -25,7 +25,7 @@ def check_image(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
     Args:
         name: the argument's name, for the message.
         tensor: the tensor to check, any layout.
-        like: a tensor whose shape and device it must have; None for any.
+        like: a tensor whose shape and device, not dtype, it must have; None for any.
 
     Raises:
         ValueError: if the tensor is not [B, C, H, W] in float32, float16 or bfloat16, differs from
@@ -144,7 +144,7 @@ def check_loss(loss: str, delta: float) -> None:
             loss.
 
     Raises:
-        ValueError: if the loss is none of them or delta is out of range.
+        ValueError: if the loss is none of them (in lower case) or delta is out of range or NaN.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r}: must be one of {', '.join(LOSSES)}")
@@ -157,8 +157,11 @@ def check_loss(loss: str, delta: float) -> None:
 def check_purpose(purpose: int) -> int:
     """Return the purpose of a noise draw as an int, after checking that it fits a 32-bit word.
 
+    Args:
+        purpose: what the noise is for (``Purpose``), an int or what ``__index__`` makes one.
+
     Raises:
-        ValueError: if it is not an integer (or not convertible by ``__index__``) in 0..2^32-1.
+        ValueError: if it is no integer, or not in 0..2^32-1.
     """
     try:
         number = operator.index(purpose)
@@ -195,8 +198,9 @@ def check_in_place(name: str, tensor: Tensor, like: Tensor | None = None) -> Non
         like: a tensor whose shape and device it must have; None for any.
 
     Raises:
-        ValueError: if ``check_image`` refuses it, an image is not dense in channels-last order, or
-            images overlap.
+        ValueError: if it is not [B, C, H, W] in float32, float16 or bfloat16 with fewer than 2^34
+            elements an image, differs from ``like``, an image is not dense in channels-last order,
+            or images overlap.
     """
     check_image(name, tensor, like)
     B, C, H, W = tensor.shape
@@ -211,7 +215,7 @@ def check_in_place(name: str, tensor: Tensor, like: Tensor | None = None) -> Non
 def check_slots(x: Tensor, slots: StepSlots, statistics: StepStatistics) -> None:
     """Check a step's vectors with one number a slot, and that they are on the device of the states.
 
-    The noise seeds are not checked.
+    The noise seeds are not checked, nor any values.
 
     Args:
         x: [S, C, H, W], the states, which give S and the device.
@@ -248,7 +252,9 @@ def check_rows(x: Tensor, table: StepTable) -> None:
 
 
 def check_state(x: Tensor, **others: Tensor) -> None:
-    """Check that the states of slots are float32, channels-last and like ``x``.
+    """Check that the states of slots are float32, channels-last and of x's shape and device.
+
+    There may be room between one image and the next, but not within an image.
 
     Args:
         x: [S, C, H, W], the states; checked itself.
@@ -256,7 +262,8 @@ def check_state(x: Tensor, **others: Tensor) -> None:
             device of ``x``.
 
     Raises:
-        ValueError: if ``check_in_place`` refuses one of them, or it is not float32.
+        ValueError: if one of them is not a float32 [S, C, H, W] of that shape and device with fewer
+            than 2^34 elements an image, or is not channels-last, or its images overlap.
     """
     for name, tensor in {"x": x, **others}.items():
         check_in_place(name, tensor, like=x)

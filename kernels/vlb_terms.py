@@ -1,10 +1,11 @@
-r"""Operation ``vlb_terms``, a term of the variational bound, and errors, of images   (S9, S10).
+r"""Operation ``vlb_terms``, a term of the variational bound, and errors, of images.
 
-The errors are those of the predicted x_0 and eps. With error e = out - (k0 x_0 + k1 eps) of the
-network's own target, the predicted x_0 is off by x0_out e, clipped where the row clips, and the
-predicted eps by eps_out e: what cancels in x_0 = x0_xt x_t + x0_out out is never computed. In
-standard deviations of the posterior (S5) the model's mean is off by s = gain (x_0's error); d =
-offset + slope v is its log variance over the posterior's. In nats, a term of the bound is
+(Equations S9 and S10 of docs/math.md.) The errors are those of the predicted x_0 and eps. With
+error e = out - (k0 x_0 + k1 eps) of the network's own target, the predicted x_0 is off by x0_out e,
+clipped where the row clips, and the predicted eps by eps_out e: what cancels in x_0 = x0_xt x_t +
+x0_out out is never computed. In standard deviations of the posterior (S5) the model's mean is off
+by s = gain (x_0's error); d = offset + slope v is its log variance over the posterior's. In nats, a
+term of the bound is
 
     (d - 1 + e^-d (1 + s^2)) / 2      the divergence of two normals: L_{t-1}, and L_T
     -ln P(bin of x_0)                 where half_bin is not 0: L_0, with P as `_decoder` says
@@ -214,20 +215,25 @@ def vlb_terms(
 ) -> Tensor:
     """Return a term of the variational bound and the errors of x_0 and eps of each image.
 
-    (S9, S10; the formula: this module.) Not differentiable.
+    (Equations S9 and S10 of docs/math.md.) The error of the network's output is e = out - (k0 x0 +
+    k1 eps); the predicted x_0 is then off by f = x0_out e, clipped, and the predicted eps by
+    eps_out e. With d = offset + slope v, the log variance of the model over the posterior's, and s
+    = gain f, the term is (d - 1 + e^-d (1 + s^2)) / 2 or, where half_bin is not 0, -ln of the
+    probability of x0's bin, s +- half_bin under a normal of mean 0 and deviation e^(d/2); bins
+    of the first and the last pixel value (|x0| > 0.999) are open. Not differentiable.
 
     Args:
-        out: the network's output, [B, C or 2C, H, W], float32, float16 or bfloat16, any layout. A
-            learned variance (a row whose slope is not 0) takes 2C channels: not checked, for that
-            would wait for the device. The row of the prior does not read it, so any such tensor
-            will do.
+        out: the network's output, [B, C or 2C, H, W], float32, float16 or bfloat16, any layout; v
+            is its second C channels. A learned variance (a row whose slope is not 0) takes 2C
+            channels: not checked, for that would wait for the device. The row of the prior takes
+            it for 0 and does not read it, so any such tensor will do.
         x0: the clean images, [B, C, H, W] in [-1, 1], float32, float16 or bfloat16, any layout.
-        t: int64 [B], the row of ``rows`` of each image, in [0, T], T being the prior's: not
-            checked, for that would wait for the device.
+        t: int64 [B], the row of ``rows`` of each image, in [0, T]; T is that of the prior's term
+            L_T. The range is not checked, for that would wait for the device.
         seeds, keys: int64 [B], the noise seeds and keys (the upper 64 bits of the noise counter)
             that ``add_noise`` got, with Purpose.TRAINING.
         rows: float32 [T + 1, len(VlbColumn)], the coefficients of each timestep and of the prior
-            (``parameterization.vlb_rows``).
+            (``flashddpm.diffusion.loss_tables.vlb_rows`` makes them).
 
     Returns:
         float32 [B, 3], means over the elements of each image: of the bound's term in nats, of the

@@ -68,6 +68,8 @@ def window(work: Callable[[], Any], joules: Callable[[], float], least: float) -
 def joules_an_image(idle: Window, busy: Window, batch: int) -> float:
     """Return the energy of one image in joules, beyond what the idle card consumes.
 
+    It may be negative, if the busy window took less power than the idle one.
+
     Args:
         idle: a window in which the card did nothing; its mean power is subtracted.
         busy: a window in which each call of the work drew one batch.
@@ -80,13 +82,14 @@ def joules_an_image(idle: Window, busy: Window, batch: int) -> float:
 def energy(setting: SamplingSetting, peer: str = "best") -> BenchmarkCase:
     """Return the benchmark case that compares our energy of one image with a peer's.
 
-    The case needs CUDA, diffusers and pynvml. It measures joules of one image of our sampler, of
-    the peer, and their ratio. Its ``measure`` raises AssertionError if the two draw different
-    images from the same noise.
+    The case needs CUDA, diffusers and pynvml. It measures "ours_joules_an_image",
+    "peer_joules_an_image" and "ours_of_peer", their ratio. Its ``measure`` raises AssertionError if
+    the two draw different images from the same noise.
 
     Args:
         setting: what is drawn: model, dtype, solver, batch size and number of steps.
-        peer: the implementation to compare with, a key of ``sampling.PEERS``.
+        peer: the implementation to compare with, a key of ``sampling.PEERS``: "graphs", "best" or
+            "eager" (diffusers), "unet" (its U-Net in our loop), "reference" or "tuned" (ours).
     """
     case = f"energy-{setting.name}"
 

@@ -79,8 +79,8 @@ def tuning(times: Mapping[str, Sequence[float]]) -> float:
 
     Args:
         times: the name of an entry -> the seconds of each of its occurrences, as in
-            ``torch._dynamo.utils.compilation_time_metrics``. Entries whose name ends with one of
-            TUNING are added up.
+            ``torch._dynamo.utils.compilation_time_metrics``. Entries whose name ends with
+            "_template_autotuning" or "_template_precompiling" (TUNING) are added up.
     """
     return sum(sum(values) for name, values in times.items() if name.endswith(TUNING))
 
@@ -135,7 +135,7 @@ def main(
 
     Raises:
         KeyError: if there is no such model or no such ``how``.
-        AttributeError: if torch has no dtype of this name.
+        AttributeError: if torch has no attribute of the dtype's name.
         ValueError: if ``batch`` is not a positive integer.
     """
     import torch
@@ -164,8 +164,8 @@ def first_call(name: str, dtype: str, batch: int, tune: bool = False) -> Benchma
     """Return the benchmark case of the first images of a process, timed in parts.
 
     It runs ``main`` in two fresh processes, one after the other: the first finds an empty compile
-    cache ("-cold"), the second the cache that the first has left ("-warm"). Its ``measure`` raises
-    RuntimeError if such a process fails.
+    cache, the second the cache that the first has left. Their measurements have the case's name
+    with "-cold" and "-warm" appended. Its ``measure`` raises RuntimeError if a process fails.
 
     Args:
         name: the model: "bundled", "cifar10" or "pixels256".

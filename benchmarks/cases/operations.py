@@ -1,10 +1,10 @@
 """Benchmarks of each kernel operation: the fast version against the reference, on equal arguments.
 
-An operation is a function of `flashddpm.kernels` with its record, an `Op`. On a GPU the time of its
-kernels (module ``kernel_time``), of the result and of the gradient apart, is compared with its
-bytes at a copy's bandwidth, its instructions, an empty kernel, and the best that a compiler makes
-of the same work; a call from Python is compared with the eager reference. On the CPU only the noise
-has a fast version: the compiled reference.
+An operation is a function of `flashddpm.kernels` with its record, an `Op`. On a GPU its kernels'
+time (module ``kernel_time``), for the forward pass and for the gradient separately, is compared
+with its bytes at a copy's bandwidth, its instructions, an empty kernel, and the best that a
+compiler makes of the same work; a call from Python is compared with the eager reference. On the CPU
+only the noise has a fast version: the compiled reference.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ OF_BOUND, OF_EMPTY = 0.9, 1.5  # goals: of_bound at least, hot_of_empty at most
 def noise_on_the_cpu(device: str) -> Iterator[Measurement]:
     """Time the CPU's compiled noise against the reference, for 16 and 800 images of 784 numbers.
 
+    One comparison is yielded for each; ``device`` is not looked at.
+
     Raises:
         AssertionError: if the two differ in any bit.
     """
@@ -63,11 +65,11 @@ def noise_on_the_cpu(device: str) -> Iterator[Measurement]:
 def arguments_of(op: Op, dtype: torch.dtype, size: Any, device: str) -> Arguments:
     """Return an operation's example arguments by name, with equal work for every image.
 
-    Every image is given the same row (a line of the table of coefficients): the first that asks for
-    all the work of the operation. The size is (batch, (C, H, W)), the dtype that of the images.
+    Every image gets the same row (line of coefficients) of the example's table: the first with no 0
+    in the columns ``op.all_work``, which switch costly terms on. ``size`` is (batch, (C, H, W)).
 
     Raises:
-        ValueError: if no row of the example asks for all the work.
+        ValueError: if the table has no such row.
     """
     batch, shape = size
     arguments = op.example(device, dtype, shape, batch, 0)
@@ -95,9 +97,9 @@ def first_row(rows: Tensor, columns: Sequence[int]) -> int:
 def with_gradients(op: Op, function: Callable[..., Any], arguments: Arguments) -> list[Any]:
     """Call a version of an operation on copies of its arguments and return all that it computes.
 
-    These are the result (None where there is none), the gradients of the arguments that
-    ``op.differentiable`` names, and the arguments that ``op.mutates`` names, as changed by the
-    call.
+    ``function`` is ``op.fast`` or ``op.reference``. The list holds the result (None where there is
+    none), the gradients of the arguments that ``op.differentiable`` names, and the arguments that
+    ``op.mutates`` names, as changed by the call.
     """
     copies = copied(arguments)
     leaves = [copies[name].requires_grad_() for name in op.differentiable]
@@ -112,8 +114,8 @@ def check(op: Op, arguments: Arguments) -> None:
     """Check that an operation's results and gradients are close to those of the reference.
 
     Raises:
-        AssertionError: if they differ by more than the tolerances of
-            ``torch.testing.assert_close``.
+        AssertionError: if they differ by more than the default tolerances of
+            ``torch.testing.assert_close``; NaN equals NaN.
     """
     fast, slow = (with_gradients(op, function, arguments) for function in (op.fast, op.reference))
     torch.testing.assert_close(fast, slow, equal_nan=True)
@@ -125,7 +127,7 @@ class Card:
 
     Attributes:
         copy: bytes a second of a large copy, those read and those written together.
-        empty: seconds of an empty kernel.
+        empty: seconds of an empty kernel within a CUDA graph.
         cache: bytes of the L2 cache.
         instructions: (name of a kernel, dtype of its images) -> clock cycles that the whole GPU
             spends on the instructions of one element.
@@ -139,7 +141,7 @@ class Card:
 
 @cache
 def this_card() -> Card:
-    """Measure the current GPU, once: its copies, its empty kernels, and its instructions."""
+    """Measure the current GPU at the first call and return the same `Card` from then on."""
     from flashddpm.benchmarks.measure import kernel_time
 
     card = torch.cuda.get_device_properties()
@@ -154,9 +156,9 @@ def this_card() -> Card:
 def instruction_clocks(arch: int, multiprocessors: int) -> dict[tuple[str, torch.dtype], float]:
     """Return the clock cycles of the whole GPU for one element, by each kernel's instructions.
 
-    The keys are (name of a kernel, dtype of its images), the values cycles of its busiest pipe;
-    kernels with loops are left out. It is empty if ``arch``, the compute capability times 10, is
-    not 90.
+    The keys are (name of a kernel, dtype of its images), the values cycles of its busiest pipe
+    (execution unit); kernels with loops are left out. It is empty if ``arch``, the compute
+    capability times 10, is not 90.
     """
     from flashddpm.kernels.checks import scorecard
     from flashddpm.kernels.checks.compiled import KERNELS
@@ -181,7 +183,7 @@ def bytes_of(op: Op, arguments: Arguments, backward: bool) -> int:
 
 
 def once_of(op: Op, arguments: Arguments, backward: bool) -> int:
-    """Return the bytes that memory must move for a call: images read repeatedly count once."""
+    """Return the bytes that a call must move: images read in several passes count once."""
     if op.read_again:
         return sum(arguments[name].nbytes for name in op.read_again)
     return bytes_of(op, arguments, backward)
@@ -244,11 +246,12 @@ def figures(
         hot: the time of one call whose arguments are in the L2 cache, in seconds, or None.
 
     Returns:
-        "us" (microseconds of a call), "gb_per_s", "of_copy" (fraction of a copy's bandwidth),
-        "of_bound" (the least time of a call over its time), "working_set_mb" and "sm_clock_mhz";
-        "once_mb" and "all_passes_mb" where several passes read the same images; with ``hot``
-        "hot_us", "of_empty" and "hot_of_empty" (times over that of an empty kernel); with it and at
-        the sizes in LARGE "goal_met" (1 or 0).
+        "us" (microseconds of a call), "gb_per_s" (1e9 bytes a second), "of_copy" (fraction of a
+        copy's bandwidth), "of_bound" (the least time of a call over its time), "working_set_mb" and
+        "sm_clock_mhz"; "once_mb" and "all_passes_mb" where several passes read the same images;
+        with ``hot`` "hot_us", "of_empty" and "hot_of_empty" (times over that of an empty kernel);
+        "goal_met", 1 or 0: with ``hot`` whether hot_of_empty <= 1.5, else, at the sizes in LARGE
+        only, whether of_bound >= 0.9.
     """
     found = {
         "us": seconds * 1e6,
@@ -302,13 +305,14 @@ def measure(
         device: the device of the arguments: "cuda", or "cpu" with a stand-in.
 
     Yields:
-        Of the result and of the gradient: the figures, the comparison of kernel times with the
-        compiled peer (no figures without one), and that of calls from Python with the eager
-        reference.
+        Three measurements of the operation, then three of its gradient if it has one: what
+        ``figures`` returns; the kernels' seconds against those of the compiled PyTorch code (no
+        values without such code); the seconds of a call from Python against the eager reference.
 
     Raises:
         AssertionError: if results or gradients are not close to the reference's.
-        ValueError: if no row of the example asks for all the work.
+        ValueError: if the example's coefficients have no row that is nonzero in ``op.all_work``.
+        TorchDynamoException: if the operation's plain PyTorch code cannot be compiled whole.
     """
     from flashddpm.kernels.checks.scorecard import CLOCK
 
@@ -356,7 +360,7 @@ def measure(
 
 
 def speed_of_card(device: str) -> Iterator[Measurement]:
-    """Yield the current GPU's copy bandwidth, time of an empty kernel, and size of the L2 cache."""
+    """Yield one measurement of the current GPU: "copy_gb_per_s", "empty_us" (kernel), "l2_mb"."""
     card = this_card()
     yield Measurement(
         "card",

@@ -37,12 +37,13 @@ ROUNDS = 5
 
 
 class Traffic(TorchFunctionMode):
-    """A torch function mode that counts the elements that the calls of INPUTS read and write.
+    """A torch function mode that counts the elements that the network's larger calls move.
 
-    Weights and biases are left out.
+    It is a context manager. Counted are conv2d, linear and scaled_dot_product_attention (INPUTS):
+    the activations that they read and the results that they write; weights and biases are left out.
 
     Attributes:
-        elements: the number of elements of the activations read and of the results written so far.
+        elements: the number of elements read and written so far, 0 at first.
     """
 
     def __init__(self) -> None:
@@ -82,7 +83,10 @@ class Speed:
     bytes: float
 
     def floor(self, work: StepWork) -> float:
-        """Return the lower bound of the time of the work, in seconds."""
+        """Return the lower bound of the time of the work of a step, in seconds.
+
+        It is the time of its operations or that of its bytes, whichever is longer.
+        """
         return max(work.flops / self.flops, work.bytes / self.bytes)
 
 
@@ -97,8 +101,8 @@ def counted(unet: UNet, shape: tuple[int, int, int]) -> tuple[int, int]:
         shape: (C, H, W) of an image.
 
     Returns:
-        The number of floating-point operations, and the number of elements of activations that the
-        calls of INPUTS read and write.
+        The number of floating-point operations, and the number of elements of activations that
+        convolutions, linear layers and attentions read and write.
     """
     with torch.device("meta"), torch.no_grad():
         twin = UNet(unet.config)

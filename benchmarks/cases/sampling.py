@@ -40,13 +40,14 @@ class SamplingSetting:
     """The settings of one sampling benchmark: what is drawn in one call, and how often.
 
     Attributes:
-        model: the model's name, one of models.MODELS: "bundled", "cifar10" or "pixels256".
+        model: the model's name: "bundled", "cifar10" or "pixels256".
         dtype: the network's dtype: "float32" or "bfloat16".
         solver: "ddim" or "ddpm".
         batch: the number of images of one call.
         steps: the number of solver steps of one call, chosen so that a call of each side together
             takes no more than some seconds on a CPU.
-        rounds: the number of rounds of the comparison; each times ours, peer, peer, ours.
+        rounds: the number of rounds of the comparison, at least 1; in each round our side is timed
+            once, the peer's twice and ours again.
     """
 
     model: str
@@ -93,13 +94,15 @@ def theirs(setting: SamplingSetting, peer: str, device: str) -> Side:
 
     Args:
         setting: what is drawn.
-        peer: a key of PEERS; "reference" and "tuned" are samplers of ours, "unet" is diffusers'
-            U-Net in our loop, the others are diffusers as a whole.
+        peer: a key of PEERS: "reference" (plain PyTorch) and "tuned" (max-autotune) are samplers of
+            ours, "unet" is diffusers' U-Net in our loop; "graphs" (reduce-overhead), "best"
+            (max-autotune) and "eager" are diffusers' U-Net in its own loop. On the CPU "graphs" is
+            "best", compiled by the default mode.
         device: "cpu" or "cuda".
 
     Raises:
-        KeyError: if the setting's model, dtype or solver is none of those of `Setting`, or, on
-            CUDA, if there is no such peer.
+        KeyError: if the setting's model or dtype, or for diffusers as a whole its solver, is none
+            of those that `SamplingSetting` names; or, on CUDA, if there is no such peer.
         ImportError: if the peer needs diffusers and it is not installed.
     """
     if peer in ("reference", "tuned"):
@@ -115,13 +118,13 @@ def theirs(setting: SamplingSetting, peer: str, device: str) -> Side:
 def agree(setting: SamplingSetting, peer: str, device: str) -> None:
     """Check that our sampler and a peer draw the same images from the same noise.
 
-    In float32 the images may differ by at most 1e-3. In bfloat16 both are compared with the same
-    chain in float32, by the rule of module `agreement`, over at most agreement.CHAIN (10) steps,
-    the length that the rule is made for.
+    In float32 no element may differ by more than 1e-3. In bfloat16 each side, drawing at most 10
+    steps, must be about as near to the images drawn in float32 as plain PyTorch in bfloat16 is
+    (``agreement.check_low``: within 2 times its largest and 3 times its rms error).
 
     Args:
         setting: what is drawn.
-        peer: a key of PEERS.
+        peer: a key of PEERS, such as "graphs", "best" or "eager".
         device: "cpu" or "cuda".
 
     Raises:
@@ -163,7 +166,7 @@ def exact(setting: SamplingSetting, device: str, peer: str) -> tuple[Side, Side]
 
     Returns:
         The reference in our loop, and the one in the loop of diffusers; the former twice if the
-        peer does not use the loop of diffusers.
+        peer does not use the loop of diffusers ("unet", "reference" and "tuned" do not).
     """
     dtype, of = DTYPES[setting.dtype], model(setting.model)
     call = (setting.batch, setting.solver, setting.steps)
@@ -177,11 +180,12 @@ def exact(setting: SamplingSetting, device: str, peer: str) -> tuple[Side, Side]
 def versus(setting: SamplingSetting, peer: str) -> BenchmarkCase:
     """Return the benchmark case that times our compiled sampler against one peer.
 
-    Its ``measure`` raises AssertionError if the two draw different images.
+    Its ``measure`` yields one comparison; it raises AssertionError if the two draw different
+    images, and KeyError if there is no such peer.
 
     Args:
         setting: what is drawn.
-        peer: a key of PEERS.
+        peer: a key of PEERS, such as "graphs", "best" or "eager".
     """
     name = f"{setting.name}-{peer}"
 
@@ -227,10 +231,10 @@ def settings(device: str, name: str, dtype: str, solver: str) -> list[SamplingSe
 
 
 def best(device: str) -> tuple[str, ...]:
-    """Return the names of diffusers' fastest configurations, keys of PEERS.
+    """Return the names of diffusers' fastest configurations on a device, keys of PEERS.
 
-    On CUDA these are "graphs" and "best", the former first, for it compiles quickly; on the CPU
-    "best".
+    On "cuda" these are "graphs" and "best", the former first, for it compiles quickly; on "cpu"
+    "best" alone.
     """
     return ("graphs", "best") if device == "cuda" else ("best",)
 
@@ -238,8 +242,8 @@ def best(device: str) -> tuple[str, ...]:
 def headline(device: str) -> list[BenchmarkCase]:
     """Return the most telling cases: the cifar10 model against diffusers' fastest configurations.
 
-    They are of DDIM and DDPM at each batch size, on CUDA in bfloat16, on the CPU ("cpu") in float32
-    and bfloat16.
+    They are of DDIM and DDPM at each batch size, on "cuda" in bfloat16, on "cpu" in float32 and
+    bfloat16.
     """
     dtypes = ("bfloat16",) if device == "cuda" else ("float32", "bfloat16")
     return [

@@ -43,14 +43,15 @@ CLASSES = 10  # the number of classes of the bundled model
 
 @dataclass(frozen=True)
 class ServingSetting:
-    """The size of a serving benchmark.
+    """The size of a serving benchmark; there is one for the CPU and one for CUDA.
 
     Attributes:
         max_batch: the number of images at a time, of the engine and of static batches.
         requests: the number of requests of one run; a multiple of max_batch for each kind of
             request lets all static batches fill.
-        loads: arrivals a second, as fractions of the capacity.
-        repeats: the number of runs of each policy at each load, each with other arrivals.
+        loads: arrivals a second, as fractions of the images a second of full static batches.
+        repeats: the number of runs of each policy (way to serve) at each load, each with other
+            arrivals.
         rounds: the number of rounds of the comparison in which all requests arrive at once.
         buckets: the engine's buckets (numbers of network evaluations in one call that the network
             is compiled for), or None for the engine's default.
@@ -154,15 +155,16 @@ def serve(policy: Policy, requests: Sequence[Request], due: NDArray[np.float64])
     """Submit each request to a policy when it is due, then wait for all images.
 
     Args:
-        policy: the way to serve; it is closed at the end.
-        requests: the requests, in the order in which they are submitted.
+        policy: the way to serve; it is closed at the end, but not if a submission raises.
+        requests: n requests, at least 1, in the order in which they are submitted.
         due: float64 [n], ascending: when each request arrives, in seconds from now.
 
     Returns:
         The latencies, the length of the run, and the images.
 
     Raises:
-        ValueError: if there are not as many arrival times as requests.
+        ValueError: if there are not as many arrival times as requests; found after those that have
+            both are submitted.
         Exception: whatever the policy raises at submission, or as the outcome of a request.
     """
     ends: SimpleQueue[tuple[int, float]] = SimpleQueue()
@@ -195,6 +197,7 @@ class ServingMix:
         setting: how much is measured.
 
     Attributes:
+        sampler, engine, kinds, setting: as given.
         policies: the name of a policy ("in-flight", "one-at-a-time" or "static") -> a function
             without arguments that makes the policy anew, for one run.
     """
@@ -225,7 +228,10 @@ class ServingMix:
             check(images, drawn["one-at-a-time"], f"serving, {name}", "one at a time")
 
     def capacity(self) -> float:
-        """Measure how many images a second full static batches give, over all kinds of requests."""
+        """Return the images a second of full static batches, over all kinds of requests alike.
+
+        Of each kind one batch is drawn three times, and the median time counts.
+        """
         size = self.setting.max_batch
         seconds = []
         for kind in self.kinds:
@@ -244,8 +250,9 @@ class ServingMix:
                 order.
 
         Returns:
-            The figures of `Served`, and of in-flight batching "occupancy", the mean fraction (0..1)
-            of the engine's slots (places for one image) in use in a step.
+            "throughput_per_second" (images a second), "p50_seconds" and "p99_seconds" (percentiles
+            of latency); for "in-flight" also "occupancy", the mean fraction (0..1) of the engine's
+            slots (places for one image) in use in a step.
 
         Raises:
             KeyError: if there is no such policy.
@@ -331,10 +338,11 @@ def under_load(
         setting: how much is measured; by default ON_CUDA or ON_CPU.
 
     Yields:
-        The measurements of ``results``, for each mix.
+        For each mix of requests, "uniform" and "mixed": at each load the figures of each policy and
+        a comparison of two of them, then one with all requests at once, as ``results`` says.
 
     Raises:
-        AssertionError: if the policies draw different images.
+        AssertionError: if the images of two policies differ by more than 1e-3.
     """
     setting = setting or (ON_CUDA if device == "cuda" else ON_CPU)
     sampler = Sampler.from_pretrained(bundled(), device, "float32", compile=compiled)
@@ -356,9 +364,10 @@ def results(case: ServingMix, mix: str) -> Iterator[Measurement]:
         mix: the name of the mix, for the names of the measurements.
 
     Yields:
-        For each load: for each policy the load (fraction), the rate offered (requests a second) and
-        the figures with their quartiles; then the figures of in-flight batching as multiples of
-        those of static batches. At last the comparison of both with all requests at once.
+        For each load: for each of three policies "load" (a fraction), "offered_per_second"
+        (requests a second) and the figures of ``ServingMix.run``, medians with quartiles; then the
+        figures of in-flight batching as multiples of those of static batches, as ``shares`` returns
+        them. At last the comparison of both with all requests at once.
     """
     setting, capacity = case.setting, case.capacity()
     steps = ", ".join(

@@ -28,6 +28,9 @@ image = sampler.sample(0, 0, num_steps=2).cpu()
 def run_child(command: Sequence[str], cache: str) -> str:
     """Run a command as a child process with a given compile cache and return its standard output.
 
+    Its environment is that of this process, with the folder as TORCHINDUCTOR_CACHE_DIR and
+    TRITON_CACHE_DIR.
+
     Args:
         command: the program and its arguments.
         cache: the folder for the code that Inductor and Triton compile.

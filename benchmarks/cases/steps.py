@@ -81,12 +81,13 @@ def seconds_a_step(draw: Draw, few: int, many: int, rounds: int = ROUNDS) -> flo
 
     Args:
         draw: draws one batch in the number of steps that it is given.
-        few: the number of steps of the short run.
+        few: the number of steps of the short run, at least 1.
         many: the number of steps of the long run, above ``few``.
-        rounds: the number of measurements, at least 1.
+        rounds: the number of measurements that count, at least 1.
 
     Raises:
         ZeroDivisionError: if ``few`` and ``many`` are equal.
+        ValueError: if ``rounds`` is below 1.
     """
     found = []
     for _ in range(1 + rounds):
@@ -99,9 +100,10 @@ def latency(name: str, dtype: str, batch: int) -> BenchmarkCase:
     """Return the benchmark case of one step of DDIM, of our compiled sampler.
 
     It measures "ms_a_step" (milliseconds of a step), "image_steps_a_second" (batch over seconds of
-    a step), what ``shares`` returns, and "loop_ms" (milliseconds of a step whose network returns
-    its input). On CUDA also "peak_memory_mib" (MiB), "host_ms_a_step" (milliseconds of the host to
-    launch a step), and "kernels" and "launches" of a step.
+    a step), the work of a step and its lower bounds (see ``shares``), and "loop_ms" (milliseconds
+    of a step whose network returns its input). On CUDA also "peak_memory_mib" (MiB),
+    "host_ms_a_step" (milliseconds of the host to launch a step), and "kernels" and "launches" (the
+    mean numbers of both in a step).
 
     Args:
         name: the model: "bundled", "cifar10" or, on CUDA only, "pixels256".
@@ -253,8 +255,8 @@ def count(events: Iterable[Any]) -> dict[str, int]:
 def graph(name: str, dtype: str, batch: int) -> BenchmarkCase:
     """Return the benchmark case of steps in CUDA graphs against the same steps launched singly.
 
-    Both are compiled alike. The case needs CUDA; its ``measure`` raises AssertionError if the two
-    draw different images.
+    Both are compiled alike. The case needs CUDA. Its ``measure`` yields one comparison of two whole
+    runs; it raises AssertionError if the two draw different images.
 
     Args:
         name: the model: "bundled", "cifar10" or "pixels256".

@@ -26,8 +26,8 @@ def cases(device: str, eager: bool = False) -> list[BenchmarkCase]:
 
     Args:
         device: "cpu" or "cuda".
-        eager: True serves with the network as it is, False (the default) with the compiled network;
-            of the cases of serving only.
+        eager: whether the cases of serving run the network as it is instead of compiled; other
+            cases do not depend on it.
 
     Raises:
         KeyError: if the device is neither "cpu" nor "cuda".
@@ -64,8 +64,10 @@ def chosen(device: str, suite: str, eager: bool = False) -> list[BenchmarkCase]:
 
     Args:
         device: "cpu" or "cuda".
-        suite: one of SUITES, or "all"; the list is empty for any other name.
-        eager: True serves with the network as it is, not compiled; of the cases of serving only.
+        suite: "sampling", "step", "kernels", "training", "startup", "serving" or "all"; the list is
+            empty for any other name.
+        eager: whether the cases of serving run the network as it is instead of compiled; other
+            cases do not depend on it.
 
     Raises:
         KeyError: if the device is neither "cpu" nor "cuda".

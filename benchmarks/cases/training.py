@@ -58,8 +58,8 @@ def data(shape: tuple[int, int, int] = NETWORKS["default"], labels: bool = True)
         labels: whether the images have labels.
 
     Returns:
-        The images, uint8 [1024, C, H, W] on the CPU, and the labels 0..9 in turn, int64 [1024], or
-        None for both labels and number of classes.
+        The data set: ``images``, uint8 [1024, C, H, W] on the CPU; ``labels``, 0..9 in turn, int64
+        [1024], and ``num_classes``, 10; without labels both are None.
 
     Raises:
         ValueError: if a size in ``shape`` is 0.
@@ -82,7 +82,7 @@ def settings(batch: int, precision: str, prediction_type: str = "epsilon") -> Tr
         prediction_type: what the network predicts: "epsilon", "sample" or "v_prediction".
 
     Raises:
-        ValueError: if a setting is not allowed.
+        ValueError: if a setting is none of those named.
     """
     return TrainConfig(
         steps=10**6,
@@ -100,7 +100,7 @@ def first_weights(network: str, made: ImageData, config: TrainConfig) -> UNet:
     last layer: the check that two sides have the same gradients would be void.
 
     Args:
-        network: "default", or a model's name, such as "cifar10".
+        network: "default", or the name of a benchmark model: "bundled", "cifar10" or "pixels256".
         made: the images, whose shape and classes decide the default network.
         config: the settings of the run, which decide the default network.
 
@@ -117,7 +117,9 @@ def first_weights(network: str, made: ImageData, config: TrainConfig) -> UNet:
 
 @contextmanager
 def training(network: str, config: TrainConfig, device: str) -> Iterator[Trainer]:
-    """Yield a trainer of our training step, whose folder is removed when the context ends.
+    """Yield a trainer on random images, whose temporary folder is removed when the block ends.
+
+    It is removed also if the block raises, and the exception goes on to the caller.
 
     Args:
         network: "default" (with labels) or "cifar10" (without).
@@ -145,13 +147,13 @@ def timed(
         case: the name of the measurement.
         called: what the peer is called in reports.
         note: what is trained, for the description in reports.
-        ours: what takes our steps.
-        peer: what takes the peer's steps.
+        ours: what takes our steps: a `Trainer` or an `OnTheirs`.
+        peer: what takes the peer's steps: a `DiffusersTraining` or a `Lucidrains`.
         device: "cpu" or "cuda", which decides how many steps a call takes (1 or 10), the number of
             rounds, and that of the warm-up calls.
 
     Returns:
-        The comparison of the seconds of a call.
+        The comparison of the seconds of a call; its values are the fields of `Comparison`.
 
     Raises:
         KeyError: if the device is neither "cpu" nor "cuda".
@@ -233,7 +235,9 @@ def against_ddpt(batch: int, precision: str) -> BenchmarkCase:
 def split(network: str, batch: int, precision: str) -> BenchmarkCase:
     """Return the benchmark case that splits the time of our training step into its parts.
 
-    Its values are those of ``training_split.milliseconds``.
+    Its values are median milliseconds: of reading the batch, of noising and loss, the network, the
+    optimizer and the averages of the weights, of the whole step, and of the rest
+    (``training_split.milliseconds``).
 
     Args:
         network: "default" or "cifar10".
@@ -257,7 +261,8 @@ def split(network: str, batch: int, precision: str) -> BenchmarkCase:
 def memory(network: str, batch: int, precision: str, prediction_type: str) -> BenchmarkCase:
     """Return the benchmark case of the memory saved by storing neither the noise nor the target.
 
-    Its values are those of ``training_split.mebibytes``.
+    Its values are the MiB that our step and the usual one hold as the backward pass begins, and
+    what is saved (``training_split.mebibytes``).
 
     Args:
         network: "default" or "cifar10".
@@ -282,7 +287,7 @@ def memory(network: str, batch: int, precision: str, prediction_type: str) -> Be
 
 
 def cases(device: str) -> list[BenchmarkCase]:
-    """Return the benchmark cases of training.
+    """Return the benchmark cases of training: against both peers, parts of a step, and memory.
 
     Args:
         device: "cpu" or "cuda".

@@ -37,9 +37,10 @@ def parts(trainer: Trainer) -> dict[str, Part]:
         trainer: the run, of which the batch of its next step is used.
 
     Returns:
-        The name of a part -> a function without arguments: "noising_and_loss" (x_t, the loss and
-        its gradient with respect to the network's output), "network" (forward and backward),
-        "optimizer" (gradient clipping and AdamW) and "averages" (of the weights).
+        The name of a part -> a function without arguments, whose result is to be dropped:
+        "noising_and_loss" (x_t, the loss and its gradient with respect to the network's output),
+        "network" (forward and backward), "optimizer" (gradient clipping and AdamW) and "averages"
+        (of the weights).
     """
     stepper, config = trainer.stepper, trainer.config
     batch = trainer.batch(trainer.step)
@@ -103,9 +104,10 @@ def milliseconds(trainer: Trainer, rounds: int) -> dict[str, float]:
         rounds: the number of measurements of each, at least 1.
 
     Returns:
-        Milliseconds under the keys "data_ms" (reading the batch), "noising_and_loss_ms",
-        "network_ms", "optimizer_ms", "averages_ms" (as in ``parts``), "whole_ms" (the step, reading
-        included) and "rest_ms" (the whole less the parts, which may be negative).
+        Milliseconds under the keys "data_ms" (reading the batch), "noising_and_loss_ms" (without
+        the network), "network_ms" (forward and backward), "optimizer_ms" (clipping and AdamW),
+        "averages_ms" (of the weights), "whole_ms" (the step, reading included) and "rest_ms" (the
+        whole less the parts, which may be negative).
     """
     cuda = trainer.device.type == "cuda"
     for _ in range(WARM_UPS if cuda else 1):
@@ -146,7 +148,7 @@ def interleaved(calls: dict[str, Part], rounds: int) -> dict[str, float]:
 
 
 def mebibytes(trainer: Trainer) -> dict[str, float]:
-    """Measure the memory that training steps hold as the backward pass begins: ours, the usual.
+    """Measure the memory that our training step and the usual one hold as the backward pass begins.
 
     The usual step stores noise and target as tensors, as diffusers' example does. Both run the same
     network on the same noise, ours by the operators of the kernels on every device, for what is

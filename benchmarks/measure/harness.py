@@ -54,7 +54,7 @@ class Comparison:
 
 
 def synchronize() -> None:
-    """Wait until the current GPU has finished all work; without a GPU do nothing."""
+    """Wait until the current CUDA device has finished all its work; without one do nothing."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -82,12 +82,15 @@ def compare(
     """Time two functions in turn, in the order ours, peer, peer, ours in each round.
 
     Args:
-        ours: our function, which takes no arguments; or whatever ``clock`` takes.
+        ours: our function, which takes no arguments; with another ``clock``, whatever it takes.
         peer: the function to compare with, of the same kind.
         rounds: the number of rounds, at least 1; each gives two pairs of times.
-        warm_ups: how often each function is run before, untimed.
+        warm_ups: how often each function is run by ``clock`` before, its times dropped.
         clock: called with ``ours`` or ``peer``; runs it once and returns its time, in seconds and
             above 0. By default the wall-clock time of one call (`seconds`).
+
+    Returns:
+        The medians of both times and of their ratios.
 
     Raises:
         ValueError: if ``rounds`` is below 1.
@@ -252,7 +255,7 @@ def card_state() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One result of a benchmark case: a comparison of two sides, or other figures.
+    """One result of a benchmark case, as it is reported: a comparison of two sides, or figures.
 
     Attributes:
         case: the name of the result, which is the case's or begins with it.

@@ -54,10 +54,10 @@ class Replay:
 
 
 def calls_for(size: int) -> int:
-    """Return how many calls a graph should hold to take long enough to be timed.
+    """Return how many calls a CUDA graph should hold to take long enough to be timed.
 
     Args:
-        size: the bytes that one call moves.
+        size: the bytes that one call moves, at least 0.
 
     Returns:
         The number of calls that move 8 GiB together, but no fewer than 8 and no more than 256.
@@ -68,13 +68,15 @@ def calls_for(size: int) -> int:
 def sets_beyond(cache: int, size: int) -> int:
     """Return how many sets of arguments are needed so that a cache cannot hold them.
 
+    Calls that use so many sets in turn find none of their arguments in the cache.
+
     Args:
-        cache: the size of the cache, in bytes.
-        size: the size of one set of arguments and results, in bytes.
+        cache: the size of the cache, in bytes, at least 0.
+        size: the size of one set (the arguments and results of one call), in bytes, at least 0.
 
     Returns:
-        The number of sets that make up twice the cache, from 1 to MAX_SETS (8192): where that limit
-        is met, tiny sets stay in the cache.
+        The number of sets whose sizes add up to twice the cache or more, at least 1, but at most
+        MAX_SETS (8192), even if so many tiny sets still fit in the cache.
     """
     return min(math.ceil(FLUSH * cache / max(size, 1)) or 1, MAX_SETS)
 
@@ -116,6 +118,8 @@ def capture(make: Make, sets: int, least: int = MOST) -> Replay:
 
 def seconds_a_call(replay: Replay) -> float:
     """Replay a graph once, wait, and return the mean time of one of its calls in seconds.
+
+    The time is the GPU's own, between two CUDA events.
 
     Args:
         replay: the captured graph.
@@ -170,6 +174,9 @@ def copy_bandwidth() -> float:
 
     Returns:
         The bandwidth in bytes per second; bytes read and bytes written both count.
+
+    Raises:
+        RuntimeError: if there is no GPU.
     """
     source = torch.rand(COPIED, device="cuda")
     target = torch.empty_like(source)
@@ -184,6 +191,6 @@ def _empty_kernel(
 
 
 def empty_seconds() -> float:
-    """Return the median time in seconds of launching an empty kernel within a CUDA graph."""
+    """Return the median time in seconds of an empty kernel, among 256 in one CUDA graph."""
     like = torch.zeros(1, device="cuda")
     return median_seconds(lambda: partial(launch, _empty_kernel, (1,), like, like))

@@ -19,14 +19,15 @@ from flashddpm.benchmarks.measure.runs import BenchmarkRun, Failure
 
 @dataclass(frozen=True)
 class BenchmarkCase:
-    """A benchmark case: a name, and the function that measures.
+    """A benchmark case: a name, and the function that measures; the unit that a run can leave out.
 
     Attributes:
         name: a unique name; the names of its results are the same or begin with it.
-        suite: the suite that it belongs to, one of ``cases.suites.SUITES``.
+        suite: the suite (group of cases) that it belongs to: "sampling", "step", "kernels",
+            "training", "startup" or "serving".
         measure: called with the device, "cpu" or "cuda"; yields the results. It checks that both
             sides compute the same before it times them, and raises AssertionError if they do not.
-        needs: the names of the packages without which the case cannot run.
+        needs: the import names of the packages without which the case cannot run.
     """
 
     name: str
@@ -83,7 +84,8 @@ def run_cases(
         run: the run to fill in place; it holds the environment already.
         out: the JSON file to write.
         budget: the seconds from the start after which nothing more is begun: the result under way
-            is finished, the others are named in ``run.left_out``; None for no limit.
+            is finished, and the cases not begun, or not finished, are named in ``run.left_out``;
+            None for no limit.
         say: called with a line of text for each result, failure and missing package.
 
     Returns:

@@ -28,7 +28,7 @@ VOLATILE = (
 
 @dataclass(frozen=True)
 class Failure:
-    """A benchmark case that failed.
+    """A benchmark case that raised an exception, kept with the results so that reports show it.
 
     Attributes:
         case: the name of the case.
@@ -65,7 +65,8 @@ class BenchmarkRun:
         A stop in the middle leaves the older file whole.
 
         Args:
-            path: the file to write; its folder is made if it is missing.
+            path: the file to write; its folder is made if it is missing. The text is written first
+                to a file of the same name with ".part" appended.
 
         Raises:
             OSError: if the folder or the file cannot be written.
@@ -108,8 +109,8 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
         a, b: environments as `harness.environment` returns them.
 
     Returns:
-        Strings such as "versions.torch: '2.8.0', '2.9.0'", in the order of names, with the value of
-        ``a`` first and None for an entry that is missing; nested names are joined by dots.
+        Strings such as "versions.torch: '2.8.0', '2.9.0'", sorted by name, with the value of ``a``
+        first and None for an entry that is missing; nested names are joined by dots.
     """
     first, second = _flat(a), _flat(b)
     return [
@@ -132,17 +133,20 @@ def merged(runs: Sequence[BenchmarkRun]) -> BenchmarkRun:
     """Merge runs of one machine into a new run, the latest result of each case winning.
 
     A result replaces an earlier one of the same case and peer. A case that was measured again, or
-    failed again, loses its earlier failures; a later failure does not remove earlier results.
+    failed again, loses its earlier failures; a later failure does not remove earlier results. The
+    runs themselves are not changed.
 
     Args:
         runs: at least one run, the oldest first.
 
     Returns:
-        A new run with the first one's environment; its ``left_out`` keeps the names for which no
-        run has a result or a failure.
+        A new run with the first one's environment and the ``cards`` of all; its ``left_out`` keeps
+        the names for which no run has a result or a failure of that very name.
 
     Raises:
-        ValueError: if the environments differ in more than VOLATILE (`differences`).
+        ValueError: if the environments differ in more than clock rates, temperature, throttle
+            reasons and the command line (VOLATILE).
+        IndexError: if there are no runs.
     """
     whole = BenchmarkRun(runs[0].environment)
     for run in runs:

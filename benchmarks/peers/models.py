@@ -63,7 +63,7 @@ class Model:
     """A benchmark model: a network, and the diffusion process that it is for.
 
     Attributes:
-        name: its name, one of MODELS.
+        name: its name: "bundled", "cifar10" or "pixels256" (MODELS).
         unet: the U-Net, float32 on the CPU in evaluation mode; never run, only copied.
         scheduler: the config of diffusers' scheduler, a dictionary of scheduler_config.json's keys.
         conditioning: the class labels that the network takes.
@@ -180,7 +180,8 @@ def random_unet(config: dict[str, Any]) -> UNet:
     """Return a U-Net with random weights of a fixed seed, none of whose weight tensors is zero.
 
     The weights, biases apart, that a fresh U-Net initialises to zero are random too, and those of
-    the last convolution are scaled by OUTPUT. Torch's global random state is left as it was.
+    the last convolution are multiplied by OUTPUT (0.02). Torch's global random state is left as it
+    was.
 
     Args:
         config: the settings of a `UNetConfig`, a dictionary of diffusers' config.json keys.

@@ -30,7 +30,7 @@ MODES = {
 
 
 class Side(Protocol):
-    """One implementation that draws a batch of images, as the benchmarks call it."""
+    """One implementation with a batch to draw, set up once, as the benchmarks call it."""
 
     def timed(self) -> Tensor:
         """Draw the batch with noise of its own, as a user does.
@@ -77,7 +77,7 @@ class Ours:
         batch: the number of images B.
         solver: the name of a solver, "ddpm" or "ddim".
         num_steps: the number of steps.
-        dtype: the dtype to whose precision ``given`` rounds the noise of steps.
+        dtype: the floating dtype to whose precision ``given`` rounds the noise of steps.
 
     Attributes:
         sampler, dtype: as given.
@@ -238,6 +238,9 @@ def fuse_projections(unet: nn.Module) -> None:
 
     Args:
         unet: diffusers' U-Net; each attention then computes all three by one matrix product.
+
+    Raises:
+        ImportError: if diffusers is not installed.
     """
     from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 
@@ -256,7 +259,7 @@ def diffusers_unet(name: str, dtype: torch.dtype, device: str, how: str = "best"
     the first call. It sets options of torch._dynamo and torch._inductor for the whole process.
 
     Args:
-        name: the name of the model, one of ``models.MODELS``.
+        name: the name of the model: "bundled", "cifar10" or "pixels256".
         dtype: the dtype of weights and images.
         device: "cpu" or "cuda".
         how: "eager" for the network as it is. Compiled, channels_last and, on CUDA, with fused
@@ -291,7 +294,7 @@ def sampler(name: str, dtype: torch.dtype, device: str, how: str = "best") -> Sa
     The latest four are kept: the same arguments give the same sampler.
 
     Args:
-        name: the name of the model, one of ``models.MODELS``.
+        name: the name of the model: "bundled", "cifar10" or "pixels256".
         dtype: the dtype of the network.
         device: "cpu" or "cuda".
         how: "best" compiles the network, and on CUDA captures the step as a CUDA graph; "tuned"

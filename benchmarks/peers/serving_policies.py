@@ -25,23 +25,30 @@ Kind = tuple[str, int, float]
 
 
 def kind_of(request: Request) -> Kind:
-    """Return the solver, number of steps and guidance scale of a request.
+    """Return what requests must have in common to share a static batch.
 
     Args:
-        request: a request whose solver is a name, not a Plan; its other options are not looked at.
+        request: a request whose solver is given by name. Its seed, label and further options do not
+            matter.
+
+    Returns:
+        The request's (solver, num_steps, guidance): a str, an int and a float, unchanged.
 
     Raises:
-        AssertionError: if its solver is a Plan.
+        AssertionError: if its solver is a `Plan` (a table of steps made beforehand), not a name.
     """
     assert isinstance(request.solver, str)
     return request.solver, request.num_steps, request.guidance
 
 
 class Policy(Protocol):
-    """A way to serve requests, as the benchmark of serving calls it."""
+    """A way to serve requests, as the benchmark of serving calls it; one object serves one run."""
 
     def submit(self, request: Request) -> Future[Result]:
-        """Take a request, without waiting for its image, and return the future of its result."""
+        """Take a request, without waiting for its image, and return the future of its result.
+
+        The future holds a `Result`, or the exception that drawing the image raised.
+        """
 
     def close(self) -> None:
         """Serve what was submitted to the end, and return when every future is resolved."""
@@ -96,9 +103,10 @@ class InFlight:
 class Batches:
     """The policy of static batches: a thread waits for ``size`` like requests, then draws them.
 
-    Only requests of one solver, number of steps and guidance scale share a batch; other options of
-    a request are ignored. A batch that is not full at ``close`` is filled up with copies of its
-    last request, so that a compiled network keeps its shape.
+    Only requests of one solver, number of steps and guidance scale share a batch; of their other
+    options only seed and label count, and if one of a batch has no label, all are drawn without. A
+    batch that is not full at ``close`` is filled up with copies of its last request, so that a
+    compiled network keeps its shape.
 
     Args:
         sampler: the sampler that draws the batches.
@@ -117,10 +125,11 @@ class Batches:
     def submit(self, request: Request) -> Future[Result]:
         """Queue a request and return the future of its result.
 
-        The future fails with whatever `Sampler.sample` raises for its batch.
+        The future fails with whatever `Sampler.sample` raises for its batch. Nothing is checked
+        here: a request whose solver is a `Plan` ends the thread, and its future is never resolved.
 
         Args:
-            request: a request whose solver is a name, not a Plan.
+            request: a request whose solver is a name, not a `Plan` (a table of steps).
         """
         waiting = _Waiting(request)
         self._queue.put(waiting)

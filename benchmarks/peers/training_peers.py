@@ -40,7 +40,11 @@ LEAST_FILES = 100  # the number of image files that its Trainer insists on
 
 
 class OurTraining(Protocol):
-    """The side that takes our training steps: a `Trainer`, or `OnTheirs`, with its attributes."""
+    """The side that takes our training steps: a `Trainer`, or `OnTheirs`.
+
+    ``data`` are the training images, ``draws`` the run's random choices, ``stepper`` the training
+    step with network and optimizer, and ``step`` is the number of the next step, from 0.
+    """
 
     data: Any
     draws: Draws
@@ -52,7 +56,7 @@ class OurTraining(Protocol):
         """Read the batch of the step of this number from the data and return it."""
 
     def train_step(self, batch: TrainBatch | None = None) -> Tensor:
-        """Take a step on a batch, or None for one read now; return its loss, a float32 scalar."""
+        """Take a step on a batch (read now if None) and return its loss, a float32 scalar."""
 
 
 class Peer(Protocol):
@@ -71,7 +75,7 @@ class Peer(Protocol):
 def ours_steps(ours: OurTraining, count: int) -> None:
     """Take ``count`` training steps of ours, on batches that a loader fetches ahead.
 
-    So does ``Trainer.run``. The batch of a single step is read as the step begins.
+    If ``count`` is 1, the batch is read as the step begins.
     """
     if count == 1:
         ours.train_step()
@@ -104,8 +108,9 @@ def agree(ours: OurTraining, peer: Peer, name: str) -> None:
 
     Raises:
         AssertionError: if the losses differ by more than 1e-5 of the peer's, if one side has a
-            parameter that the other lacks, if a gradient of the peer's is all 0, or if a gradient
-            differs by more than 1e-3 of its norm.
+            parameter that the other lacks, if a gradient of the peer's is all 0, or if the norm of
+            a gradient's difference exceeds 1e-3 of the norm of the peer's (or of NEGLIGIBLE, 1e-6,
+            of the norm of all of the peer's, if that is more).
     """
     batch = ours.batch(0)
     C, H, W = batch.x0.shape[1:]
@@ -268,8 +273,7 @@ class Lucidrains:
     Attributes:
         data, batch, device: the images, the batch size and the device.
         unet: its Unet of dim 32 and dim_mults (1, 2, 4), float32.
-        diffusion: its GaussianDiffusion, which predicts noise, with linear betas.
-        trainer: its Trainer.
+        diffusion, trainer: its GaussianDiffusion (predicts noise, linear betas) and its Trainer.
 
     Raises:
         ImportError: if denoising-diffusion-pytorch or accelerate is not installed.
@@ -334,7 +338,7 @@ class Lucidrains:
         return loss.detach(), _taken(self.unet)
 
     def steps(self, count: int) -> None:
-        """Take ``count`` training steps by the Trainer's own ``train``, without progress bar."""
+        """Take ``count`` more training steps by the Trainer's own ``train``, silently."""
         module = importlib.import_module(f"{DDPT}.{DDPT}")
         bar = module.tqdm
         self.trainer.train_num_steps = self.trainer.step + count
@@ -346,19 +350,18 @@ class Lucidrains:
 
 
 class OnTheirs:
-    """Our training step on denoising-diffusion-pytorch's network, with its weights and betas.
+    """Our side of the comparison with `Lucidrains`: our training step, from the peer's weights.
 
-    The network is our RMSUNet; on CUDA the step is compiled and captured, as a `Trainer`'s is.
+    The network is our RMSUNet, which computes what denoising-diffusion-pytorch's Unet does. On CUDA
+    the step is compiled and captured as a CUDA graph, as a `Trainer`'s is.
 
     Args:
-        peer: the peer whose weights, betas, images and device are taken.
+        peer: the peer; its weights are copied, and its betas, images and device are used.
         config: the settings of our step.
 
     Attributes:
-        data, device: the peer's images and device.
-        step: the number of the next step, from 0.
-        stepper: the training step, with weights and optimizer.
-        draws: the random choices of the run.
+        data, device, step: the peer's images and device, and the number of the next step, from 0.
+        stepper, draws: the training step, with weights and optimizer, and the run's random choices.
     """
 
     def __init__(self, peer: Lucidrains, config: TrainConfig) -> None:

@@ -16,7 +16,11 @@ def page(runs: Sequence[BenchmarkRun]) -> str:
     """Return the HTML page of benchmark runs, which needs no other file.
 
     Args:
-        runs: the runs; each has its own pictures, table of results, notes and environment.
+        runs: the runs; each has its own pictures, table of results, notes and environment. Without
+            runs the page has only its title.
+
+    Raises:
+        KeyError: if a run's environment lacks an entry that its table names.
     """
     return html_pages.page("flashddpm: measured", "".join(_section(run) for run in runs))
 

@@ -1,7 +1,7 @@
 """Plots of benchmark results: speed-up by batch size, roofline, parts of a step, and serving.
 
-Needs matplotlib. Each plot of PLOTS takes a `Run` and returns a figure, or None if the run has no
-results for it.
+Needs matplotlib. Each plot of PLOTS takes a `BenchmarkRun` and returns a figure, or None if the run
+has no results for it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def lines_of(run: BenchmarkRun, pattern: re.Pattern[str], key: str) -> dict[str,
         key: a name that a result's values must have.
 
     Returns:
-        From the name of a line (the groups "line" and "peer" joined) to its points: pairs of batch
-        size and values, the smallest batch first.
+        A dictionary from the name of a line (the groups "line" and "peer" joined) to its points, a
+        list of pairs (batch size, the result's values), the smallest batch first.
     """
     found: defaultdict[str, Points] = defaultdict(list)
     for result in run.results:
@@ -69,7 +69,8 @@ def crossover(points: Points) -> int | None:
 def speed_up(run: BenchmarkRun) -> Figure | None:
     """Draw how many times as fast as each peer ours is, over the batch size, with quartiles.
 
-    A vertical line marks the batch size from which on the CUDA graph gains nothing (`crossover`).
+    For cases named "graph-..." (CUDA graphs against single launches), a vertical line marks the
+    batch size from which on the graph gains nothing (`crossover`).
 
     Args:
         run: the run to draw.
@@ -158,7 +159,10 @@ def _kernels(axes: Axes, results: Sequence[Measurement]) -> None:
 
 
 def split(run: BenchmarkRun) -> Figure | None:
-    """Draw the parts of each measured sampling step as a bar of fractions (`shares`).
+    """Draw each measured sampling step as a bar of three fractions of its time.
+
+    They are the least time of the network (its floor), what the network takes above it, and the
+    loop (`shares`).
 
     Args:
         run: the run to draw.

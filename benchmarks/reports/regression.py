@@ -22,7 +22,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict on one case of two runs.
+    """The verdict on one case of two runs: whether it became slower, faster or neither, or failed.
 
     Attributes:
         case: the name of the case.
@@ -48,7 +48,10 @@ class Verdict:
         return self.verdict in ("regression", "failed")
 
     def line(self) -> str:
-        """Return the verdict as one line of text, with both ratios and their change in percent."""
+        """Return the verdict as one line of text.
+
+        It ends with both ratios, their change in percent and the noise, where both are known.
+        """
         what = f"{self.verdict:12} {self.case}" + (f" against {self.peer}" if self.peer else "")
         if self.old is None or self.new is None:
             return what

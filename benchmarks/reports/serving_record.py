@@ -18,7 +18,7 @@ from flashddpm.serving.request import Request, Result
 
 @dataclass(frozen=True)
 class Bar:
-    """One step of one image in a recorded run.
+    """One step of one image in a recorded run: a rectangle of the picture of slots over time.
 
     Attributes:
         slot: the number of the slot (place in the engine's batch) that the image was in, from 0.
@@ -26,7 +26,8 @@ class Bar:
         solver, num_steps, guidance: the request's solver, number of steps and guidance scale.
         step: the number of the step, 0..num_steps - 1.
         start, end: when the engine's turn that took the step began and ended, in seconds from the
-            beginning of the recording.
+            beginning of the recording. In a turn the engine fills free slots, takes one step of all
+            images, and hands out finished ones.
     """
 
     slot: int
@@ -46,7 +47,8 @@ def record(engine: Engine, requests: Sequence[Request], due: NDArray[np.float64]
         engine: an engine without a thread of its own (threaded=False); its turns are called here.
         requests: n different `Request` objects of at least 2 steps each: an image of a single step
             enters and leaves its slot within one turn, unseen.
-        due: when each request is submitted, float64 [n], in seconds from the beginning, rising.
+        due: when each request is to be submitted, float64 [n], in seconds from the beginning, in
+            ascending order; a request that is due during a turn is submitted after it.
 
     Returns:
         A bar for each step of each image, in the order in which they ran.

@@ -23,6 +23,9 @@ def table(run: BenchmarkRun) -> str:
 
     Args:
         run: the run; results, failures and cases that were left out are listed.
+
+    Raises:
+        KeyError: if the environment lacks an entry that the sentence names.
     """
     where = run.environment
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
@@ -76,7 +79,8 @@ def filled(page: Path) -> str:
 
     Raises:
         OSError: if the page cannot be read.
-        ValueError: if the page is not UTF-8, or a file that it names is no file of results.
+        ValueError: if the page is not UTF-8, or a file that it names cannot be read or is no file
+            of results.
     """
 
     def place(found: re.Match[str]) -> str:

@@ -69,7 +69,8 @@ class ParityCase:
         scheduler: the scheduler's name, a key of SCHEDULERS.
         prediction_type: "epsilon", "sample" or "v_prediction".
         spacing: the spacing of timesteps: "leading", "linspace" or "trailing".
-        variance_type: a name of VARIANCES for DDPM; "-" for schedulers without this setting.
+        variance_type: for DDPM "fixed_small", "fixed_small_log", "fixed_large" or "learned_range";
+            "-" for schedulers without this setting.
         bound: how the predicted x0 is bounded, "none", "clip" or "threshold"; "-" for schedulers
             without this setting.
         beta_schedule: the name of the schedule of betas, such as "linear".
@@ -124,7 +125,7 @@ LONG = (
 def possible() -> Iterator[ParityCase]:
     """Yield every combination of settings that diffusers can run; flashddpm can run them all.
 
-    Betas are linear, and STEPS steps are taken in each.
+    Betas are linear, and 50 steps (STEPS) are taken in each.
     """
     for scheduler, kind, spacing in itertools.product(SCHEDULERS, PREDICTION_TYPES, SPACINGS):
         if scheduler == "Euler ancestral" and kind == "sample":
@@ -253,7 +254,7 @@ def ours(case: ParityCase, tables: str, match_diffusers: bool = False) -> Tensor
         case: the scheduler and its settings.
         tables: "float64", or "diffusers" for the values of abar (the cumulative product of alphas)
             that diffusers computes in float32.
-        match_diffusers: whether quirks (deviations of diffusers) are reproduced.
+        match_diffusers: whether diffusers' quirks (its deviations from the method) are reproduced.
 
     Returns:
         The images, float32 [2, 3, 8, 8] in about [-1, 1], on the CPU.

@@ -57,11 +57,11 @@ def read_study(path: Path) -> dict[str, Any]:
 
 
 def key_of(result: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the fields that identify a result: solver, spacing of the steps, number of steps.
+    """Return the tuple that identifies a result: (solver, grid, steps).
 
     Args:
-        result: a dictionary with the keys "solver", "grid" and "steps": a result, or a case that
-            was left out.
+        result: a dictionary with the keys "solver" (a name), "grid" (the name of the spacing of the
+            steps) and "steps" (their number): a result, or a case that was left out.
 
     Raises:
         KeyError: if one of these keys is missing.
@@ -76,7 +76,7 @@ def table(study: dict[str, Any]) -> str:
     distance is bold. A sentence about the settings stands above, the cases left out below.
 
     Args:
-        study: a study with "environment" and "training" (see the module).
+        study: a study that was run (the module lists the keys), with "environment" and "training".
 
     Raises:
         KeyError: if a key of the study is missing.
@@ -164,7 +164,7 @@ def plot(study: dict[str, Any]) -> bytes:
     A dotted line is the distance of training images, where it is known.
 
     Args:
-        study: a study with at least one result, and with "training" (see the module).
+        study: a study (the module lists the keys) with at least one result, and with "training".
 
     Returns:
         The bytes of a PNG file.

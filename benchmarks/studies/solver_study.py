@@ -61,11 +61,12 @@ NUM_IMAGES = 1000
 
 @dataclass(frozen=True)
 class StudyPoint:
-    """One point of the study: a solver, a spacing and a number of steps.
+    """One point of the study: a solver, a spacing and a number of steps, which give one distance.
 
     Attributes:
         solver: the solver's name, a key of ``solvers.SOLVERS``.
-        grid: the name of the spacing of the steps, a key of ``solver_plot.GRIDS``.
+        grid: the name of the spacing of the steps, a key of ``solver_plot.GRIDS``: "leading",
+            "linspace" or "trailing" (of timesteps), "karras", "exponential" or "beta" (of sigma).
         steps: the number of steps, at least 1.
     """
 
@@ -102,7 +103,7 @@ def begin(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         path: the JSON file of the study.
-        settings: what the results depend on, values that JSON can hold by name.
+        settings: what the results depend on: from names to values that JSON can hold.
 
     Returns:
         The study, a dictionary as `solver_plot` describes it; a new one has no results.
@@ -143,7 +144,8 @@ def measure(
     Args:
         sampler: the sampler of the model.
         wanted: the cases, in the order in which they are measured.
-        study: the study, as `begin` returns it; changed in place.
+        study: the study, as `begin` returns it; changed in place. As many images are drawn for each
+            case as study["settings"]["images"] says.
         extractor: the extractor of features, which takes uint8 images [B, C, H, W].
         real: the features of the real images, floating [N, D] with N > D.
         batch_size: the number of images drawn at a time.

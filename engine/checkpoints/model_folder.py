@@ -44,7 +44,8 @@ def fingerprint(folder: Path) -> str:
     weights and model_index.json are left out.
 
     Args:
-        folder: the model folder.
+        folder: the model folder; of one that is missing or has none of the files, the hash is that
+            of nothing.
     """
     unet, scheduler = (
         folder / sub if (folder / sub).is_dir() else folder for sub in ("unet", "scheduler")
@@ -193,8 +194,9 @@ def load_conditioning(folder: str | PathLike[str], config: NetworkConfig) -> Con
         config: the config of its network, whose number of class embeddings limits the labels.
 
     Raises:
-        CheckpointError: if the file is broken, num_classes or null_label do not fit the number of
-            embeddings, or class_names is not a list of num_classes names.
+        CheckpointError: if the file is broken, num_classes is not in 1..E or null_label not in
+            0..E-1, E being the number of embeddings, or class_names is not a list of num_classes
+            names.
     """
     path = Path(folder) / "flashddpm.json"
     if not path.exists():

@@ -50,7 +50,7 @@ log = logging.getLogger("flashddpm")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The parts that a sampler is made of.
+    """A model that was read: its network, and the settings that a sampler is made of.
 
     Attributes:
         unet: the network: ours, or diffusers' own where it was changed beyond its weights and
@@ -76,8 +76,13 @@ class Pretrained:
 class DiffusersUNet(nn.Module):
     """A UNet2DModel of diffusers, with the calling convention of our networks.
 
+    It stands for a network that has hooks or was changed otherwise, which our own would not repeat.
+
+    Args:
+        unet: the UNet2DModel, or what torch.compile made of one; used, not copied.
+
     Attributes:
-        unet: the UNet2DModel, which is called itself.
+        unet: the argument.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -258,6 +263,7 @@ def scheduler_config(
     Raises:
         ValueError: if diffusers has no class for the solver, or that class has no setting for one
             of the defaults.
+        KeyError: if the defaults' solver is unknown.
     """
     solver = SOLVERS[defaults.solver]
     name = solver.scheduler_class

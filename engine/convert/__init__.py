@@ -41,8 +41,9 @@ def convert(
         out: the folder to write; made if it does not exist.
         source: the project of the checkpoint: improved, guided or ddpt.
         allow_pickle: whether a file that is not .safetensors may be read.
-        flags: the model's flags in that project: the fields of openai_flags.OpenAIFlags (but
-            ``project``) or lucidrains.LucidrainsFlags; image_size must be given.
+        flags: the model's flags in that project's own scripts, by name: for improved and guided the
+            fields of openai_flags.OpenAIFlags (but ``project``), for ddpt those of
+            lucidrains.LucidrainsFlags. image_size must be given; all others have defaults.
 
     Returns:
         Two lines of text: the number of parameters, timesteps, schedule, prediction and variance

@@ -47,7 +47,8 @@ class LucidrainsFlags:
         timesteps: the number of timesteps T; by default 1000.
         beta_schedule: linear, cosine or sigmoid; by default sigmoid.
         objective: what the network predicts: pred_noise, pred_x0 or pred_v; by default pred_v.
-        sinusoidal_pos_emb_theta: the longest period of the timestep's sinusoids over 2 pi.
+        sinusoidal_pos_emb_theta: the longest period of the timestep's sinusoids, divided by 2 pi;
+            at least 1, which is checked by `convert`.
         weights: which of the two networks in a Trainer's file: ema (its average) or online; by
             default ema, where there is one.
 
@@ -129,7 +130,7 @@ def unet_config(weights: Mapping[str, Tensor], flags: LucidrainsFlags) -> RMSUNe
     """Return the settings of a network, read from the names and shapes of its weights.
 
     Args:
-        weights: the Unet's state dict, by the project's names.
+        weights: the Unet's state dict, by the project's names without a prefix.
         flags: the flags, of which image_size and sinusoidal_pos_emb_theta are used.
 
     Raises:
@@ -217,7 +218,7 @@ def schedule_config(name: str, T: int) -> dict[str, Any]:
     """Return the keys of a diffusers scheduler config for one of the project's noise schedules.
 
     Args:
-        name: linear, cosine or sigmoid.
+        name: linear or cosine; any other is taken for sigmoid.
         T: the number of timesteps.
 
     Returns:
@@ -236,8 +237,8 @@ def schedule_config(name: str, T: int) -> dict[str, Any]:
 def sigmoid_betas(T: int) -> Table:
     """Return the betas of the project's sigmoid schedule, float64 [T] (Jabri et al. 2022).
 
-    They are at most 0.999, and otherwise those of abar(u) = (s(3) - s(6 u - 3)) / (s(3) - s(-3)), u
-    = 0..1, s the logistic.
+    They are at most 0.999, and otherwise those of abar(u) = (s(3) - s(6 u - 3)) / (s(3) - s(-3)),
+    with u from 0 to 1 in T even steps and s the logistic function.
     """
     u = np.linspace(0, T, T + 1) / T
     # s(3) in float32, as there: abar ends at the difference instead of at 0.

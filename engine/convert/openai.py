@@ -54,9 +54,10 @@ class Layout:
         num_channels: the number of channels of the timestep's sinusoids.
         time_dim: the width of the time embedding.
         num_classes: the number of class labels; None for an unconditional network.
-        num_res_blocks: the number of residual blocks of a level on the way down.
+        num_res_blocks: the number of residual blocks of a level on the way down; on the way up
+            there is one more.
         channels: the number of channels of each level, finest first.
-        attention: whether each level has attention.
+        attention: whether each level has attention, finest first; the middle always has.
         scale_shift: whether the time embedding scales features, besides shifting them.
         updown: whether the size is changed in residual blocks, not in convolutions.
     """
@@ -144,10 +145,11 @@ def unet_config(
     Args:
         layout: the layout of the checkpoint.
         image_size: the side of the square images, in pixels.
-        head_dims: the number of channels of an attention head at each level.
+        head_dims: the number of channels of an attention head at each level, finest first
+            (`OpenAIFlags.head_dims`).
         rescaled_from: the number of timesteps T, if the network is told timesteps times 1000 / T,
             else None.
-        dropout: the probability of dropout, for further training.
+        dropout: the probability of dropout, in [0, 1], for further training.
 
     Raises:
         ValueError: if no such network can be built.
@@ -191,7 +193,7 @@ def convert_state(
     Args:
         state: the checkpoint's tensors by the project's names.
         layout: the layout of the checkpoint.
-        head_dims: the number of channels of an attention head at each level.
+        head_dims: the number of channels of an attention head at each level, finest first.
         new_order: whether q, k and v are in the "new order": q of all heads first, then k, then v.
 
     Returns:

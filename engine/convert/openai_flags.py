@@ -34,10 +34,12 @@ class OpenAIFlags:
     Attributes:
         project: the project: improved or guided.
         image_size: the side of the square images, in pixels.
-        num_heads: the number of heads of every attention.
-        num_head_channels: the number of channels of a head; -1 for what num_heads says.
+        num_heads: the number of heads of every attention, at least 1.
+        num_head_channels: the number of channels of a head, at least 1, in place of num_heads; -1
+            for channels / num_heads.
         num_heads_upsample: must be -1 or num_heads.
-        use_new_attention_order: whether q of all heads come first, then k, then v.
+        use_new_attention_order: whether the rows of attention's packed weight are q of all heads,
+            then k, then v, not q, k, v of one head after the other.
         diffusion_steps: the number of timesteps T, in 1..100000.
         noise_schedule: the schedule of the betas: linear or cosine.
         rescale_timesteps: whether the network is told t * 1000 / T; None for the project's default,
@@ -46,8 +48,9 @@ class OpenAIFlags:
         sigma_small: whether the variance, if not learned, is the posterior's, not beta.
         timestep_respacing: the timesteps at which the model is sampled, as "250" or "ddim50"; ""
             for all (`timesteps.respaced`).
-        num_channels, num_res_blocks: two counts of the network; None for what the weights say,
-            against which a given one is checked, as all that follow are.
+        num_channels, num_res_blocks: the channels of the finest level, and the residual blocks of a
+            level on the way down. For these and all that follow but dropout, None stands for what
+            the weights say; a given one is checked against them by `check`.
         channel_mult: numbers with commas between, each level's channels over num_channels.
         attention_resolutions: numbers with commas between, the sides, in pixels, of levels with
             attention.
@@ -55,10 +58,11 @@ class OpenAIFlags:
         learn_sigma: whether the network learns the variance.
         use_scale_shift_norm: whether the time embedding scales features, besides shifting them.
         resblock_updown: whether the size is changed in residual blocks.
-        dropout: the probability of dropout, for further training.
+        dropout: the probability of dropout, in [0, 1], for further training; checked by `convert`.
 
     Raises:
-        ValueError: if a flag is out of its range.
+        ValueError: if project, image_size, num_heads, num_head_channels, num_heads_upsample,
+            diffusion_steps or noise_schedule is out of its range; others are not checked here.
     """
 
     project: str
@@ -177,8 +181,8 @@ class OpenAIFlags:
             learns: whether the network learns the variance.
 
         Raises:
-            ValueError: if the schedule is not allowed, or no spacing of timesteps is that
-                respacing.
+            ValueError: if the betas are not allowed (beta_end above 1 for few timesteps, say), or
+                neither linspace nor leading spacing makes the timesteps of timestep_respacing.
         """
         T = self.diffusion_steps
         scale = 1000 / T
@@ -250,7 +254,7 @@ def convert(
 
 
 def describe(flags: OpenAIFlags) -> str:
-    """Return the flags that were taken as given, for no weights say them, as one line of text."""
+    """Return, as one line of text "name=value, ..", the flags that no weights can confirm."""
     heads = "num_heads" if flags.num_head_channels == -1 else "num_head_channels"
     names = ("image_size", heads, "use_new_attention_order", "diffusion_steps", "noise_schedule")
     said = [f"{name}={getattr(flags, name)}" for name in (*names, "predict_xstart")]

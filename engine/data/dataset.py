@@ -33,7 +33,8 @@ def from_dataset(
             image is a PIL picture of mode L or RGB, or a uint8 tensor or array [C, H, W] with 1 or
             3 channels; a label is an integer in 0..num_classes-1.
         multiple: height and width must be multiples of this number of pixels; at least 1.
-        labels: whether the labels of the items are used.
+        labels: whether the labels of the items are used; the first item shows whether they have
+            any (a label of None is none).
         num_classes: the number of classes of labelled items; None for as many as
             ``dataset.classes`` names, which torchvision's data sets have.
 

@@ -90,7 +90,7 @@ def load_idx(data: str | PathLike[str], multiple: int = 1, *, labels: bool = Tru
         data: an IDX file of images, uint8 [N, H, W], or a folder with one
             (train-images-idx3-ubyte[.gz]).
         multiple: height and width must be multiples of this number of pixels (2 to the number of
-            the network's down-samplings).
+            the network's down-samplings); at least 1, not checked here.
         labels: whether a file of labels is read.
 
     Returns:

@@ -36,9 +36,10 @@ def load_npz(
         path: a .npz with an array ``images`` or ``arr_0``, uint8 [N, H, W], [N, H, W, C] or
             [N, C, H, W] with 1 or 3 channels, and maybe ``labels`` or ``arr_1``, integers [N] in
             0..2^20-1.
-        multiple: height and width must be multiples of this number of pixels.
+        multiple: height and width must be multiples of this number of pixels; at least 1, not
+            checked here.
         labels: whether labels are read.
-        memory_mb: the largest size of the arrays together, in MiB.
+        memory_mb: the largest size of the arrays together, uncompressed, in MiB.
 
     Returns:
         The images, uint8 [N, C, H, W], and the labels, int64 [N], with as many classes as the

@@ -80,10 +80,11 @@ def look(
     Args:
         path: the file.
         shape: (C, H, W) of the pictures to decode, in pixels; None to decode none.
-        hashed: whether a file of the wanted shape is hashed too.
+        hashed: whether a file of the wanted shape is hashed too, into ``Found.sha256``.
 
     Returns:
-        What was found, and the pixels, uint8 [C, H, W], or None if they were not decoded.
+        What was found, and the pixels, uint8 [C, H, W], or None if they were not decoded: for
+        another shape, a mode other than L and RGB, or an error.
     """
     try:
         with open_picture(path) as picture:

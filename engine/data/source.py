@@ -50,7 +50,11 @@ class ImageSource(Protocol):
 
         Returns:
             The images, uint8 [B, C, H, W], contiguous, and the labels, int64 [B] in
-            0..num_classes-1 or None; both on the CPU.
+            0..num_classes-1, or None where there are none; both on the CPU.
+
+        Raises:
+            DataError: if an image cannot be read.
+            ValueError: if the index is of another dtype or shape, or out of range.
         """
         ...
 
@@ -149,7 +153,8 @@ def check_classes(num_classes: int | None, class_names: Sequence[str] | None) ->
         class_names: the names of the classes, or None for no names.
 
     Raises:
-        ValueError: if either is so; names without a number of classes too.
+        ValueError: if num_classes is below 1, if there are not as many names, or if there are names
+            and num_classes is None.
     """
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: must be at least 1")
@@ -181,7 +186,7 @@ def check_multiple(where: object, height: int, width: int, multiple: int) -> Non
     """Refuse a size of images that cannot be halved as often as the network does.
 
     Args:
-        where: the file, folder or name of the data, for the error's text.
+        where: the file, folder or name of the data, whose str() begins the error's text.
         height: the height of the images in pixels.
         width: the width of the images in pixels.
         multiple: the number that must divide both, 2 to the number of down-samplings.

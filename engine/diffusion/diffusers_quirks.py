@@ -55,7 +55,8 @@ def noise_at_end(
         steps: the steps of the plan.
 
     Returns:
-        The steps as they are, and {"noise_at_end": True} for `solvers.ddpm`.
+        The steps as they are, and the keyword argument of `solvers.ddpm` {"noise_at_end": True},
+        which is of effect only if the last timestep is not 0.
     """
     return steps, {"noise_at_end": True}
 
@@ -65,15 +66,18 @@ def ends_by_arithmetic(
 ) -> tuple[Steps, dict[str, Any]]:
     """Reproduce the quirk of diffusers' ddim: a step from t ends at abar of t - T // num_steps.
 
+    That holds for every step, whatever the next timestep of the plan is.
+
     Args:
         schedule: the forward process, T timesteps.
-        steps: the steps of the plan, [S], at whole timesteps.
-        spacing: the spacing of the timesteps; None for a given list.
+        steps: the steps of the plan, S = num_steps of them, at whole timesteps.
+        spacing: the spacing of the timesteps: leading, linspace or trailing (the result is the
+            same function of the timesteps for each); None for a given list, which is refused.
         sigmas: not used.
 
     Returns:
-        The steps as they are, and {"ends": abar} for `solvers.ddim`, float64 [S], 1 below timestep
-        0.
+        The steps as they are, and the keyword argument of `solvers.ddim` {"ends": abar}: float64
+        [S], the abar at which each step ends, which is 1 where t - T // S is negative.
 
     Raises:
         ValueError: if timesteps were given as a list, which diffusers' DDIMScheduler does not take.
@@ -134,12 +138,12 @@ def refuse_unmatched(T: int, n: int, spacing: str | None, variance_type: str | N
     Args:
         T: the number of timesteps of the schedule.
         n: the number of steps.
-        spacing: the spacing of timesteps; None for a given list.
+        spacing: the spacing of timesteps: leading, linspace or trailing; None for a given list.
         variance_type: the variance type of a solver that takes one; None for others.
 
     Raises:
-        ValueError: if the variance type is learned, or if spacing is trailing where rounding adds a
-            point.
+        ValueError: if the variance type is "learned" (learned_range is matched), or if spacing is
+            trailing and rounding makes more than n points of it, as for 61 of 1000.
     """
     if variance_type == "learned":
         raise ValueError(

@@ -2,7 +2,7 @@ r"""Tables of the losses, one row a timestep: targets, weights, hybrid loss and 
 
 The training target is affine in (x_0, eps), the weight of its penalty is a function of the
 signal-to-noise ratio (S7), and a term of the bound (S10) is one divergence of two normals. All in
-float64, to be rounded to float32 once.
+float64, to be rounded to float32 once. S1 to S10 are the equations of docs/math.md.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def loss_weights(
     Args:
         schedule: the forward process, T timesteps.
         prediction_type: epsilon, sample or v_prediction.
-        weighting: constant, min_snr, truncated_snr, p2, or the weights themselves: T numbers,
-            finite in float32 and none negative.
+        weighting: constant, min_snr, truncated_snr, p2, or the weights themselves: T numbers in a
+            row, finite in float32 and none negative, which are returned as they are.
         gamma: the gamma of min_snr, above 0, by default 5, or of p2, at least 0, by default 1; None
             for the default, and for all other weightings.
         k: the k of p2, at least 0, by default 1; None for the default, and for all other
@@ -68,7 +68,8 @@ def loss_weights(
             has none, or if a weight is not finite (epsilon where S = 0, say).
 
     Warns:
-        UserWarning: the last timestep has no weight, for its S is 0.
+        UserWarning: if the last timestep has S = 0 and min_snr or p2 gives it a weight of 0, as
+            they do for sample and v_prediction.
     """
     arguments.one_of("prediction_type", prediction_type, PREDICTION_TYPES)
     if not isinstance(weighting, str):
@@ -149,17 +150,24 @@ def target_rows(
 
     Args:
         schedule: the forward process, T timesteps.
-        prediction_type: epsilon, sample or v_prediction.
-        weighting, gamma, k: the loss weighting, as for `loss_weights`.
+        prediction_type: what the network predicts: epsilon, sample or v_prediction.
+        weighting: the name of a loss weighting, constant, min_snr, truncated_snr or p2 (formulas at
+            `loss_weights`), or the weights themselves, [T], finite in float32, none negative.
+        gamma: for min_snr, above 0, by default 5; for p2, at least 0, by default 1; None for the
+            default, and for every other weighting.
+        k: for p2, at least 0, by default 1; None for the default, and for every other weighting.
 
     Returns:
         float64 [T, 3]: the coefficients of x_0 and of eps in the training target, and the weight.
 
     Raises:
-        ValueError: if an argument is out of its range, as for `loss_weights`.
+        ValueError: if a name is unknown, weights are not such an array, gamma or k is out of its
+            range or given for a weighting that has none, or a named weighting has no finite weight
+            at some timestep (epsilon with min_snr or truncated_snr where SNR = 0, say).
 
     Warns:
-        UserWarning: the last timestep has no weight, for its SNR is 0.
+        UserWarning: if the last timestep's SNR is 0 and min_snr or p2 gives it a weight of 0, as
+            they do for sample and v_prediction.
     """
     weights = loss_weights(schedule, prediction_type, weighting, gamma, k)
     return np.column_stack([out_rows(schedule.alphas_cumprod, prediction_type), weights])
@@ -192,7 +200,9 @@ def hybrid_rows(
         schedule: the forward process, of T >= 2 timesteps.
         prediction_type: epsilon, sample or v_prediction.
         variance_type: learned_range or learned.
-        weighting, gamma, k: the weighting of the squared error, as for `loss_weights`.
+        weighting: that of the squared error: constant, min_snr, truncated_snr, p2 or an array [T].
+        gamma: for min_snr (above 0, default 5) and p2 (at least 0, default 1) only; else None.
+        k: for p2 (at least 0, default 1) only; else None.
         bound_weight: the weight, at least 0, of the bound's term, which is a mean over elements, in
             nats: lambda T / ln 2. None for lambda = 0.001 (eq. 16 there): the bound is the sum of T
             terms, in bits, of which a step of training draws one.
@@ -201,10 +211,11 @@ def hybrid_rows(
         float64 [T, len(LossColumn)], with the columns of kernels.tables.LossColumn.
 
     Raises:
-        ValueError: if an argument is out of its range, or for epsilon where abar = 0.
+        ValueError: if an argument is out of its range, T is 1, gamma or k is given for a weighting
+            that has none, or for epsilon where abar = 0.
 
     Warns:
-        UserWarning: the last timestep has no weight, for its SNR is 0.
+        UserWarning: if the last SNR is 0 and min_snr or p2 gives that timestep a weight of 0.
     """
     arguments.one_of("variance_type", variance_type, LEARNED_VARIANCES)
     T, variance = len(schedule), _posterior_variance(schedule)
@@ -258,11 +269,11 @@ def vlb_rows(
 ) -> Table:
     r"""Return the table of ``vlb_terms``: a row for each of L_0, .., L_{T-1}, L_T   (S10).
 
-    Row t is of the step from t: at t = 0 the decoder's, whose mean is x_0 as predicted and whose
-    bins are those of 8-bit pixels, 2/255 wide; at t >= 1 the divergence of S5's posterior from the
-    model's normal, of the variances of `hybrid_rows`, or of fixed ones. Both have the same c_xt
-    x_t, so that the means differ by c_x0 times the error of x_0. With a and b of `x0_rows`, an
-    error of the output is one of x0_out in x_0 and of eps_out in eps.
+    They are the terms of the variational bound. Row t < T is of the step from t: at t = 0 the
+    decoder's, whose mean is x_0 as predicted and whose bins are those of 8-bit pixels, 2/255 wide;
+    at t >= 1 the divergence of the posterior (S5) from the model's normal distribution. Their means
+    have the same term c_xt x_t, so that they differ by c_x0 times the error of x_0. An error of 1
+    in the output is one of x0_out in x_0 and of eps_out in eps (`x0_rows`, `eps_rows`).
 
     Row T is of the prior, L_T = KL(N(a x_0, b^2) to N(0, 1)) at the last timestep: the same
     divergence, of a network that says x_0 = 0 where c_x0 = a and beta~ = b^2.
@@ -270,14 +281,15 @@ def vlb_rows(
     Args:
         schedule: the forward process, of T >= 2 timesteps.
         prediction_type: epsilon, sample or v_prediction.
-        variance_type: fixed_small (beta~_t), fixed_large (beta_t), learned_range or learned.
-        clip: the bound of the predicted |x_0|; 0 for none.
+        variance_type: fixed_small (beta~_t), fixed_large (beta_t), or learned_range or learned (of
+            a network of 2C output channels; formulas at `hybrid_rows`).
+        clip: the bound of the predicted |x_0|, at least 0; 0 for none.
 
     Returns:
         float64 [T + 1, len(VlbColumn)], with the columns of kernels.tables.VlbColumn.
 
     Raises:
-        ValueError: if an argument is out of its range, or for epsilon where abar = 0.
+        ValueError: if an argument is out of its range, T is 1, or for epsilon where abar = 0.
     """
     arguments.one_of("variance_type", variance_type, VARIANCE_TYPES)
     T, deviation = len(schedule), np.sqrt(_posterior_variance(schedule))

@@ -50,7 +50,7 @@ def make_plan(
         num_steps: the number of steps S, in 1..T; of no effect beside ``timesteps``.
         prediction_type: what the network predicts: epsilon, sample or v_prediction.
         spacing: the spacing of timesteps: leading, linspace or trailing (Lin et al. 2023, table 2).
-        steps_offset: an integer added to leading timesteps.
+        steps_offset: an integer, at least 0, added to leading timesteps.
         sigmas: karras, exponential or beta: noise levels of that spacing between the ends of the
             timesteps' (of the schedule, for the DPM-Solvers); None for those of the timesteps.
         timesteps: the timesteps themselves, [S] whole or fractional numbers, strictly decreasing
@@ -66,11 +66,11 @@ def make_plan(
             conditional one, in [0, 1] (Lin et al. 2023, section 3.4); 0 for not at all.
         guidance_interval: (low, high): guide only where low < sigma <= high, with
             sigma = sqrt((1 - abar) / abar); high may be infinite; None for everywhere.
-        match_diffusers: whether to reproduce the quirks of diffusers (diffusers_quirks), which are
-            otherwise corrected.
+        match_diffusers: whether to reproduce the errors of diffusers that diffusers_quirks lists,
+            which are otherwise corrected.
 
     Returns:
-        A plan of S rows, float64 [S, len(Column)], that ends at x_0.
+        A plan whose ``rows`` are float64 [S, len(Column)] and which ends at x_0.
 
     Raises:
         ValueError: if an argument is out of its range or is an option that the solver does not

@@ -4,7 +4,7 @@ A network predicts epsilon, sample (x_0) or v_prediction, and perhaps a variance
 a = sqrt(abar_t) and b = sqrt(1 - abar_t), x_t = a x_0 + b eps (S4) and v = a eps - b x_0 (Salimans
 & Ho 2022, section 4 and appendix D). So each of x_0 and eps is affine in (x_t, out), and both x_t
 and the training target, which is what out should be, are affine in (x_0, eps): four tables of two
-coefficients, float64 [len(abar), 2].
+coefficients, float64 [len(abar), 2]. S4 and S7 are equations of docs/math.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def x0_rows(abar: ArrayLike, prediction_type: str) -> Table:
     """Return the coefficients (of x_t, of the network's output) that make x_0   (S7).
 
     Args:
-        abar: numbers in [0, 1), [N].
+        abar: numbers in [0, 1), [N]; the range is not checked.
         prediction_type: epsilon, sample or v_prediction.
 
     Returns:
@@ -61,7 +61,7 @@ def eps_rows(abar: ArrayLike, prediction_type: str) -> Table:
     """Return the coefficients (of x_t, of the network's output) that make eps   (S7).
 
     Args:
-        abar: numbers in [0, 1), [N].
+        abar: numbers in [0, 1), [N]; the range is not checked.
         prediction_type: epsilon, sample or v_prediction.
 
     Returns:
@@ -83,7 +83,7 @@ def out_rows(abar: ArrayLike, prediction_type: str) -> Table:
     """Return the coefficients (of x_0, of eps) that make the output of a perfect network   (S7).
 
     Args:
-        abar: numbers in [0, 1], [N].
+        abar: numbers in [0, 1], [N]; the range is not checked.
         prediction_type: epsilon, sample or v_prediction.
 
     Returns:
@@ -102,7 +102,7 @@ def out_rows(abar: ArrayLike, prediction_type: str) -> Table:
 
 
 def squared_error(snr: Table, prediction_type: str) -> Table:
-    """Return the squared error of the network's output where that of x_0 is 1   (S7).
+    """Return the squared error of the network's output for which that of x_0 is 1   (S7).
 
     An error e of x_0 is the error -(a/b) e of eps and -(1/b) e of v.
 

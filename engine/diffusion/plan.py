@@ -24,12 +24,12 @@ class Plan:
     """The steps of one image, down to x_0, as a table of coefficients: one row a step.
 
     Rows are in the order in which they are applied. The image begins at initial[0] image +
-    initial[1] z, with z normal noise of Purpose.INITIAL and noise key 0.
+    initial[1] z, with z normal noise: the stream Purpose.INITIAL of the image's seed, key 0.
 
     Attributes:
         rows: float64 [S, len(Column)], read-only; the columns are those of kernels.tables.Column.
-        noise_keys: int64 [S], read-only, at least 0, all different: the key (a word of the noise's
-            counter) of each row's z.
+        noise_keys: int64 [S], read-only, at least 0, all different: the key (the upper 64 bits of
+            the noise's counter) of each row's z.
         initial: two numbers, at least 0, by which the image and z are multiplied; (0, 1), pure
             noise, needs no image.
         abar: float64 [S], read-only, in [0, 1): the share of the signal's variance in each row's
@@ -105,12 +105,12 @@ class Plan:
 
     @cached_property
     def needs_stats(self) -> bool:
-        """Whether some row has a threshold or rescales (``sample_stats`` must run), a bool."""
+        """Whether some row has a threshold or rescales (kernel ``sample_stats`` runs), a bool."""
         return bool(self.rows[:, SHARES].any())
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the network must have 2C outputs, the second C for the variance; a bool."""
+        """Whether the network must have 2C output channels, the last C for the variance; a bool."""
         return bool(self.rows[:, Column.LOG_SIGMA].any())
 
     def from_image(self, strength: float) -> Plan:

@@ -73,13 +73,14 @@ def with_defaults(options: Mapping[str, Any], solver: str, num_timesteps: int) -
 
     Args:
         options: solver, num_steps and the fields of `PlanOptions` by name, all optional; None is
-            the same as left out.
-        solver: the solver of the model's scheduler (`SamplingDefaults.solver`).
+            the same as left out. Only the solver's name is checked here.
+        solver: the solver of the model's scheduler (`SamplingDefaults.solver`): ddpm, ddim,
+            dpmpp_2m, dpmpp_2m_sde, euler or euler_ancestral.
         num_timesteps: the number of timesteps T that the model was trained with.
 
     Returns:
-        A dict of the same keys, with solver, num_steps (the solver's default, at most T) and, where
-        dpmpp_2m_sde replaces ddpm, spacing.
+        A new dict of the same keys and values, with solver, num_steps (if not given, the solver's
+        default, 20 or 50, at most T) and, where dpmpp_2m_sde replaces ddpm, spacing.
 
     Raises:
         ValueError: if the solver is unknown.

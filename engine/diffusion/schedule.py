@@ -6,9 +6,9 @@ The posterior q(x_{t-1} | x_t, x_0) (S5; eq. 6-7 there) has the mean
 sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0 + sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t
 and the variance (1 - abar_{t-1}) / (1 - abar_t) beta_t, with abar_{-1} = 1.
 
-All tables are float64 NumPy arrays of shape [T]. ``tables="diffusers"`` asks for the values that
-diffusers has, which computes betas and abar in float32: 1 - abar_0 of the linear schedule, say, is
-off by 1.7e-4 of itself there.
+S1 to S5 are equations of docs/math.md. All tables are float64 NumPy arrays of shape [T].
+``tables="diffusers"`` asks for the values that diffusers has, which computes betas and abar in
+float32: 1 - abar_0 of the linear schedule, say, is off by 1.7e-4 of itself there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TABLES = ("float64", "diffusers")
 
 
 def linear(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
-    """Return T betas evenly spaced from ``start`` to ``end``, float64 (Ho et al. 2020)."""
+    """Return T betas evenly spaced from ``start`` to ``end``, float64 [T] (Ho et al. 2020)."""
     return np.linspace(start, end, T)
 
 
@@ -63,7 +63,8 @@ def squaredcos_cap_v2(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
 def sigmoid(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
     """Return betas on a logistic curve from ``start`` to ``end``, over [-6, 6]; float64 [T].
 
-    As diffusers has it (GeoDiff, Xu et al. 2022); beta only comes near to the two ends.
+    As diffusers has it (GeoDiff, Xu et al. 2022): beta comes near to the two ends, which it does
+    not reach.
     """
     return 1 / (1 + np.exp(-np.linspace(-6, 6, T))) * (end - start) + start
 
@@ -115,8 +116,8 @@ class NoiseSchedule:
     """The noise schedule of a forward process: tables of one number a timestep, from its betas.
 
     Attributes:
-        betas: float64 [T], read-only, in (0, 1), but the last may be 1; given as any list of
-            numbers.
+        betas: float64 [T], read-only, in (0, 1), but the last may be 1; given as a list, tuple or
+            array of numbers.
 
     Raises:
         ValueError: if betas are no row of 1 to 100000 numbers, if one is not finite or not in (0,
@@ -204,7 +205,7 @@ class NoiseSchedule:
 
         Args:
             config: a mapping, of which the keys num_train_timesteps, beta_start, beta_end,
-                beta_schedule, trained_betas (T numbers, in place of all these) and
+                beta_schedule, trained_betas (T numbers, in place of the four before it) and
                 rescale_betas_zero_snr are read; a key that is missing has the default of `create`.
             tables: "float64", or "diffusers" for its values of betas and abar, which are computed
                 in float32.

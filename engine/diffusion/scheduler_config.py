@@ -102,8 +102,8 @@ def settings_of(config: Mapping[str, Any], scheduler: str | None = None) -> dict
         scheduler: the class that reads it, one of `SCHEDULERS`; None for the config's own.
 
     Returns:
-        The class's keys (`KEYS`) with the config's values or else the defaults, and
-        ``_class_name``.
+        The class's keys (`KEYS`) with the config's values, unchecked, or else the class's defaults,
+        and ``_class_name``, the name of the class that reads.
 
     Raises:
         ValueError: if the config's own class has no solver here.
@@ -123,14 +123,19 @@ def settings_of(config: Mapping[str, Any], scheduler: str | None = None) -> dict
 class SamplingDefaults:
     """How a model is sampled where ``sample`` is not told otherwise: its scheduler config.
 
+    The values are not checked here: `from_config` checks them when they are read, and
+    `make_plan` when they are used.
+
     Attributes:
         spacing: the spacing of timesteps: leading, linspace or trailing.
-        steps_offset: an integer added to leading timesteps.
-        clip: the bound of |x0|, 0 for none; beside a threshold, the largest threshold.
+        steps_offset: an integer, at least 0, added to leading timesteps.
+        clip: the bound of |x0|, 0 for none; beside a threshold, the largest threshold, at least 1.
         variance_type: the variance of ddpm: fixed_small, fixed_large, learned or learned_range.
-        threshold: the quantile of dynamic thresholding, in [0, 1]; 0 for none.
-        solver: the name of the solver, of solvers.SOLVERS.
-        sigmas: the spacing of sigmas: karras, exponential or beta; None for those of the timesteps.
+        threshold: the quantile, in [0, 1], of each image's |x0| for dynamic thresholding (Saharia
+            et al. 2022, section 2.3); 0 for none.
+        solver: ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, euler or euler_ancestral (solvers.SOLVERS).
+        sigmas: the spacing of the noise levels: karras, exponential or beta; None for the noise
+            levels of the timesteps.
     """
 
     spacing: str = "leading"
@@ -153,8 +158,8 @@ class SamplingDefaults:
                 own.
 
         Raises:
-            ValueError: if the class has no solver here, or a setting has a value that is not
-                supported.
+            ValueError: if the config's own class has no solver here, or a setting has a value that
+                is not supported; keys that the class does not have are ignored.
             KeyError: if ``scheduler`` is not one of `SCHEDULERS`.
         """
         settings = settings_of(config, scheduler)
@@ -190,8 +195,8 @@ class SamplingDefaults:
         Args:
             schedule: the forward process, T timesteps.
             prediction_type: epsilon, sample or v_prediction.
-            solver: the name of the solver, of solvers.SOLVERS.
-            num_steps: the number of steps, in 1..T.
+            solver: ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, euler or euler_ancestral.
+            num_steps: the number of steps, in 1..T; of no effect beside given timesteps.
             options: the options that are given (`PlanOptions`); None is the same as left out.
 
         Raises:

@@ -306,7 +306,7 @@ class Solver:
     """The record of a solver: all that make_plan, command line, configs and pipelines know of it.
 
     Attributes:
-        name: the name that ``solver=`` has for it.
+        name: its name, as make_plan's argument ``solver`` takes it.
         rows: its function, called with (schedule, steps, prediction_type=, clip=) and its options
             as keywords; returns a `Plan`.
         options: the names in make_plan.OPTIONS that the function takes; the others are refused.
@@ -316,8 +316,8 @@ class Solver:
         noise_alone: whether its function takes ``noise_alone``, false for leading spacing
             (`euler`).
         scheduler_class: the diffusers class for it, one of scheduler_config.KEYS; None for none.
-        algorithm_type: the value of that setting of the class, where it has several solvers.
-        quirk: what diffusers does otherwise, done where match_diffusers is asked; None for nothing.
+        algorithm_type: that setting of the class, where one class has several solvers; else None.
+        quirk: a function that reproduces diffusers' errors, for match_diffusers; None for no error.
         draws: called with (timestep, eta), returns whether diffusers draws noise at such a step,
             even if it then adds none.
         draws_float32: whether diffusers draws in float32, not in the network's dtype.

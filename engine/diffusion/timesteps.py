@@ -77,7 +77,7 @@ def timesteps(
 def respaced(respacing: str, num_train_timesteps: int = 1000) -> Ints:
     """Return the timesteps of one of OpenAI's respacing strings, int64 [S], decreasing.
 
-        "ddim50"    every k-th from 0 on, with the smallest k that makes 50 of them
+        "ddim50"    every k-th from 0 on, with the k that makes 50 of them
         "10,20,30"  as many in each of three equal sections (the first ones a timestep longer if
                     need be), evenly from a section's first to its last; one alone is the first
         "250"       the same with one section
@@ -184,11 +184,12 @@ def _beta_quantile(p: Table, a: float = 0.6) -> Table:
 def noise_keys(timesteps: ArrayLike) -> Ints:
     """Return the key of each timestep's noise, int64 [S], all different.
 
-    The key is a word of the noise's counter: floor(t) + 2^32 (the number of earlier entries with
-    that floor).
+    The key is the upper 64 bits of the noise's counter: floor(t) + 2^32 (the number of earlier
+    entries with that floor).
 
     Args:
-        timesteps: numbers, [S], at least 0, whole or fractional.
+        timesteps: numbers, [S], at least 0 and below 2^31, whole or fractional, in any order; not
+            checked.
     """
     floor = np.floor(np.asarray(timesteps, np.float64)).astype(np.int64)
     order = np.argsort(floor, kind="stable")
@@ -248,8 +249,8 @@ class Steps:
         Args:
             schedule: the forward process.
             sigmas: float64 [S], strictly decreasing, finite, within the sigmas of the schedule.
-            whole: whether the network is told the nearest whole timestep; x is as noisy as sigma
-                says. There diffusers, whose DPM-Solver does so for Karras sigmas, cuts the fraction
+            whole: whether the network is told the nearest whole timestep; abar stays that of sigma.
+                There diffusers, whose DPM-Solver does so for Karras sigmas, cuts the fraction
                 off for the other spacings, and for every spacing of the cosine schedule: up to one
                 timestep too few.
 
@@ -276,10 +277,10 @@ def spaced(
         schedule: the forward process, T timesteps, which says abar.
         num_steps: the number of steps, in 1..T.
         spacing: the spacing of timesteps: leading, linspace or trailing.
-        steps_offset: an integer added to leading timesteps.
+        steps_offset: an integer, at least 0, added to leading timesteps.
         sigmas: the spacing of sigmas: karras, exponential or beta; None for those of the timesteps.
             Beside ``drop_last`` they span the whole schedule.
-        drop_last: whether to take num_steps + 1 timesteps and drop the last; see `timesteps`.
+        drop_last: whether to take num_steps + 1 timesteps and drop the last (not for trailing).
         fractional: whether timesteps of linspace spacing, and those of sigmas, stay unrounded.
 
     Raises:

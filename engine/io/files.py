@@ -54,7 +54,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically: see `write_atomic`.
+    """Write a value as indented JSON: all of it or, at a kill or an error, the old file stays.
 
     Args:
         path: the file to write; its folder is made if it is missing.
@@ -134,7 +134,7 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 
     Args:
         path: the file.
-        device: the device that the tensors are put on.
+        device: the torch device that the tensors are put on, such as "cpu" or "cuda:0".
 
     Raises:
         CheckpointError: if the file is missing or no plain file, is broken, has a header larger

@@ -40,13 +40,15 @@ def to_uint8(x: Tensor) -> Tensor:
 
 @isolated(grad=False)
 def to_pil(x: Tensor) -> list[Image]:
-    """Return a batch of images as a list of PIL images, as diffusers does.
+    """Return a batch of images as a list of PIL images, with diffusers' rounding to 8 bits.
 
     Args:
-        x: floating-point [B, C, H, W], C in 1..4, in [-1, 1]; what lies beyond is clamped.
+        x: floating-point [B, C, H, W] on any device, C in 1..4; -1 is black (0) and 1 is white
+            (255), and what lies beyond is clamped.
 
     Returns:
-        B images of 8 bits, of mode L, LA, RGB or RGBA for C = 1, 2, 3, 4.
+        B images of W x H pixels and 8 bits a channel, of mode L, LA, RGB or RGBA for C = 1, 2, 3,
+        4; an empty list for B = 0.
 
     Raises:
         ValueError: if x is not of four dimensions, or has another number of channels.
@@ -124,12 +126,13 @@ def save_grid(
         x: floating-point [B, C, H, W], B at least 1, C in 1..4, in [-1, 1].
         path: the file, whose suffix names the picture format; its folder is made if it is missing.
         columns: the number of columns; None for the square root of B, rounded up.
-        captions: B lines of text, each drawn above its image; None for none.
+        captions: B lines of text, each drawn above its image and cut to its width; None for none.
         zoom: the side, in pixels, of the square that a pixel becomes.
 
     Raises:
-        ValueError: as for `make_grid`: x holds no image or is of a wrong shape, or another argument
-            is out of its range; or if the suffix names no picture format.
+        ValueError: if x holds no image or is of a wrong shape, if there are not as many captions as
+            images, if columns or zoom is no integer of at least 1, or if the suffix names no
+            picture format.
         OSError: if the file cannot be written.
     """
     grid = make_grid(x, columns, captions, zoom)
@@ -180,6 +183,7 @@ def save_gif(frames: Sequence[Image], path: str | PathLike[str], milliseconds: i
     Raises:
         IndexError: if there is no frame.
         ValueError: if the suffix names no picture format.
+        OSError: if the file cannot be written.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     times = [milliseconds] * (len(frames) - 1) + [1500]

@@ -35,7 +35,7 @@ def walk(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters of a module and of all modules in it."""
+    """Yield the parameters of a module and of all modules in it; a shared one comes twice."""
     for one in walk(module):
         yield from (p for p in one._parameters.values() if p is not None)
 
@@ -63,10 +63,12 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def hanging(network: Any) -> frozenset[tuple[str, str, int]]:
-    """Return every hook, and every forward set on an instance, in a network, to compare later.
+    """Return every hook, and every forward set on an instance, in a network.
+
+    Two results that differ say that something was hung on or taken off in between.
 
     Args:
-        network: a module, looked at with all that it holds; anything else has none.
+        network: a module, looked at with all that it holds; anything else gives an empty set.
 
     Returns:
         Triples of the module's name, the kind (one of `HOOKS`, or "forward") and a number, which is

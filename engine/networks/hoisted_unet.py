@@ -20,7 +20,8 @@ class HoistedUNet(nn.Module):
 
     The embeddings are computed once for the rows (steps) of a plan by `embed`, not once a step, and
     the time projections of all residual blocks are one matrix product. The packed weights are
-    copies of the U-Net's: call `refresh` before the first use, and after any change of `sources`.
+    copies of the U-Net's, uninitialised at first: call `refresh` before the first use, and after
+    any change of the parameters that `sources` yields.
 
     Args:
         unet: the network, which is used, not copied.
@@ -50,7 +51,7 @@ class HoistedUNet(nn.Module):
             yield from block.time_emb_proj.parameters()
 
     def refresh(self) -> None:
-        """Copy the U-Net's time projections into the packed ones again, in place."""
+        """Copy the U-Net's time projections into ``weight`` and ``bias``, in place."""
         weight, bias = self.unet.packed_projection()
         self.weight.copy_(weight)
         self.bias.copy_(bias)
@@ -69,13 +70,14 @@ class HoistedUNet(nn.Module):
     def forward(
         self, x_t: Tensor, emb: Tensor, labels: Tensor | None, index: Tensor | None = None
     ) -> Tensor:
-        """Predict from noisy images and time embeddings; L is the number of lanes (evaluations).
+        """Predict from L noisy images and their time embeddings.
 
         Args:
             x_t: the noisy images, [L, C, H, W], in the dtype of the U-Net's weights.
             emb: the time embeddings from `embed`, [L, E].
-            labels: int64 [L], class labels for a class-conditional network; None for others.
-            index: not used: the images' places among those that were asked for.
+            labels: int64 [L], class labels for a class-conditional network; None for others. Not
+                checked.
+            index: not used; samplers pass the images' places among those that were asked for.
 
         Returns:
             What the model was trained to predict, [L, C or 2C, H, W].
@@ -88,8 +90,9 @@ class HoistedUNet(nn.Module):
 def unhoistable(unet: UNet) -> str | None:
     """Return what a `HoistedUNet` would skip of this U-Net, in words; None for nothing.
 
-    That is the first module, of those that it goes around, which has a hook or a forward of its own
-    or is of another class than the U-Net's own.
+    `HoistedUNet` calls neither the forward of the U-Net nor of its time projections. What is
+    returned names the first of these modules, and those of the time embedding, that has a hook or
+    a forward of its own or is of another class: "time_emb_proj has hooks", say.
     """
     bypassed: list[tuple[str, nn.Module, type[nn.Module]]] = [("the U-Net", unet, UNet)]
     if type(unet) is UNet:
@@ -112,7 +115,7 @@ def flops_per_image(config: NetworkConfig, shape: tuple[int, int, int]) -> int:
 
     Args:
         config: the settings of the network.
-        shape: (C, H, W) of the image.
+        shape: (C, H, W) of the image, in pixels.
 
     Raises:
         ValueError: if the network cannot be built, or takes no images of that shape.

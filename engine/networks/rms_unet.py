@@ -30,17 +30,18 @@ class RMSUNetConfig:
 
     Attributes:
         sample_size: the side of square images, or (H, W), in pixels.
-        in_channels, out_channels: the number of channels of the images and of the output.
-        dim: the number of channels of the timestep's sinusoids, even, at least 4; the time
-            embedding has four times as many.
-        dims: the number of channels at the beginning and after each level, 2 to 11 numbers.
+        in_channels, out_channels: the number of channels of the images and of the output, 1..1024.
+        dim: the number of channels of the timestep's sinusoids, even, 4..65536; the time embedding
+            has four times as many.
+        dims: the number of channels at the beginning and after each level, finest level first: 2 to
+            11 integers, 1..65536, for 1 to 10 levels.
         full_attention: for each level, whether its attention is quadratic, not linear; in the
             middle it always is.
         attention_heads, attention_head_dim: for each level, the number of attention heads and the
-            channels of one; the middle has those of the last level.
-        num_mem_kv: the number of learned keys and values of each head.
-        theta: the longest period of the sinusoids over 2 pi, at least 1.
-        dropout: the probability of dropout in a residual block's first half.
+            channels of one, 1..65536; the middle has those of the last level.
+        num_mem_kv: the number of learned keys, and of learned values, of each head, 1..65536.
+        theta: the longest period of the sinusoids, divided by 2 pi; at least 1.
+        dropout: the probability, in [0, 1], of dropout in a residual block's first half.
 
     Raises:
         ValueError: if a setting is out of its range, or a list does not have an entry for each
@@ -106,7 +107,8 @@ class RMSUNetConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> RMSUNetConfig:
         """Read the settings from a dict such as ``to_dict`` returns.
 
-        Keys that start with an underscore are skipped.
+        Keys that start with an underscore are skipped; num_mem_kv, theta and dropout may be left
+        out.
 
         Raises:
             ValueError: if a key is unknown or missing, or a value is not allowed.
@@ -318,7 +320,7 @@ class RMSUNet(nn.Module):
         """Return the time embeddings of timesteps.
 
         Args:
-            t: integer or floating-point [B].
+            t: integer or floating-point [B], not checked.
 
         Returns:
             [B, 4 dim], in the dtype of the network's weights.
@@ -336,7 +338,7 @@ class RMSUNet(nn.Module):
         Args:
             x_t: the noisy images, [B, C_in, H, W], in the dtype of the weights; H and W multiples
                 of ``config.multiple``.
-            t: [B] or one timestep, integer or float.
+            t: timesteps [B], [1] or [], or one number; integer or float.
             labels: must be None.
 
         Returns:

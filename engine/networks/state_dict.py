@@ -19,7 +19,8 @@ def mismatches(
     Args:
         unet: the network, of which only keys and shapes are read, and the dtype if none is given.
         state: tensors by name; their keys, shapes, dtypes (`STORED`) and finiteness are checked.
-        dtype: the dtype in which all numbers must be finite; None for the network's own.
+        dtype: the dtype in which all numbers must be finite; None for that of the network's first
+            parameter.
     """
     dtype = dtype or next(unet.parameters()).dtype
     expected = {key: tuple(value.shape) for key, value in unet.state_dict().items()}

@@ -42,11 +42,13 @@ class UNet(nn.Module):
 
     Attributes:
         config: the settings.
-        checkpoint_activations: whether the backward pass computes the inside of every block again,
-            which saves the memory of it; False when the network is made.
+        checkpoint_activations: whether the backward pass computes the inside of residual blocks and
+            attentions again, those in the middle apart, which saves the memory of it; a bool that
+            may be set, False when the network is made.
 
     Raises:
-        ValueError: if the network of the config cannot be built.
+        ValueError: if attention_head_dim does not divide the channels of a level with attention, or
+            of the last.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -140,10 +142,10 @@ class UNet(nn.Module):
         """Return the time projections of all residual blocks, concatenated.
 
         Args:
-            emb: the embeddings of time and label, floating-point [B, E].
+            emb: the sums of the embeddings of time and label, floating-point [B, E].
 
         Returns:
-            [B, P], in the dtype of ``emb`` and in the order of `resnets`.
+            [B, P], P the sum of their widths, in the dtype of ``emb`` and the order of `resnets`.
         """
         emb, layers = F.silu(emb), [block.time_emb_proj for block in self.resnets()]
         if any(touched(layer, nn.Linear) for layer in layers):  # hooks, say, which are to run
@@ -199,8 +201,9 @@ class UNet(nn.Module):
         Args:
             x_t: the noisy images, [B, C_in, H, W], in the dtype of the weights; H and W multiples
                 of ``config.multiple``.
-            t: [B] or one timestep, integer or float.
-            labels: int64 [B], in 0..num_class_embeds-1, for a class-conditional network, else None.
+            t: timesteps [B], [1] or [], or one number; integer or float.
+            labels: int64 [B], in 0..num_class_embeds-1 (not checked), for a class-conditional
+                network, else None.
 
         Returns:
             [B, C_out, H, W].

@@ -53,22 +53,28 @@ class TimestepEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """A residual block: norm, SiLU, conv, time projection, norm, SiLU, conv, plus a shortcut.
 
-    With resnet_time_scale_shift "default" the projection is a shift before the second norm; with
-    "scale_shift" it is a scale and a shift after it: norm(h) (1 + scale) + shift.
+    The time projection is added before the second norm with resnet_time_scale_shift "default"; with
+    "scale_shift" it is a scale and a shift after it: norm(h) (1 + scale) + shift. The shortcut is
+    the input, through a 1 x 1 convolution where c_in and c_out differ. The last convolution begins
+    at 0.
 
     Args:
-        c_in, c_out: the number of channels before and after.
-        config: the settings of the network.
+        c_in, c_out: the number of channels before and after, multiples of config.norm_num_groups.
+        config: the settings of the network, of which norms, dropout and time scale are read.
         width: the width of the time embedding.
-        scale: the number by which the sum of block and shortcut is divided.
+        scale: the number by which the sum of block and shortcut is divided, not 0.
         resize: "down" or "up" for half or twice the size, before the first convolution and in the
             shortcut, by means of 2 x 2 pixels or by repeating pixels; None for the same size.
 
     Attributes:
-        time_emb_proj: the linear layer whose output `forward` takes; the network calls it.
-        c_in, c_out, scale: as given.
+        time_emb_proj: the linear layer, of the SiLU of the time embedding, whose output `forward`
+            takes; the network calls it, or one packed layer in place of all blocks'.
+        c_in, c_out, scale: the arguments of these names.
         scale_shift: whether resnet_time_scale_shift is "scale_shift".
         resize: the function that changes the size, `halve` or `double`, or None.
+
+    Raises:
+        KeyError: if ``resize`` is another string.
     """
 
     def __init__(
@@ -121,16 +127,21 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over pixels with a shortcut; q, k and v are one packed layer.
+    """Self-attention over pixels, softmax(q k^T / sqrt(head_dim)) v, added to its input.
 
-    The state dict has them as three, to_q, to_k and to_v, as diffusers does.
+    The layers of q, k and v are one packed linear layer, to_qkv; `state_dict` and `load_state_dict`
+    have it as three, to_q, to_k and to_v, as diffusers does. The output layer begins at 0.
 
     Args:
-        channels: the number of channels C.
-        head_dim: the number of channels of a head; None for one head.
+        channels: the number of channels C of the input and output.
+        head_dim: the number of channels of a head; None for one head of C channels.
         groups: the groups of the group norm before the attention; None for no norm.
         eps: the epsilon of the norm.
-        scale: the number by which the sum of attention and shortcut is divided.
+        scale: the number by which the sum of attention and input is divided, not 0.
+
+    Attributes:
+        heads: the number of heads, C / head_dim.
+        scale: the argument of this name.
 
     Raises:
         ValueError: if head_dim or groups does not divide the channels.
@@ -159,7 +170,7 @@ class Attention(nn.Module):
         self.register_load_state_dict_pre_hook(_pack_qkv)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (x + its attention) / scale, of the shape of ``x``, float [B, C, H, W]."""
+        """Return (x + attention of x) / scale, in the shape of ``x``, floating [B, C, H, W]."""
         B, C, H, W = x.shape
         h = self.group_norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)
         qkv = self.to_qkv(h).reshape(B, H * W, 3, self.heads, C // self.heads)
@@ -300,7 +311,7 @@ class Level(nn.Module):
 
 
 def zero_(module: nn.Conv2d | nn.Linear) -> None:
-    """Zero a layer's weight and bias, so that its block begins as the identity (Ho et al. 2020)."""
+    """Set a layer's weight and bias to 0: its block begins as the identity (Ho et al. 2020)."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -43,7 +43,8 @@ class UNetConfig:
             block_out_channels[0].
         num_train_timesteps: the number of timesteps T of the training, 1..100000; must be given for
             "rescaled".
-        freq_shift: what is subtracted from half of the sinusoids' channels in their frequencies.
+        freq_shift: an integer, at least 0 and below half = time_channels // 2: the frequencies are
+            10^(-4 i / (half - freq_shift)), i = 0..half-1.
         flip_sin_to_cos: whether the sinusoids are [cos, sin], not [sin, cos].
         down_block_types: the type of each level on the way down, one of `DOWN_BLOCKS`.
         up_block_types: the type of each level on the way up, coarsest first, one of `UP_BLOCKS`.
@@ -56,18 +57,19 @@ class UNetConfig:
             one column to the right.
         downsample_type, upsample_type: what changes the size in levels with attention: "conv" or
             "resnet".
-        dropout: the probability of dropout in residual blocks.
+        dropout: the probability, in [0, 1], of dropout in residual blocks.
         attention_head_dim: the number of channels of an attention head, one for all levels or one
-            for each; None for one head.
+            for each, finest first; None for one head. Whether it divides the channels is checked
+            when the network is built.
         norm_num_groups: the number of groups of group norms.
         attn_norm_num_groups: the number of groups of the norm before the middle's attention; None
-            as `mid_groups` says.
-        norm_eps: the epsilon of group norms.
+            for norm_num_groups, or for no norm with "scale_shift".
+        norm_eps: the epsilon of group norms, in [0, 1].
         resnet_time_scale_shift: "default" or "scale_shift": whether the time embedding shifts
             features, or scales and shifts them.
         add_attention: whether the middle has attention.
-        num_class_embeds: the number of class labels, that for "no label" included; None for an
-            unconditional network.
+        num_class_embeds: the number of class labels, that for "no label" included, 1..1000000; None
+            for an unconditional network.
 
     Raises:
         ValueError: if a setting is out of its range, or settings contradict one another.

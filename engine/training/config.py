@@ -85,17 +85,19 @@ class TrainConfig:
     Attributes:
         FILE: the name of the file in the run's folder that holds the settings as JSON.
         steps: the number of steps of the whole run, those before a resume included; at least 1.
-        data: the path of the images.
+        data: the path of the images, a str; kept as a note, not opened here.
         init: the model folder whose network and weights the run starts from; "" for a new network.
-        batch_size: the number of images in a step, over all processes; a multiple of accumulate.
-        accumulate: the number of equal parts of a batch that are computed in turn to save memory.
+        batch_size: the number of images in a step, over all processes; at least 1, a multiple of
+            accumulate.
+        accumulate: the number of equal parts, at least 1, of a batch that are computed in turn to
+            save memory.
         seed: the seed of weights, image order, timesteps and noise, in [-2^63, 2^64).
         learning_rate: AdamW's learning rate after the warm-up, at least 0.
         lr_schedule: constant or cosine (half a cosine, which would be 0 at step number steps).
-        warmup_steps: the number of steps in which the learning rate grows linearly.
-        grad_clip: the norm that gradients are clipped to; 0 for no clipping.
-        ema_half_lives: half-lives of the moving averages of the weights, in steps, all different;
-            the first average is the run's model.
+        warmup_steps: the number of steps, at least 0, in which the learning rate grows linearly.
+        grad_clip: the norm of all gradients together that they are clipped to; 0 for no clipping.
+        ema_half_lives: half-lives of the moving averages of the weights, in steps: integers of at
+            least 1, one or more, all different; the first average is the run's model.
         label_dropout: the probability, in [0, 1], that a label is replaced by the null class.
         horizontal_flip: whether each image is mirrored left to right with probability 1/2.
         precision: float32 or bfloat16 (autocast of the network).
@@ -111,12 +113,14 @@ class TrainConfig:
         beta_schedule: linear, scaled_linear, squaredcos_cap_v2 or sigmoid.
         num_train_timesteps: the number of timesteps T of the forward process, 1..100000.
         block_out_channels: the number of channels at each resolution, finest first.
-        layers_per_block: the number of residual blocks at each resolution.
+        layers_per_block: the number of residual blocks at each resolution on the way down; on the
+            way up there is one more.
         attention_head_dim: the number of channels of an attention head.
         norm_num_groups: the number of groups of the group norms.
-        checkpoint_activations: whether activations are computed again in the backward pass.
-        save_every: the number of steps between two saves.
-        keep: the number of newest states (files to resume from) that are kept.
+        checkpoint_activations: whether activations are computed again in the backward pass, to save
+            memory.
+        save_every: the number of steps between two saves, at least 1.
+        keep: the number of newest states (files to resume from) that are kept, at least 1.
         sample_every: the number of steps between two grids of samples; 0 for none.
 
     Raises:

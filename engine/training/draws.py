@@ -2,7 +2,7 @@ r"""`Draws`: the random choices of a training run: images, flips, timesteps, dro
 
 Each choice is a pure function of the run's seed and of an image's key k = step B + i, its number in
 the run, i being its place in the batch of B. So a run can be resumed anywhere, in any number of
-processes. With word(p, k) the 32 bits of counted noise of purpose p and key k,
+processes. With word(p, k) 32 bits of counted noise (Philox) of purpose p and key k,
 
     t            = floor(w T 2^-32),  w = word(TIMESTEP, k)                          uniform
                                       w = word(TIMESTEP, step) + i 2^32 / B mod 2^32 low_discrepancy
@@ -31,11 +31,12 @@ class Draws:
     """Draws the random choices of a training run, each as a pure function of seed and key.
 
     ``keys(step)`` returns the keys of a step's images: a key is an image's number in the run, and
-    the second word of its noise counter. Every other method takes keys, int64 [n] on the CPU, and
+    the upper 64 bits of its noise counter. Every other method takes keys, int64 [n] on the CPU, and
     returns a CPU tensor of n entries, one for each key.
 
     Args:
-        config: the settings of the run.
+        config: the settings of the run; batch_size and seed, and those of flips, timesteps and
+            label dropout, are read.
         count: the number of images in the data, at least 1.
         rank: the number of this process, 0..size-1.
         size: the number of processes; each draws an equal part of every batch.
@@ -92,7 +93,7 @@ class Draws:
     def flips(self, keys: Tensor) -> Tensor:
         """Return which images are mirrored left to right, bool [n].
 
-        Each is with probability 1/2 if ``horizontal_flip`` is set, else none.
+        With ``horizontal_flip`` each is, with probability 1/2; otherwise none is.
 
         Args:
             keys: int64 [n] on the CPU, the images' numbers in the run, as `keys` returns them.
@@ -115,9 +116,9 @@ class Draws:
         return (words * config.num_train_timesteps) >> 32
 
     def label_drops(self, keys: Tensor) -> Tensor:
-        """Return which images lose their label, bool [n], as classifier-free guidance needs it.
+        """Return which images have their label replaced by the null class, bool [n].
 
-        Each does with probability ``label_dropout``.
+        Each has, with probability ``label_dropout``; classifier-free guidance needs such training.
 
         Args:
             keys: int64 [n] on the CPU, the images' numbers in the run, as `keys` returns them.

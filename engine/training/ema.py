@@ -22,7 +22,8 @@ class Ema:
     Args:
         parameters: the weights by name, float32, all on one device, at least one; they are read at
             every `update`.
-        half_lives: the half-lives in steps, all different.
+        half_lives: the half-lives h in steps, above 0, all different: of a constant change of the
+            weights the average has made half after h steps.
 
     Attributes:
         weights: a dictionary from half-life to a dictionary from the parameter's name to its
@@ -40,7 +41,9 @@ class Ema:
         self._rates = {h: torch.zeros((), dtype=torch.float32, device=device) for h in half_lives}
 
     def set_rates(self, step: int) -> None:
-        """Set the rate 1 - d by which the next `update` moves each average, for a step.
+        """Set the rate by which the next `update` moves each average, for a step.
+
+        It is 1 - min(2^(-1/h), (1 + s) / (10 + s)) at step s, for half-life h; 0 before any call.
 
         Args:
             step: the number of the step, from 0.

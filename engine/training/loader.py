@@ -39,7 +39,7 @@ class TrainBatch(NamedTuple):
         x0: the images, float32 [B, C, H, W] in [-1, 1], channels_last.
         t: the timestep of each image, int64 [B] in 0..T-1.
         seeds: the seed of each image's noise, int64 [B].
-        keys: the key of each image's noise (the second word of the noise counter), which is the
+        keys: the key of each image's noise (the upper 64 bits of Philox's counter), which is the
             image's number in the run, int64 [B].
         labels: the class of each image, int64 [B] in 0..K-1, or K, the null class, where the label
             is dropped; None for an unconditional network.
@@ -76,13 +76,13 @@ class TrainBatch(NamedTuple):
 class Loader:
     """Fetches the batches of steps start, start + 1, ...: each call of `next` returns one.
 
-    It is a context manager, which closes itself at the end of the block.
+    It is a context manager, which closes itself at the end of the block, also one that raises.
 
     Args:
         source: the images and labels.
         draws: the random choices of the run. If ``ahead`` is above 0 they are made in the loader's
             thread, one step at a time and in the order of steps.
-        start: the number of the first step, at least 0.
+        start: the number of the first step, from 0.
         device: the device that batches are copied to: "auto", "cpu", "cuda", "cuda:N" or a
             torch.device.
         ahead: the number of batches that are fetched while one is trained on; with 0 there is no

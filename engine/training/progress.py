@@ -23,7 +23,7 @@ class Progress:
 
     Args:
         out: the folder of the run, OUT.
-        step: the number of steps that the run has taken.
+        step: the number of steps that the run has taken so far, those before a resume included.
         steps: the number of steps at which it ends.
         batch_size: the number of images in a step, over all processes.
         shown: whether a progress bar is shown; the log is written in either case.

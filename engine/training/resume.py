@@ -91,7 +91,8 @@ def write(out: Path, state: State, keep: int) -> None:
     Args:
         out: the folder of the run, OUT; folders are made if they are missing.
         state: the state to write.
-        keep: the number of states of the highest steps that are kept; the new one always is.
+        keep: how many states, those of the highest steps, are left, at least 1; the new one always
+            is.
 
     Raises:
         OSError: if the state could not be written; those before it are then kept.

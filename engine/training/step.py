@@ -1,4 +1,4 @@
-r"""`TrainStep`: the training step, for all three prediction types (Ho et al. 2020, eq. 14; S7).
+r"""`TrainStep`: the training step, for all three prediction types (equation S7 of docs/math.md).
 
     x_t = add_noise(x0)        the noise drawn in registers
     out = unet(x_t, t, label)
@@ -53,8 +53,8 @@ class TrainStep:
         compile: whether the network is compiled.
         capture: whether the step is captured as a CUDA graph, after three steps that are not; for
             one process on a GPU only.
-        parallel: whether gradients are averaged over the processes of torch.distributed, which
-            meet at the first step.
+        parallel: whether gradients are averaged over the processes of torch.distributed (its
+            process group must exist by the first step, which all of them take).
 
     Attributes:
         config, unet: the arguments.
@@ -177,7 +177,8 @@ class TrainStep:
     def loss(self, batch: TrainBatch) -> Tensor:
         """Return the mean loss of a batch, a float32 scalar with its graph for the backward pass.
 
-        It is the hybrid loss if the variance is learned, else the diffusion loss. The network runs
+        It is the hybrid loss (with a term of the variational bound) if the variance is learned,
+        else the weighted penalty of the network's error. The network runs
         under bfloat16 autocast if the settings say so.
 
         Args:
@@ -197,7 +198,7 @@ class TrainStep:
     def gradients(self, batch: TrainBatch) -> Tensor:
         """Compute the gradients of a batch's mean loss, and return it, a float32 scalar.
 
-        The gradients replace those in the parameters' ``grad``.
+        The gradients replace those in the parameters' ``grad``; they are not clipped.
 
         Args:
             batch: this process's part of a step's batch, on the network's device. It is taken in

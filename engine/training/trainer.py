@@ -1,7 +1,7 @@
 """`Trainer`: a training run, from images to a model folder.
 
 An image goes from its source (`flashddpm.data`) through the `Loader`, which draws its noise key
-(second word of the noise counter) and timestep, into a `TrainBatch`; `TrainStep` updates the
+(upper half of the noise counter) and timestep, into a `TrainBatch`; `TrainStep` updates the
 weights with it, and `Ema` their averages.
 
 A step is a pure function of weights, moments, averages, seed and the step's number, so a resumed
@@ -61,8 +61,9 @@ class Trainer:
 
     Args:
         config: the settings of the run.
-        data: the images and labels. With labels the network is class-conditional and has one more
-            class, the null class, which dropped labels are replaced by.
+        data: the images and labels. With labels, of K classes, the network is class-conditional and
+            always has K + 1 class embeddings: number K, the null class, replaces dropped labels,
+            and is not trained if label_dropout is 0.
         out: the folder of the run, OUT; it is made when something is written.
         device: "auto", "cpu", "cuda" or "cuda:N".
         compile: whether the network is compiled: True, False, or "auto", which is True on CUDA.
@@ -124,9 +125,11 @@ class Trainer:
 
     @property
     def conditioning(self) -> Conditioning:
-        """The labels that the model takes, a `Conditioning`.
+        """The labels that the model takes when it samples, a `Conditioning`.
 
-        It has a null class (the label for "no label") only if labels are dropped in training.
+        Its null_label (the label for "no label") is K, the number of classes, if labels are dropped
+        in training, else None: the network has that embedding then too, but it is not trained.
+        All is None for data without labels.
         """
         classes = self.data.num_classes
         null = classes if self.config.label_dropout else None
@@ -289,11 +292,11 @@ class Trainer:
     def save_samples(self, count: int = 20, num_steps: int = 25) -> None:
         """Write OUT/samples/STEP.png, a grid of images drawn by DDIM with averaged weights.
 
-        The weights are those of the first half-life of the settings.
+        The weights are those of the first half-life of the settings; STEP has six digits or more.
 
         Args:
-            count: the number of images, of seeds 0 to count-1, their labels being the classes in
-                turn; at least 1.
+            count: the number of images, at least 1. Their seeds are 0..count-1, and image i has
+                class i modulo K where there are K classes.
             num_steps: the number of solver steps; at most T are taken.
 
         Raises:

@@ -12,11 +12,11 @@ import triton
 from flashddpm.kernels.operation import Budget
 
 PINNED = "3.8"
-"""The major and minor version of Triton that the budgets were taken from."""
+"""The version of Triton, "MAJOR.MINOR", that the budgets were taken from."""
 
 
 def pinned() -> bool:
-    """Return whether the installed Triton has the version that the budgets were taken from."""
+    """Return whether the installed Triton's major and minor version are those of ``PINNED``."""
     return triton.__version__.split(".")[:2] == PINNED.split(".")
 
 
@@ -27,7 +27,7 @@ def exceeded(
     instructions: float | None,
     width: int | None,
 ) -> list[str]:
-    """Return what of a kernel's resources exceeds its budget, in words; nothing if all is well.
+    """Return what of a kernel's resources exceeds its budget; an empty list if all is well.
 
     A missing budget is a fault too.
 
@@ -35,8 +35,8 @@ def exceeded(
         budget: the kernel's budget (the most that it may use), or None if it has none.
         registers: registers of a thread.
         shared: bytes of shared memory of a program (a thread block).
-        instructions: instructions for each element of an image; None where a loop makes them no
-            total.
+        instructions: instructions for each element of an image; None, which is not compared, where
+            a loop makes them no total.
         width: bytes of the narrowest access of an image; None where no image is accessed.
 
     Returns:

@@ -29,7 +29,7 @@ program, 64 let half of a GPU's threads stay resident.
 
 @dataclass(frozen=True)
 class Compiled:
-    """The code of a compiled kernel in three languages, and the resources that it takes.
+    """The code of one kernel, compiled for one GPU, in three languages, and the resources it takes.
 
     Attributes:
         arguments: names of the arguments that are left at run time, in order.
@@ -62,8 +62,8 @@ class Compiled:
     def accesses(self) -> dict[str, Counter[int]]:
         """The accesses of global memory in the code by pointer argument and width.
 
-        A dictionary {argument: {bytes of an access: number of such instructions}}. An access whose
-        argument is not known stands under "?".
+        A dictionary {argument: {bytes that a thread moves at once: number of such instructions}}.
+        An access whose argument is not known stands under "?".
         """
         return gates.accesses(self.ptx, self.arguments)
 
@@ -141,7 +141,7 @@ def faults(
     exact: bool = True,
     registers: int | None = REGISTERS,
 ) -> list[str]:
-    """Return what is wrong with compiled code, in words; nothing if all is well.
+    """Return what is wrong with compiled code, a phrase each; an empty list if all is well.
 
     Wrong are memory for spills (stack or local), too many registers, inexact operations, offsets of
     addresses that may wrap, and accesses of images in less than 16 bytes.
@@ -151,8 +151,8 @@ def faults(
         images: names of the pointer arguments that must be accessed 16 bytes at a time.
         exact: whether every floating-point operation must be correctly rounded float32; if not,
             only float64 operations and calls are faults.
-        registers: the most registers that a thread may use; None for a kernel with a budget (the
-            most that it may use) of its own.
+        registers: the most registers that a thread may use; None leaves them unchecked, for a
+            kernel with a budget of its own (``Budget``, which ``budgets.exceeded`` checks).
     """
     found = [
         f"{name} of {size} bytes" for name in ("stack", "local") if (size := getattr(code, name))

@@ -40,8 +40,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # float16 moves what b
 def counted() -> Iterator[dict[str, int]]:
     """Count the bytes that kernels load and store within a with-statement, in Triton's interpreter.
 
-    Only blocks of numbers are counted, not single numbers: these are images and vectors. It
-    replaces methods of the interpreter for that time, so it is not for several threads at once.
+    Loads and stores of blocks (of images and vectors) are counted, for the elements that their
+    masks let through; those of single numbers are not. It replaces methods of the interpreter and
+    puts them back at the end, also if the block raises, so it is not for several threads at once.
 
     Yields:
         {"loaded": bytes, "stored": bytes}, which grow as kernels run.
@@ -79,12 +80,13 @@ CASES = {case.name: (op, case) for op in OPS.values() for case in op.cases}
 def count(op: Op, case: ByteCase, dtype: torch.dtype) -> dict[str, float | None]:
     """Count the bytes that one case of an operation moves for each element of its images.
 
-    The kernels must run in the interpreter (TRITON_INTERPRET=1).
+    A case is the operation with certain arguments. The kernels must run in the interpreter
+    (TRITON_INTERPRET=1 at import; not checked).
 
     Args:
         op: the operation's record.
         case: the case, one of ``op.cases``.
-        dtype: the dtype of the images.
+        dtype: the dtype of the images, one of ``op.dtypes``.
 
     Returns:
         Bytes for each element: "counted" in the interpreter, by the operation's "formula", and of
@@ -121,7 +123,7 @@ def start(cases: Collection[str]) -> subprocess.Popen[str]:
     """Start a process that counts the bytes of cases in Triton's interpreter, and return it.
 
     Args:
-        cases: the names of the cases; none for all.
+        cases: the names of the cases (keys of ``CASES``); empty for all. Other names are ignored.
 
     Returns:
         The process, whose standard output is the JSON that ``result`` reads.
@@ -140,8 +142,8 @@ def result(child: subprocess.Popen[str]) -> Bytes:
         child: the process of ``start``.
 
     Returns:
-        {case: {dtype: {"counted", "formula", "plain": bytes for each element}}}, as ``count`` gives
-        them.
+        {case: {"fp32" or "bf16": {"counted", "formula", "plain": bytes for each element}}}: in the
+        interpreter, by the operation's formula, and in plain PyTorch or None.
 
     Raises:
         RuntimeError: if the process failed; the message holds its standard error.
@@ -156,7 +158,8 @@ def main(names: Collection[str] = ()) -> None:
     """Count the bytes of cases and print them as JSON: {case: {dtype: {counted, formula, plain}}}.
 
     Args:
-        names: the names of the cases, in any order; none for all.
+        names: the names of the cases (keys of ``CASES``), in any order; empty for all. Other names
+            are ignored.
 
     Raises:
         RuntimeError: if TRITON_INTERPRET is not set.

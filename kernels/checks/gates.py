@@ -147,7 +147,7 @@ def _lines(ttir: str) -> Iterator[_Value]:
 
 
 def narrow_offsets(ttir: str) -> list[str]:
-    """Return the operations in address offsets that may overflow, in less than 64 bits.
+    """Return the operations in address offsets that may overflow since they have under 64 bits.
 
     Every offset of every address is followed back to arguments, constants, program ids, ranges,
     loop variables and loaded values; between them may stand 64-bit sums and products, and
@@ -212,7 +212,7 @@ def accesses(ptx: str, arguments: Sequence[str]) -> dict[str, Counter[int]]:
         arguments: names of its parameters in order.
 
     Returns:
-        {argument: {bytes of an access: number of instructions of that width}}.
+        {argument: {bytes that a thread moves at once: number of such instructions}}.
     """
     sources: dict[str, set[str]] = defaultdict(set)
     found: dict[str, Counter[int]] = defaultdict(Counter)
@@ -247,7 +247,8 @@ def narrow_accesses(
 
     Args:
         found: accesses by pointer argument and bytes (``accesses``).
-        needed: bytes that a thread needs by pointer argument (``needed_bytes``), or None.
+        needed: bytes that a thread needs by pointer argument (``needed_bytes``); None, for code
+            with a loop, leaves the bytes moved unchecked.
         images: names of the arguments that must be accessed 16 bytes at a time.
     """
     faults = []

@@ -58,11 +58,13 @@ def bytes_moved(
 
     Args:
         chain: the code, the same work as an operation (``ByteCase.plain``), called with ``args`` by
-            name; for ``backward`` it must return a tensor with a gradient.
-        args: the arguments of the code.
+            name; for ``backward`` it must return one tensor that depends on an argument with
+            requires_grad.
+        args: the arguments of the code by name, tensors or other values.
         smallest: tensors of fewer elements are left out: they hold numbers of each image, not
             images.
-        backward: whether the bytes of the gradient are counted instead of those of the code.
+        backward: whether to count, instead of the bytes of the code, those of the gradient of its
+            result's sum with respect to the arguments that have requires_grad.
     """
     with _Bytes(smallest) as mode:
         result = chain(**args)

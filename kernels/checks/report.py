@@ -88,10 +88,14 @@ def _pipes(card: Scorecard) -> list[str]:
 
 
 def bounds(card: Scorecard) -> list[str]:
-    """Return the lines of the table of time bounds, in picoseconds for each element.
+    """Return the lines of the table of time bounds, in picoseconds for each element of an image.
+
+    There is a row for each ``TimeBound``: the times of memory, of issuing instructions and of three
+    parts of a multiprocessor ("integer", "multiply" and "access"), the longest of all its times,
+    and what takes it.
 
     Args:
-        card: the scorecard; without bounds there is no line.
+        card: the scorecard; without time bounds the list is empty.
     """
     if not card.bounds:
         return []
@@ -114,10 +118,12 @@ def bounds(card: Scorecard) -> list[str]:
 def bytes_moved(card: Scorecard) -> list[str]:
     """Return the lines of the table of bytes moved for each element.
 
-    The columns are bytes counted, by the formula, and of plain PyTorch.
+    The columns are the case (an operation with certain arguments), the dtype of the images, the
+    bytes counted in Triton's interpreter, by the operation's formula, and of plain PyTorch, and how
+    many times the counted bytes plain PyTorch moves ("-" where there is no such code).
 
     Args:
-        card: the scorecard; without counted cases there is no line.
+        card: the scorecard; without counted cases the list is empty.
     """
     rows: list[list[str]] = [["case", "images", "counted", "formula", "plain PyTorch", "times"]]
     for case, dtypes in card.bytes.items():
@@ -159,7 +165,10 @@ def _grouped(faults: Iterable[str]) -> list[str]:
 
 
 def text(card: Scorecard, verbose: bool = False) -> str:
-    """Return a scorecard as text: resources, pipes, time bounds, bytes, and the verdict.
+    """Return a scorecard as text: resources, pipes, time bounds, bytes, faults and the verdict.
+
+    A pipe is a part of a multiprocessor, whose instructions are counted; the verdict is how many
+    variants were compiled and how many faults were found.
 
     Args:
         card: the scorecard.

@@ -27,10 +27,10 @@ each for a warp of 32.
 
 @dataclass(frozen=True)
 class Pipe:
-    """A part of a multiprocessor that runs certain instructions.
+    """A part of a multiprocessor that runs certain instructions; its name is its key in ``PIPES``.
 
     Attributes:
-        rate: threads served a clock, or None where issuing the instruction is the only cost.
+        rate: threads served a clock cycle, or None where issuing the instruction is the only cost.
         opcodes: the instructions that it runs, without the modifiers after the dot.
     """
 
@@ -115,11 +115,12 @@ class MachineCode:
         return dict(counts)
 
     def clocks(self) -> dict[str, float]:
-        """Return the clock cycles of a multiprocessor that one thread costs.
+        """Return the clock cycles of a multiprocessor that one thread costs, at full rate.
 
         Returns:
-            Cycles by "issue", for all instructions, and by each pipe (part of a multiprocessor) of
-            limited rate that runs some.
+            {"issue": cycles for issuing all instructions, pipe: cycles in that part of the
+            multiprocessor}, for the pipes of limited rate that run some. As many threads run at
+            once, these are fractions such as instructions / 128.
         """
         clocks = {"issue": self.instructions / ISSUE}
         for name, count in self.pipes.items():
@@ -144,8 +145,9 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
         cubin: the ELF file.
 
     Returns:
-        What ``cuobjdump`` reports: REG, registers of a thread; STACK, SHARED and LOCAL, bytes; and
-        what else it prints so.
+        What ``cuobjdump`` reports, by name: "REG", registers of a thread; "STACK" and "LOCAL",
+        bytes of a thread; "SHARED", bytes of a thread block; and what else it prints as
+        NAME:NUMBER.
 
     Raises:
         subprocess.CalledProcessError: if ``cuobjdump`` fails, for instance on what is no cubin.
@@ -163,7 +165,9 @@ def disassemble(files: Sequence[bytes]) -> list[str]:
         files: cubins of one kernel and the same architecture each, at least one.
 
     Raises:
-        ValueError: if ``cubins.join`` refuses the cubins.
+        ValueError: if there are no cubins, they are of several architectures, or one does not have
+            exactly one kernel.
+        subprocess.CalledProcessError: if nvdisasm fails.
     """
     text = _run(triton.knobs.nvidia.nvdisasm.path, ["-c", "-ndf"], cubins.join(files))
     _, *parts = re.split(r"^//-+ \.text\.\d+ +-+$", text, flags=re.MULTILINE)

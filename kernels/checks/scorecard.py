@@ -47,13 +47,15 @@ class Entry:
             makes}}.
         instructions: instructions for each element of an image, slow paths left out; None where a
             loop makes them no total.
-        slow: instructions of a thread in the rare paths, which the other counts leave out.
+        slow: instructions of a thread in the rare paths (roots and divisions of subnormal, infinite
+            and NaN operands), which the other counts leave out.
         pipes: instructions for each element by pipe (part of a multiprocessor), empty with loops.
         opcodes: instructions of a thread by opcode, the most frequent first.
-        unknown: opcodes of no known pipe.
-        rounding: rounding modes that floating-point instructions of the assembly name.
-        clocks: clock cycles of a multiprocessor for each element, by "issue" and pipe; empty with
-            loops.
+        unknown: opcodes of no known pipe, sorted.
+        rounding: rounding modes that floating-point instructions of the assembly name, such as
+            "rn", sorted.
+        clocks: clock cycles of a multiprocessor for each element, by "issue" (all instructions) and
+            by pipe of limited rate; empty with loops.
         faults: gates (checks of compiled code) that fail, in words.
         over: budgets (the most that a kernel may use) that are exceeded, in words.
     """
@@ -156,15 +158,19 @@ def _entry(
 
 @dataclass(frozen=True)
 class TimeBound:
-    """The time that the counts of one kernel take on the reference card, in picoseconds an element.
+    """The time that one kernel takes on the reference card (an H100 SXM) by its counts alone.
+
+    It is computed, not measured: ``times[by]`` is the time for one element of an image if all parts
+    of the GPU work at full rate and at once. A measured time is as a rule longer, but no strict
+    lower bound is meant: branches that a row leaves out are counted, and the clock is a low one.
 
     Attributes:
         kernel: the name of the kernel's variant.
         dtype: the dtype of the images, "fp32", "fp16" or "bf16".
-        times: picoseconds an element by what takes them: "memory", for the bytes of the lightest
-            row (the coefficients of one step) that the kernel is used with; "issue" and the pipes
-            (parts of a multiprocessor), for a row that uses every term, since a term is a branch
-            that stands in the code.
+        times: picoseconds (float) for each element of an image, by what takes them: "memory", for
+            the bytes of the kernel's lightest counted case (``ByteCase``); "issue" and each pipe
+            (part of a multiprocessor, a key of ``sass.PIPES``) that has a rate, for every
+            instruction in the code, terms that a row (coefficients of one step) skips included.
     """
 
     kernel: str
@@ -183,8 +189,9 @@ class Scorecard:
 
     Attributes:
         entries: what each compiled variant uses.
-        bytes: the bytes that each case moves for each element: {case: {dtype: {"counted",
-            "formula", "plain"}}}.
+        bytes: the bytes that each case (an operation with certain arguments) moves for each element
+            of an image: {case: {"fp32" or "bf16": {"counted": in Triton's interpreter, "formula":
+            by the operation's record, "plain": by eager PyTorch, or None}}}.
         gated: whether exceeded budgets are faults: whether the installed Triton is the pinned one.
     """
 
@@ -194,9 +201,12 @@ class Scorecard:
 
     @property
     def bounds(self) -> list[TimeBound]:
-        """The time bounds of the kernels that move images, on the reference card (an H100 SXM).
+        """The time bounds of the kernels on the reference card (an H100 SXM), in entries' order.
 
-        Kernels with loops, or whose case was not counted, have none.
+        There is one for each entry of architecture 90 whose code has no loop and for whose kernel
+        bytes were counted: those that Triton's interpreter loaded and stored ("counted" in
+        ``bytes``) in the first, lightest, case of the kernel; float16 takes bfloat16's. The times
+        are picoseconds for each element; ``TimeBound`` says how far they are lower bounds.
         """
         light: dict[str, str] = {}
         for _, case in counting.CASES.values():
@@ -216,9 +226,10 @@ class Scorecard:
 
     @property
     def faults(self) -> list[str]:
-        """What fails, a sentence each; none if all is well.
+        """What fails, a sentence each; an empty list if all is well.
 
-        Gates (checks of compiled code) and byte counts always fail, budgets only if ``gated``.
+        A gate (a check of compiled code) that fails and a count of bytes that differs from the
+        formula are always faults; an exceeded budget (``excess``) is one only if ``gated``.
         """
         found = [f"{entry.name}: {fault}" for entry in self.entries for fault in entry.faults]
         for case, dtypes in self.bytes.items():
@@ -232,7 +243,10 @@ class Scorecard:
 
     @property
     def excess(self) -> list[str]:
-        """The budgets that are exceeded, a sentence each, whichever the version of Triton."""
+        """The budgets that are exceeded, a sentence each, whichever the version of Triton.
+
+        They include kernels that must be bound by memory (``Budget.memory_bound``) and are not.
+        """
         found = [f"{entry.name}: {excess}" for entry in self.entries for excess in entry.over]
         for bound in self.bounds:
             budget = compiled.KERNELS[bound.kernel].budgets.get(ITEMSIZES[bound.dtype])
@@ -243,7 +257,12 @@ class Scorecard:
         return found
 
     def json(self) -> str:
-        """Return the scorecard as JSON: entries, bytes, bounds, faults and the budgets exceeded."""
+        """Return the scorecard as JSON text.
+
+        An object of "triton" and "pinned" (versions), "reference" (the card's "multiprocessors",
+        "clock_hz" and "bandwidth_bytes_per_s"), "kernels" (the entries), "bytes_per_element",
+        "bounds_ps_per_element" (time bounds, each with "by"), "faults" and "over_budget".
+        """
         return json.dumps(
             {
                 "triton": triton.__version__,
@@ -269,8 +288,12 @@ def scorecard(
     """Compile kernels, count the bytes that they move, and return the scorecard.
 
     Args:
-        kernels: names of variants in ``compiled.KERNELS``; None for all.
-        archs: compute capabilities times 10.
+        kernels: names of variants (keys of ``compiled.KERNELS``); None for all.
+        archs: compute capabilities times 10; there are time bounds only if 90 is one of them.
+
+    Returns:
+        The scorecard, with an entry for each variant, dtype of its images and architecture, in that
+        order, and the bytes of every case that uses one of the variants.
 
     Raises:
         KeyError: if a name is not in ``compiled.KERNELS``.

@@ -1,4 +1,7 @@
-"""A term of the variational bound of an image, in plain PyTorch   (S9, S10)."""
+"""A term of the variational bound of an image, in plain PyTorch.
+
+(Equations S9 and S10 of docs/math.md.)
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,25 @@ def vlb_terms(
 ) -> Tensor:
     """Return a term of the variational bound and the errors of x_0 and eps of each image.
 
-    (S9, S10; Ho et al. 2020, eq. 5 and 13.) With error e = out - (k0 x0 + k1 eps), which is x0_out
-    e in the predicted x_0 (then clipped) and eps_out e in the predicted eps, d = offset + slope v
-    the model's log variance over the posterior's, and s = gain x0_out e (clipped), the term is
+    (Equations S9 and S10 of docs/math.md; Ho et al. 2020, eq. 5 and 13.) The error of the network's
+    output is e = out - (k0 x0 + k1 eps). The predicted x_0 is then off by f = x0_out e, clipped,
+    and the predicted eps by eps_out e. With d = offset + slope v, the log variance of the model
+    over the posterior's, and s = gain f, the term is
 
-        (d - 1 + exp(-d) (1 + s^2)) / 2     the divergence of two normals
-        -ln of the probability of x0's bin of 2 half_bin under a normal of deviation exp(d / 2),
-        off by s, where half_bin is not 0; bins of the first and the last pixel value are open.
+        (d - 1 + exp(-d) (1 + s^2)) / 2     (the divergence of two normals)
 
-    A float64 ``out`` is computed in float64, the decoder's probabilities always. No gradient.
-    Arguments are not checked.
+    or, where half_bin is not 0, -ln of the probability of x0's bin, s +- half_bin, under a normal
+    of mean 0 and deviation exp(d / 2); bins of the first and the last pixel value are open.
+
+    A float64 ``out`` is computed in float64; the probabilities of bins always are. The result has
+    no gradient. Arguments are not checked.
 
     Args:
         out: the network's output, [B, C or 2C, H, W], float32, float16, bfloat16 or float64. The
             second C channels are v; without them v is 0.
         x0: the clean images, [B, C, H, W], float32, float16 or bfloat16, in [-1, 1].
-        t: int64 [B], the row of ``rows`` of each image, in [0, T], T being the prior's.
+        t: int64 [B], the row of ``rows`` of each image, in [0, T]; T is that of the prior's term
+            L_T, which takes ``out`` for 0.
         seeds, keys: int64 [B], the noise seeds and keys (the upper 64 bits of the noise counter)
             that ``add_noise`` got, with Purpose.TRAINING.
         rows: float32 [T + 1, len(VlbColumn)], the coefficients of each timestep and of the prior.

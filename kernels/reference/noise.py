@@ -25,15 +25,18 @@ M0, M1 = 0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32
 def philox_words(
     seeds: Tensor, keys: Tensor, purpose: int, groups: int, rounds: int = 10, first: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the four random words of each Philox call, int64 [B, groups] in [0, 2^32) each.
+    """Return the four random 32-bit words of each Philox call, as four int64 [B, groups].
+
+    Each word is in [0, 2^32). The counter of a call is (number of the call, purpose, low and high
+    32 bits of the key). Arguments are not checked.
 
     Args:
         seeds, keys: int64 [B], the seed of each image's noise and its key (the upper 64 bits of the
             counter).
         purpose: what the noise is for, in 0..2^32-1 (``Purpose``): the counter's second word.
-        groups: the number of calls for each image, one for four elements.
-        rounds: the number of rounds; 10 is the generator's, and a test tells 7 from 10.
-        first: the number of the first call.
+        groups: the number of calls for each image, one for each group of four elements.
+        rounds: the number of Philox rounds; the noise uses 10 (tests use others too).
+        first: the number of the first call, in [0, 2^32); the others count up from it.
     """
     # The mask changes nothing, but Inductor would fold the first product into arange's step, int32.
     calls = torch.arange(first, first + groups, dtype=torch.int64, device=seeds.device) & MASK
@@ -92,7 +95,8 @@ def philox(
 ) -> Tensor:
     """Return standard normal noise for a batch of images, a pure function of seed, key and purpose.
 
-    Arguments are not checked.
+    An element of an image depends on them and on its place in (h, w, c) order only. Arguments are
+    not checked.
 
     Args:
         seeds, keys: int64 [B], the seed of each image's noise and its key (the upper 64 bits of the
@@ -116,16 +120,21 @@ def philox_in_pieces(
     shape: tuple[int, int, int],
     purpose: int,
 ) -> Tensor:
-    """Return the noise of ``philox``, computed by given forms of its three functions (``PIECES``).
+    """Return the noise of ``philox``, computed by given forms of its three pieces.
 
-    Between the pieces, float32 bits are reinterpreted as int32 and back; arguments are not checked.
+    A group is four neighbouring elements of an image in (h, w, c) order, which one Philox call
+    serves: groups = ceil(C H W / 4). A word is a random 32-bit number of that call, in [0, 2^32).
+    Between the pieces, float32 bits are reinterpreted as int32 and back. Arguments are not checked.
 
     Args:
-        pieces: three functions that replace those of ``PIECES``: ``uniform(seeds, keys, purpose,
-            groups)`` returns u in (0, 1], float32 [B, groups, 2], and the angle's word, int64 [B,
-            groups, 2]; ``split(bits)`` takes u's bits, int32, and returns the exponent e and the
-            bits of m, u = m 2^e, int32; ``box_muller(m, e, word)`` returns normals, float32 [B,
-            groups, 4].
+        pieces: three functions, such as compiled forms of those of ``PIECES``:
+            uniform(seeds, keys, purpose, groups) -> (u, word): two uniform numbers in (0, 1] a
+            group, float32 [B, groups, 2], and the two words of their angles, int64 [B, groups, 2].
+            split(bits) -> (e, m_bits): from the bits of u, int32 [B, groups, 2], the exponent e and
+            the bits of the float32 m in [sqrt(1/2), sqrt(2)) with u = m 2^e, both int32 of the same
+            shape.
+            box_muller(m, e, word) -> normals: from m, float32, e, int32, and word, int64, each [B,
+            groups, 2], the standard normal numbers, float32 [B, groups, 4].
         seeds, keys: int64 [B], the seed of each image's noise and its key (the upper 64 bits of the
             noise counter).
         shape: (C, H, W) of one image.

@@ -1,4 +1,7 @@
-"""Image statistics, the reverse step and the advance of rows, in plain PyTorch   (S5, S6)."""
+"""Image statistics, the reverse step and the advance of rows, in plain PyTorch.
+
+(Equations S5 and S6 of docs/math.md.)
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ def combine(cond: Tensor, uncond: Tensor, guidance: Tensor) -> Tensor:
     Args:
         cond, uncond: [S, C, H, W], the conditional and unconditional outputs, float32, float16 or
             bfloat16.
-        guidance: float32 [S] or of a single element, the guidance weight w.
+        guidance: the guidance weight w, float32, [S] or a single element for all.
 
     Returns:
         float32 [S, C, H, W].
@@ -79,7 +82,8 @@ def predict_x0(x: Tensor, out: Tensor, row: list[float], dynamic_threshold: Tens
     Args:
         x: float32 [S, C, H, W], the states x_t.
         out: float32 [S, C, H, W], the network's output.
-        row: the coefficients of one step, a number for each ``Column``.
+        row: the coefficients of one step, a number for each ``Column``; where its threshold is 0,
+            x0 is clipped to [-clip, clip], or not at all for clip 0.
         dynamic_threshold: float32 [S], the bound of |x0|, read where the row has a threshold: x0 is
             clipped to it and divided by it.
 
@@ -96,7 +100,7 @@ def predict_x0(x: Tensor, out: Tensor, row: list[float], dynamic_threshold: Tens
 def quantile(values: Tensor, q: float) -> Tensor:
     """Return the q-quantile of each row of a matrix as torch.quantile does, float32 [S].
 
-    Between the two ranks about q (n - 1) the quantile is interpolated linearly. A row with a NaN
+    Between the two ranks next to q (n - 1) the quantile is interpolated linearly. A row with a NaN
     gives NaN. (torch.quantile itself takes no more than 2^24 values.)
 
     Args:
@@ -130,10 +134,13 @@ def sample_stats(
 ) -> None:
     """Compute the statistics of whole images that ``denoise_step`` will read, in place.
 
-    For each slot (the place of one image in a batch) they are the dynamic threshold of x0 and the
-    factor that rescales its guidance, where the slot's row (the coefficients of one step) asks for
-    them. Slots whose row asks for neither, or points at itself, are left untouched. Arguments are
-    not checked.
+    For each slot (the place of one image in a batch) they are, where its row (the coefficients of
+    one step) asks for them, the dynamic threshold: the quantile of |x0| that the row's threshold
+    names, in [1, max(clip, 1)], of the predicted x0 before clipping; and the factor that rescales
+    its guidance: phi std(cond) / std(guided) + 1 - phi, of its conditional and its guided output,
+    with phi the row's rescale (1 where std(guided) is 0). A slot is guided if it has an
+    unconditional lane and its row's column unguided is 0. Slots whose row asks for neither, or
+    points at itself, are left untouched. Arguments are not checked.
 
     Args:
         state: only ``x``, float32 [S, C, H, W], is read.
@@ -203,10 +210,18 @@ def denoise_step(
     table: StepTable,
     noise: Tensor | None = None,
 ) -> None:
-    """Apply one reverse step to every slot (the place of one image in a batch), in place   (S5).
+    """Apply one reverse step to every slot (the place of one image in a batch), in place.
 
-    Slot s follows row idx[s] (the coefficients of one step; the formula: ``tables``). Slots whose
-    row points at itself (``table.next``) are left untouched. Arguments are not checked.
+    Slot s follows row idx[s] (the coefficients of one step, a column for each ``Column``):
+
+        x0     = x0_xt x + x0_out out, clipped to [-clip, clip] (clip 0: not), or, where the row has
+                 a threshold, clipped to the dynamic threshold and divided by it
+        x_next = c_x0 x0 + c_xt x + c_out out + c_hist hist + sigma e^(log_sigma v) z
+
+    with out the slot's conditional output, or for a guided slot uncond + w (cond - uncond), times
+    the rescale factor where the row rescales. A slot is guided if it has an unconditional lane and
+    its row's column unguided is 0. Slots whose row points at itself (``table.next``) are untouched.
+    Arguments are not checked.
 
     Args:
         state: what the step changes: ``x`` becomes x_next; ``hist`` becomes x0 where the next row
@@ -264,7 +279,8 @@ def denoise_step(
 def advance(slots: StepSlots, table: StepTable) -> None:
     """Move every slot (the place of one image in a batch) to its next row, idx[s] = next[idx[s]].
 
-    A row is the coefficients of one step; a row that points at itself keeps its slots.
+    A row is the coefficients of one step; a row that points at itself (next[i] = i) keeps its
+    slots. Shapes and dtypes are not checked.
 
     Args:
         slots: only ``idx``, int64 [S] in [0, R), is used; it is changed in place.

@@ -1,4 +1,7 @@
-"""Forward noising and the training losses, in plain PyTorch   (S2, S4, S7, S10)."""
+"""Forward noising and the training losses, in plain PyTorch.
+
+(Equations S2, S4, S7 and S10 of docs/math.md.)
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ def add_noise(
     rows: Tensor,
     purpose: int = Purpose.TRAINING,
 ) -> Tensor:
-    """Return the images with noise added, x_t = rows[t, 0] x0 + rows[t, 1] eps   (S2, S4).
+    """Return the images with noise added, x_t = rows[t, 0] x0 + rows[t, 1] eps.
 
+    eps is the standard normal noise that ``philox`` gives for the same seeds, keys and purpose.
     Computed in float32 whatever the dtype. Arguments are not checked.
 
     Args:
@@ -54,11 +58,12 @@ def diffusion_loss(
     loss: str = "mse",
     delta: float = 1.0,
 ) -> Tensor:
-    """Return the training loss w mean(l(out - (k0 x0 + k1 eps))) of each image   (S7).
+    """Return the training loss w mean(l(out - (k0 x0 + k1 eps))) of each image.
 
-    (k0, k1, w) = rows[t], and l is the penalty ``loss``; eps is the noise that ``add_noise`` drew
-    for the same seeds and keys. A float64 ``out`` is computed in float64 (for gradient checks).
-    Differentiable with respect to ``out`` only. Arguments are not checked.
+    (Equation S7 of docs/math.md.) (k0, k1, w) = rows[t], and l is the penalty ``loss``; eps is the
+    noise that ``add_noise`` drew for the same seeds and keys. A float64 ``out`` is computed in
+    float64 (for gradient checks). Differentiable with respect to ``out`` only. Arguments are not
+    checked: another name of a loss counts as "huber".
 
     Args:
         out: the network's output, [B, C, H, W], float32, float16, bfloat16 or float64.
@@ -90,13 +95,21 @@ def diffusion_loss_backward(
     loss: str = "mse",
     delta: float = 1.0,
 ) -> Tensor:
-    """Return the gradient of ``diffusion_loss`` for ``out``: w d_loss / n l'(out - target).
+    """Return the gradient of ``diffusion_loss`` for ``out``: (w d_loss / n) l'(out - target).
 
-    n is the number of elements of an image.
+    n is the number of elements of an image, the target is k0 x0 + k1 eps with (k0, k1, w) =
+    rows[t], and l' is the derivative of the penalty. The arguments after the first are those of
+    ``diffusion_loss``. None is checked.
 
     Args:
-        d_loss: float32 [B], the gradient of the loss of each image.
-        out, x0, t, seeds, keys, rows, loss, delta: the arguments of ``diffusion_loss``.
+        d_loss: float32 [B], the gradient with respect to the loss of each image.
+        out: the network's output, [B, C, H, W], float32, float16, bfloat16 or float64.
+        x0: the clean images, [B, C, H, W].
+        t: int64 [B], the row of ``rows`` of each image, in [0, T).
+        seeds, keys: int64 [B], the seed and key of each image's noise eps.
+        rows: float32 [T, at least 3], whose first columns are k0, k1 and w.
+        loss: the penalty, "mse", "l1" or "huber".
+        delta: the |error| where "huber" turns from a parabola to a line; above 0.
 
     Returns:
         [B, C, H, W], in out's dtype.
@@ -145,18 +158,19 @@ def hybrid_loss(
     loss: str = "mse",
     delta: float = 1.0,
 ) -> Tensor:
-    """Return the hybrid loss w mean(l(error)) + b mean(bound) of each image   (S7 and S10).
+    """Return the hybrid loss w mean(l(error)) + b mean(bound) of each image.
 
-    Nichol & Dhariwal 2021, eq. 16: the first C channels of ``out`` are the prediction, the second,
-    v, set the variance; the bound's term, in nats, has a gradient for v only. The log variance of
-    the model over that of the posterior is d = offset + slope v, and with error e of the prediction
-    the term is
+    (Equations S7 and S10 of docs/math.md; Nichol & Dhariwal 2021, eq. 16.) The first C channels of
+    ``out`` are the prediction, whose error is e = prediction - (k0 x0 + k1 eps); the second, v, set
+    the variance. The bound's term, in nats, has a gradient for v only. The log variance of the
+    model over that of the posterior is d = offset + slope v, and the term is
 
         (d - 1 + exp(-d) (1 + (gain precision e)^2)) / 2     (the divergence of two normals)
 
-    or, where half_bin is not 0, -ln of the probability of x0's bin of 2 half_bin under a normal of
-    deviation exp(d / 2) / precision, off by gain e; its distribution function as `_cdf` has it.
-    Arguments are not checked.
+    or, where half_bin is not 0, -ln of the probability of x0's bin, x0 +- half_bin, under a normal
+    of deviation exp(d / 2) / precision about x0 + gain e, whose distribution function is computed
+    to 3e-4; bins of the first and the last pixel value (|x0| > 0.999) are open. Arguments are not
+    checked: another name of a loss counts as "huber".
 
     Args:
         out: the network's output, [B, 2C, H, W], float32, float16, bfloat16 or float64.
@@ -164,7 +178,8 @@ def hybrid_loss(
         t: int64 [B], the row of ``rows`` of each image, in [0, T).
         seeds, keys: int64 [B], the noise seeds and keys (the upper 64 bits of the noise counter)
             that ``add_noise`` got, with Purpose.TRAINING.
-        rows: float32 [T, len(LossColumn)], the coefficients of each timestep.
+        rows: float32 [T, len(LossColumn)], the coefficients of each timestep, a column for each
+            ``LossColumn``: w is the column weight, b bound_weight.
         loss: the penalty l of an error e: "mse" (e^2), "l1" (|e|) or "huber" (e^2 / 2 where |e| <=
             delta, delta (|e| - delta / 2) beyond).
         delta: the |e| where "huber" turns from a parabola to a line; above 0.
@@ -243,9 +258,18 @@ def hybrid_loss_backward(
 ) -> Tensor:
     """Return the gradient of ``hybrid_loss`` for ``out``.
 
+    The first C channels have that of the penalty, the second, v, that of the bound's term.
+    The arguments after the first are those of ``hybrid_loss``. None is checked.
+
     Args:
-        d_loss: float32 [B], the gradient of the loss of each image.
-        out, x0, t, seeds, keys, rows, loss, delta: the arguments of ``hybrid_loss``.
+        d_loss: float32 [B], the gradient with respect to the loss of each image.
+        out: the network's output, [B, 2C, H, W], float32, float16, bfloat16 or float64.
+        x0: the clean images, [B, C, H, W], in [-1, 1].
+        t: int64 [B], the row of ``rows`` of each image, in [0, T).
+        seeds, keys: int64 [B], the seed and key of each image's noise eps.
+        rows: float32 [T, len(LossColumn)], the coefficients of each timestep.
+        loss: the penalty, "mse", "l1" or "huber".
+        delta: the |error| where "huber" turns from a parabola to a line; above 0.
 
     Returns:
         [B, 2C, H, W], in out's dtype.
