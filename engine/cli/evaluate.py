@@ -142,7 +142,8 @@ def timesteps_of(given: str | None) -> int | str | None:
     """Return the number of timesteps of the bound, "all", or None where the option is not given.
 
     Args:
-        given: the option --bound-timesteps: a number, "all", or None.
+        given: the option --bound-timesteps: a number, whose range is not checked here, "all" in
+            lower case, or None.
 
     Raises:
         ValueError: if it is neither an integer nor "all".

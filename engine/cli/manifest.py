@@ -32,13 +32,14 @@ Manifest = dict[str, Any]
 
 
 def read(folder: Path) -> Manifest | None:
-    """Return the manifest of a folder, a dictionary as in the module's docstring.
+    """Return the manifest of a folder, a dictionary of what its images are.
 
     Args:
         folder: the folder of images.
 
     Returns:
-        The manifest, or None if the folder or its manifest does not exist.
+        A dictionary of "format" (1), "complete" (a bool), and "settings", "run" and "images"
+        (dictionaries, which `merge` describes); None if the folder or its manifest does not exist.
 
     Raises:
         ValueError: if the file is not JSON, or no manifest of this format.
@@ -73,8 +74,9 @@ def merge(
 
     Args:
         folder: the folder of images, which may not exist yet.
-        settings: what images depend on besides seed and label, as in the module's docstring.
-        run: facts of this run, as in the module's docstring.
+        settings: what images depend on besides seed and label, by name, such as the hash of the
+            model, solver and num_steps: values that JSON can hold.
+        run: facts of this run, such as the version of torch and the batch size, likewise.
         images: for each file's name a dictionary of "seed", "label" (an int or None) and "rank",
             the number of the process that draws it.
 

@@ -12,8 +12,9 @@ def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
     """Return the seeds that the options name, a list of ints in [-2^63, 2^63).
 
     Args:
-        seeds: integers and ranges (first:stop) with commas between, such as "1,2,5" or "0:64"; a
-            single one, such as "7", is the first of num_images seeds. None for the seeds from 0.
+        seeds: integers and ranges (first:stop, without stop) with commas between, such as "1,2,5"
+            or "0:64"; a single integer, such as "7", is the first of num_images seeds. None for the
+            seeds from 0.
         num_images: the number of images; None for as many as seeds are listed, or 64 where seeds
             are None.
 
@@ -52,8 +53,8 @@ def parse_labels(labels: str | None, conditioning: Conditioning, count: int) -> 
 
     Args:
         labels: numbers or class names (in any case) with commas between, such as "3" (for all
-            images) or "0,Boot,2" (one for each); "none" for no labels; None for the classes in
-            turn: 0, 1, ...
+            images) or "0,Boot,2" (one for each); "none", in lower case, for no labels; None for the
+            classes in turn: 0, 1, ...
         conditioning: the classes of the model and their names.
         count: the number of images.
 

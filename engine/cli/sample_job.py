@@ -34,9 +34,9 @@ class SampleOptions:
             that comes with the package.
         out: the picture to write (with a suffix such as .png), or a folder (without).
         num_images: the number of images; None for 64, or as many as seeds are listed.
-        seeds: the seeds as text, as `parse_seeds` takes them; None for those from 0.
-        labels: the class labels as text, as `parse_labels` takes them; None for the classes in
-            turn.
+        seeds: the seeds as text, such as "7" (the first), "1,2,5" or "0:64"; None for those from 0.
+        labels: the class labels as text, numbers or names, such as "3" (of all images) or
+            "0,Boot,2", or "none"; None for the classes in turn.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: "float32", "bfloat16" or "float16"; None for the default of the device.
         backend: "auto", "fused" or "reference".
@@ -72,7 +72,8 @@ class SampleJob:
         folder: the model's folder.
         seeds: the seed of each of the N images.
         labels: the class label of each image; None for an unconditional model, or for no labels.
-        layout: the arguments "columns" and "captions" of ``images.make_grid``.
+        layout: how a grid is drawn, a dict of "columns", an int or None for about as many as rows,
+            and "captions", a list of N strings or None.
         parts: the batches, as slices of 0..N-1, of which each is drawn by one process.
     """
 

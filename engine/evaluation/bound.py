@@ -1,4 +1,6 @@
-r"""The variational bound on the likelihood of 8-bit images, in bits per element (S8 to S10).
+r"""The variational bound on the likelihood of 8-bit images, in bits per element.
+
+It is equations S8 to S10 of docs/math.md:
 
     -log p(x_0)  <=  L_T + sum_{t >= 1} L_{t-1} + L_0
 
@@ -109,7 +111,8 @@ def variational_bound(
     """Compute the variational bound on -log p of images under a sampler's model.
 
     The model is that of ancestral sampling over all T timesteps without guidance: normals with the
-    mean of S5 for the predicted x_0, and the chosen variance.
+    posterior mean of x_{t-1} given x_t and the predicted x_0 (equation S5 of docs/math.md), and the
+    chosen variance.
 
     Args:
         sampler: the network with its schedule, on its device.

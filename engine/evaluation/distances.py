@@ -48,6 +48,8 @@ class KernelDistance:
 class PrecisionRecall:
     """Precision and recall of drawn images, fractions 0..1.
 
+    An image reaches, in features, as far as its k-th nearest neighbour in its own set.
+
     Attributes:
         precision: the share of drawn images that look real (lie within reach of the real ones).
         recall: the share of real images that could be drawn (lie within reach of the drawn ones).

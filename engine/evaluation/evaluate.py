@@ -2,9 +2,9 @@
 
 ``evaluate(job)`` returns the numbers as JSON has them, and pictures (PNG) by their names:
 
-    {"model": {...}, "data": {...}, "samples": {...}, "features": {...}, "environment": {...},
-     "bound": {...}, "frechet": {...}, "kernel": {...}, "prc": {...}, "recognised": {...},
-     "neighbours": {...}}
+    {"model": {...}, "data": {...}, "reference": {...}, "samples": {...}, "features": {...},
+     "environment": {...}, "bound": {...}, "frechet": {...}, "kernel": {...}, "prc": {...},
+     "recognised": {...}, "neighbours": {...}}
 
 A metric that was not asked for is missing. Where there are real images that the model was not
 trained on, each metric of features is also measured of as many training images, with the samples'
@@ -58,9 +58,11 @@ def evaluate(job: EvaluationJob) -> Evaluation:
         job: the evaluation, as `prepare` returns it.
 
     Returns:
-        A dictionary that JSON can hold, with the keys of the module's docstring (NaN and infinities
-        are None), and a dictionary of PNG bytes by name: "samples", "terms", "errors" and
-        "neighbours", as far as the metrics asked for have them.
+        A dictionary that JSON can hold (NaN and infinities are None), of a dictionary for each of
+        "model", "data", "reference" and "environment"; "samples" and "features" if any were drawn
+        or used; and the metrics asked for, with "recognised" where a classifier knows the labels.
+        And a dictionary of PNG bytes by name: "samples", "terms", "errors" and "neighbours", as far
+        as the metrics asked for have them.
 
     Raises:
         NonFiniteError: if the network's output turns NaN or infinite.

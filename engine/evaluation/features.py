@@ -295,8 +295,8 @@ def cached_features(
         progress: whether a progress bar is shown.
 
     Raises:
-        ValueError: as ``features_of``: if batch_size is below 1, there is no image, images are of
-            another dtype or shape, or the extractor fails or returns no finite [B, D].
+        ValueError: if batch_size is below 1, there is no image, images are of another dtype or
+            shape, or the extractor fails or returns no finite [B, D].
         DataError: if a data source cannot read an image.
     """
     if fingerprint is None:

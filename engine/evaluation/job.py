@@ -42,10 +42,10 @@ class Settings:
 
     Attributes:
         model: a model's folder, or OWNER/NAME on the Hugging Face Hub.
-        data: the images that the model was trained on: a file or folder, as `load_data` takes it.
+        data: the training images: an IDX file or a folder with one, a .npz or a folder of pictures.
         out: the HTML page to write, which ends in .html; the numbers go beside it as .json.
-        reference: the real images to compare with, as `load_data` takes them; None for the IDX test
-            images in ``data`` where it has them, else ``data`` itself.
+        reference: the real images to compare with, of the same kinds; None for the IDX test images
+            in ``data`` where it has them, else ``data`` itself.
         metrics: what is measured: any of "bound", "frechet", "kernel", "prc" (precision and recall)
             and "neighbours".
         seeds: the seed of each sample, ints; by default 0 to 999.
@@ -96,7 +96,7 @@ class EvaluationJob:
         reference: the real images that samples are compared with, a source of uint8 images.
         held_out: whether ``reference`` holds other images than ``data``.
         seeds: the seed of each of the N samples.
-        labels: the class label of each sample; None for an unconditional model.
+        labels: the class label of each sample, N ints; None for an unconditional model.
         conditional: whether the model has as many classes as ``data``, and so takes its labels.
         labelled: whether the model is conditional and ``reference`` has labels of these classes.
         bound_images: the number of images of the bound; 0 if the bound is not asked for.
@@ -153,7 +153,7 @@ def load_images(
     """Load the training images, and the real images that samples are compared with.
 
     Args:
-        data: the training images, as `load_data` takes them.
+        data: the training images: an IDX file or folder, a .npz or a folder of pictures.
         reference: the real images; None for the one IDX file of test images in the folder ``data``,
             or, where there is none, the training images.
         shape: (C, H, W) of the images that the model draws.
@@ -306,11 +306,11 @@ def check_out(name: str, out: Path, suffix: str) -> None:
     Args:
         name: the name of the argument, for the error's text.
         out: the file to be written.
-        suffix: the suffix that it must have, in lower case, such as ".html".
+        suffix: the suffix, in lower case, such as ".html"; the file's may be in upper case too.
 
     Raises:
-        ValueError: if it has another suffix or is a folder, or if the nearest folder above it that
-            exists is not writable.
+        ValueError: if it has another suffix or is a folder, or if what exists nearest above it is
+            no folder or not writable.
     """
     if out.suffix.lower() != suffix or out.is_dir():
         raise ValueError(f"{name}={str(out)!r}: must be a file that ends in {suffix}")

@@ -63,7 +63,8 @@ def nearest(
         training: uint8 [M, C, H, W], or a data source of M such images; M at least k.
         k: the number of neighbours of each sample, at least 1.
         extractor: the extractor whose features are compared; None to compare pixels.
-        max_bytes: the bytes, about, that the comparison may take besides images and features.
+        max_bytes: about how many bytes of memory the comparison may take besides the images and
+            features, at least 1.
 
     Raises:
         ValueError: if k or max_bytes is below 1, if there are fewer training images than k or no

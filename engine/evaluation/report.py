@@ -1,6 +1,6 @@
 """The report of an evaluation: a short table of text, JSON, and an HTML page that stands alone.
 
-``result`` is always the dictionary of numbers that ``evaluate`` returns.
+``result`` is always the first dictionary, that of numbers, that ``evaluate`` returns.
 """
 
 from __future__ import annotations
@@ -169,7 +169,8 @@ def write(out: Path, result: Mapping[str, Any], pictures: Mapping[str, bytes]) -
     Args:
         out: the page to write; its folder is made if it is missing.
         result: the numbers of an evaluation, as ``evaluate`` returns them.
-        pictures: PNG bytes by name, as for ``page``.
+        pictures: PNG bytes by name: "samples", "terms", "errors" and "neighbours"; any may be
+            missing, and others are left out.
 
     Raises:
         OSError: if a file cannot be written.

@@ -16,8 +16,9 @@ def positional(network: Call) -> Network:
     """Return a function of a step's signature that calls a network with positional arguments.
 
     Args:
-        network: called with x_t, [L, C, H, W], and t, [L], and where there are labels with labels,
-            int64 [L], as the third; it returns the output, [L, C or 2C, H, W].
+        network: called with x_t, [L, C, H, W] for L lanes (network evaluations), and t, int64 or
+            float32 [L], and where there are labels with labels, int64 [L], as the third; it returns
+            the output, [L, C or 2C, H, W].
 
     Returns:
         A function (x_t, t, labels or None, index) -> output, which does not use index.
@@ -33,9 +34,9 @@ def by_call(call: Call) -> Network:
     """Return a function of a step's signature that calls the network by the user's ``call``.
 
     Args:
-        call: called with x_t, [L, C, H, W] for L lanes (network evaluations), t, [L], and labels,
-            int64 [L] or None; and with index, int64 [L], by name, where it has a parameter
-            ``index``. It returns the output, [L, C or 2C, H, W].
+        call: called with x_t, [L, C, H, W] for L lanes (network evaluations), t, int64 or float32
+            [L], and labels, int64 [L] or None; and with index, int64 [L], by name, where it has a
+            parameter ``index``. It returns the output, [L, C or 2C, H, W].
 
     Returns:
         A function (x_t, t, labels or None, index) -> output; index is the place of each lane's

@@ -53,7 +53,8 @@ def check_variance(plan: Plan, channels: int, image_channels: int) -> None:
         image_channels: the number of channels C of an image.
 
     Raises:
-        ValueError: if the plan learns its variance and the network does not return 2C channels.
+        ValueError: if the plan's variance is a learned one and the network does not return 2C
+            channels.
     """
     if plan.learns_variance and channels != 2 * image_channels:
         raise ValueError(

@@ -13,7 +13,10 @@ VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"
 
 
 def folder() -> Path:
-    """Return the cache folder, $XDG_CACHE_HOME/flashddpm or by default ~/.cache/flashddpm."""
+    """Return the cache folder of compiled code, which may not exist yet.
+
+    It is $XDG_CACHE_HOME/flashddpm, or ~/.cache/flashddpm if that variable is unset or empty.
+    """
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "flashddpm"
 

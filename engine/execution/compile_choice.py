@@ -97,8 +97,8 @@ class CompileChoice:
             False if nothing is to be compiled, or if the compiler fails under "auto".
 
         Raises:
-            CompilationError: if the compiler fails where compile=True, or exact images (whose bits
-                do not depend on the batch), asked for it.
+            CompilationError: if the compiler fails and compile=True, or exact images (whose bits do
+                not depend on the batch) have been drawn on as many lanes.
             ValueError: if the network's output is of a wrong shape.
         """
         if self.compile is False:
@@ -126,8 +126,8 @@ class CompileChoice:
             The output, [L, C or 2C, H, W], in the dtype that the network returns; not checked.
 
         Raises:
-            CompilationError: if the compiler fails where compile=True, or exact images (whose bits
-                do not depend on the batch), asked for it.
+            CompilationError: if the compiler fails and compile=True, or exact images (whose bits do
+                not depend on the batch) have been drawn on as many lanes.
         """
         given, lanes = (x_t, told, labels, index), len(x_t)
         if not self.compiles(evaluations, lanes):

@@ -53,6 +53,8 @@ def repays(flops: float) -> tuple[bool, str]:
 def compiling() -> Iterator[None]:
     """Turn the errors of torch's compiler, raised in this context, into a `CompilationError`.
 
+    Any other error of the block goes through as it is.
+
     Raises:
         CompilationError: if the compiler fails; its text is one line, its cause the compiler's
             error.
@@ -131,8 +133,8 @@ class CompiledNetwork:
     def prove_exact(self, image: Tensor, told: Tensor, L: int, labelled: bool) -> None:
         """Run one image in all lanes, and raise unless each lane's output has the same bits.
 
-        They may differ on the CPU for some odd sizes, where a loop over the whole batch ends in a
-        remainder that is rounded differently.
+        If they have, L is added to ``exact``. They may differ on the CPU for some odd sizes, where
+        a loop over the whole batch ends in a remainder that is rounded differently.
 
         Args:
             image: [1, C, H, W], in the dtype of the network's input.

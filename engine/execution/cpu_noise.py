@@ -78,7 +78,8 @@ def ahead(slots: Slots, plan: Plan, draw: Draw) -> Iterator[Tensor | None]:
             noise, float32 [B, C, H, W].
 
     Yields:
-        For each step float32 [S, C, H, W]; or None where no step drawn with it adds noise.
+        For each step float32 [S, C, H, W]; or None where none of the steps that are drawn together
+        with it adds noise.
     """
     S, C, H, W = slots.state.x.shape
     many = max(1, NOISE_BYTES // (4 * slots.state.x.numel()))

@@ -42,12 +42,14 @@ Idling = Callable[[], AbstractContextManager[Step]]
 class CapturedSteps:
     """A CUDA graph of ``count`` calls of ``step``, captured when made; calling it replays them.
 
+    Whatever the step or CUDA raises during the capture is raised.
+
     Args:
         step: called without arguments, launches one step on the current stream and returns the
             network's output. It must read no host state that may change, must not wait for the GPU,
             and must have run before, so that compilation and autotuning are over. It is kept alive,
             with its kernels and buffers.
-        count: the number of calls.
+        count: the number of calls, at least 1.
         pool: the handle of the memory pool that all graphs of one engine share, whose replays must
             never overlap.
         stream: the CUDA stream on which to capture.
@@ -106,7 +108,7 @@ class CaptureDevice:
         return torch.cuda.Stream(self.device, priority=-1)  # a set of streams that few programs use
 
     def free_bytes(self) -> int:
-        """Return the bytes of free GPU memory, those that torch reserves unused included."""
+        """Return the bytes of free GPU memory, those that torch holds but does not use included."""
         reserve = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + reserve
 
@@ -248,7 +250,8 @@ class Graphs:
     def get(self, key: Key, idling: Idling, count: int = 1) -> CapturedSteps | None:
         """Return the graph of a key's steps, which the first call captures.
 
-        A step that fails, or that needs more memory than the limit, is declined with one warning.
+        A capture that fails, or needs more memory than the limit, is declined: it is not tried
+        again for this key and count, and a warning is logged. Nothing is raised for it.
 
         Args:
             key: the key, a tuple that begins with a token.
@@ -267,15 +270,15 @@ class Graphs:
     def best(self, key: Key, idling: Idling) -> CapturedSteps | None:
         """Return the graph of a key with the fastest number of steps, of 1, 4 and 16.
 
-        The first call captures and times them, and drops those that are neither the fastest nor of
-        one step.
+        The first call captures and times graphs of these numbers, and drops those that are neither
+        the fastest nor of one step. Larger ones are not tried where little is to be gained.
 
         Args:
             key: the key, a tuple that begins with a token.
             idling: returns the context manager that gives the step, with all slots idle.
 
         Returns:
-            The captured steps; None if they were declined (`get`).
+            The captured steps; None if a graph of one step was declined (`get`).
         """
         if key not in self._best:
             best = self._best[key] = self._choose(key, idling)

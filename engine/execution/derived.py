@@ -23,7 +23,9 @@ GLIMPSED = 64
 
 
 class Words:
-    """Views of tensors' bits as integers, made again only if a tensor has moved in memory.
+    """Views of tensors' bits as integers, by which changes of the tensors are seen.
+
+    They are kept from one `read` to the next, and made again only if a tensor has moved in memory.
 
     Args:
         tensors: called without arguments, returns the tensors as they are now: of any dtype, all on
@@ -141,7 +143,7 @@ class Glimpse:
 
 
 class Derived:
-    """A value that is computed from tensors, and computed again when their bits have changed.
+    """Keeps a value that is computed from tensors, and computes it again when their bits changed.
 
     Args:
         sources: called without arguments, yields the tensors as they are now, all on one device.

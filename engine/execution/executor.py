@@ -48,10 +48,12 @@ class Executor:
     """A network on a device, and the ways to run it; arguments and errors are those of `Sampler`.
 
     Attributes:
-        backend, capture, ops: "reference" or "fused"; whether steps are graphs; their operations.
+        backend, capture: "reference" or "fused"; a bool, whether steps are run as CUDA graphs.
+        ops, graphs: the module of a step's operations, flashddpm.kernels or its ``reference``; the
+            captured steps.
         choice, follower: the network, compiled or not; what sees changes of it, and follows them.
-        network, device, dtype, shape: as given, or found; (C, H, W) is the shape of an image.
-        num_timesteps, conditioning: T of the schedule, and the labels that the network takes.
+        network, device, dtype: the network as it runs, its torch.device and its input's dtype.
+        shape, num_timesteps, conditioning: (C, H, W); T of the schedule; the labels that it takes.
     """
 
     def __init__(
@@ -105,9 +107,10 @@ class Executor:
         image: Tensor | None = None,
         z: Tensor | None = None,
     ) -> None:
-        """Put images into the first slots of an empty table, at x_T; arguments as for `start`.
+        """Put images into the first slots of an empty table, at the x_T that `start` sets.
 
-        Raises ValueError if there is no slot, or there are no lanes, for one of them.
+        The plan, image and z are those of `start`. Raises ValueError if there is no slot, or there
+        are no lanes (network evaluations), for one of them.
         """
         count = len([table.admit(occupant) for occupant in occupants])
         table.upload()
@@ -158,8 +161,7 @@ class Executor:
     def exclusive(self) -> Iterator[None]:
         """Have the buffers to oneself, the network in evaluation mode; other threads wait.
 
-        Raises:
-            RuntimeError: if a callback calls it within such a context of the same thread.
+        Raises RuntimeError if a callback calls it within such a context of the same thread.
         """
         with self._turns.exclusive(), evaluating(self.follower.modules):
             yield
@@ -168,11 +170,9 @@ class Executor:
     def following(self) -> Iterator[int]:
         """Have the buffers to oneself, and follow the network, which must not change within.
 
-        Yields:
-            The version of what was derived from its weights, an int.
-
-        Raises:
-            RuntimeError: as `exclusive` and `renew`; or if, at the end, the weights have changed.
+        Yields the version of what was derived from its weights, an int. Raises RuntimeError if this
+        thread is in such a context, if the network was changed in a way that cannot be followed
+        (`renew`), or if, at the end of the block, its weights are not those of the start.
         """
         with self.exclusive():
             unchanged = self.follower.unchanged()
@@ -215,11 +215,11 @@ class Executor:
         return self._slots
 
     def buckets(self, most: int) -> list[int]:
-        """Return the lanes for which a network may be compiled: powers of 2 below most, and it."""
+        """Return the buckets (lanes for which it may be compiled): powers of 2 below most, most."""
         return [*(1 << i for i in range((most - 1).bit_length())), most]
 
     def bucket(self, lanes: int, most: int, compiled: bool) -> int:
-        """Return how many lanes run for ``lanes`` in use: the next bucket, if they are fixed."""
+        """Return how many lanes run for ``lanes`` in use: compiled or captured, the next bucket."""
         if not (compiled or self.capture):
             return lanes
         return next(bucket for bucket in self.buckets(most) if bucket >= lanes)
@@ -318,7 +318,7 @@ class Executor:
         return plan.fractional and self._hoisted is None
 
     def check_plan(self, plan: Plan) -> None:
-        """Raise ValueError if our U-Net lacks the plan's variance; other networks show when run."""
+        """Raise ValueError if our U-Net lacks the plan's variance; others are checked when run."""
         if isinstance(self.network, registry.Network):
             check_variance(plan, self.network.config.out_channels, self.shape[0])
 
@@ -346,7 +346,7 @@ class Executor:
             self.choice.compiled.prove_exact(image, told, L, self._labelled)
 
     def predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None, evaluations: int) -> Tensor:
-        """Return the output, [B, C or 2C, H, W], for the arguments of `Sampler.predict`."""
+        """Return the output, [B, C or 2C, H, W], for x_t [B, C, H, W], int64 t and labels [B]."""
         x_t, told = x_t.to(self.dtype), self._hoisted.embed(t) if self._hoisted else t
         index = torch.arange(len(x_t), dtype=torch.int64, device=x_t.device)
         out = self.choice.predict(evaluations, x_t, told, labels, index)
@@ -364,7 +364,7 @@ class Executor:
         return self.graphs.get(*self._step(slots, compiled, fractional)) if self.capture else None
 
     def renew(self) -> int:
-        """Follow the network, once a call; results and errors are those of `Follower.renew`."""
+        """Follow the network's changes; return the version, an int, or raise (`Follower.renew`)."""
         return self.follower.renew(self.capture)
 
     def forget(self, slots: Slots) -> None:

@@ -22,11 +22,12 @@ class Follower:
     """Sees changes of a sampler's network, and recomputes what was derived from its weights.
 
     Args:
-        network: the network of a sampler, a module on its device or any other callable, of which
-            nothing is seen.
-        modules: the modules that run, as far as can be told.
-        hoisted: the U-Net whose time embeddings are computed outside of the loop, if the network
-            runs as one; else None.
+        network: the network of a sampler, a module on its device, or any other callable, whose
+            changes cannot be seen.
+        modules: the modules that run, as far as can be told: the network, or the module that it is
+            a method of, and likewise for the user's ``call`` of the network.
+        hoisted: the network as a U-Net that is hoisted (its time embeddings are computed once for
+            all steps), if it runs so; else None.
 
     Attributes:
         modules: as above.
@@ -43,11 +44,11 @@ class Follower:
 
     @property
     def version(self) -> int:
-        """How many times values were derived from the weights, an int; 0 if nothing is derived."""
+        """How many times time embeddings were derived from the weights, an int; 0 if none are."""
         return self._derived.version if self._derived else 0
 
     def renew(self, captured: bool = False) -> int:
-        """Derive values again if the network's weights have changed; called once a sampler's call.
+        """Derive values again if the weights have changed; run once in each call of the sampler.
 
         Args:
             captured: whether steps are captured as CUDA graphs, which hold the addresses of weights

@@ -63,17 +63,18 @@ _EVALUATIONS = _Evaluations()
 
 
 def module_of(function: Any) -> nn.Module | None:
-    """Return the module that a network is or is a bound method of; None for any other callable."""
+    """Return a network that is a module, or the module whose bound method it is; else None."""
     owner = getattr(function, "__self__", function)
     return owner if isinstance(owner, nn.Module) else None
 
 
 @contextmanager
 def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Hold networks in evaluation mode within this context, then give modules back their own modes.
+    """Hold networks in evaluation mode within this context, then restore each module's own mode.
 
-    Threads may hold the same modules: they return to training when the last one releases them. Only
-    the ``training`` flag is set, since a module's own train() may do more, such as merge weights.
+    The mode is restored too if the block raises. Threads may hold the same modules: those that were
+    in training return to it when the last thread releases them. Only the ``training`` flag is set,
+    since a module's own train() may do more, such as merge weights.
 
     Args:
         networks: the modules, switched with all modules in them.

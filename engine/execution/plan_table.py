@@ -9,12 +9,12 @@ from flashddpm.execution.slots import Slots
 class PlanTable:
     """The plans in the rows of a batch's table, each held once however many images follow it.
 
-    A plan is the steps of an image, one row of coefficients a step. A plan that nobody follows
+    A plan is the steps of an image, one row of coefficients a step. A plan that no image follows
     stays until its rows are needed. The bookkeeping is on the host.
 
     Args:
-        slots: the buffers with the table of R rows, of which row 0, that of idle slots, is not
-            used.
+        slots: the buffers with the table of R rows, of which row 0, that of idle slots (places
+            without an image), is not used.
 
     Attributes:
         slots: as above.
@@ -63,7 +63,10 @@ class PlanTable:
             del self._users[key]
 
     def reload(self) -> None:
-        """Copy every plan into its rows again, with time embeddings by the changed weights."""
+        """Copy every plan into its rows again, with time embeddings by the network's new weights.
+
+        Call it when the weights have changed; plans keep their rows.
+        """
         for start, plan in self._plans.values():
             self.slots.load_plan(plan, start)
 

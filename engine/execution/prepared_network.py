@@ -60,7 +60,8 @@ def prepare(
     Args:
         network: one of flashddpm's networks, or any module or function that predicts from (x_t, t[,
             labels]).
-        call: how to call a network of another signature: (x_t, t, labels[, index]) -> out; or None.
+        call: how to call a network of another signature: (x_t [L, C, H, W], t [L], labels int64 [L]
+            or None[, index int64 [L]]) -> output, [L, C or 2C, H, W]; or None.
         shape: (C, H, W) of an image, in pixels.
         device: the device.
         dtype: the dtype of the network's input: float32, bfloat16 or float16; None for that of the

@@ -16,10 +16,14 @@ from torch import Tensor
 
 
 class Renewable(Protocol):
-    """The protocol of objects that are renewed in a forked child."""
+    """The protocol of objects with locks or threads, which must be renewed in a forked child."""
 
     def after_fork(self) -> None:
-        """Make locks anew, and end what the parent's threads were to finish; take no lock."""
+        """Make new locks, and end what the parent's threads were to finish.
+
+        It is called in the child right after the fork, and must not take a lock that it has not
+        just made.
+        """
 
 
 _RENEWABLE: WeakSet[Renewable] = WeakSet()
@@ -50,7 +54,7 @@ class _WithoutTensors(pickle.Pickler):
 
 
 def check_picklable(name: str, value: Any, instead: str) -> None:
-    """Raise unless an argument can be pickled; the numbers in its tensors are not written.
+    """Raise unless an argument can be pickled, which is tried without the contents of its tensors.
 
     Args:
         name: the argument's name, for the error's text.

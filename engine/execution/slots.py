@@ -50,8 +50,9 @@ class Slots:
             lane_cond and lane_uncond (its lanes, -1 for none), int32 [S].
         statistics: what rows ask of whole images: dynamic_threshold and rescale_factor, float32
             [S].
-        table: the rows of plans: rows, float32 [R, len(Column)], keys of their noise and next (the
-            row that follows), int64 [R].
+        table: the rows of plans: rows, float32 [R, len(Column)], a coefficient a column; keys (the
+            words of the noise's counter that tell steps apart) and next (the row that follows),
+            int64 [R].
         control: uint8, the bytes that the host writes before a step in one copy: those of
             ``per_slot``, lane_slot, lane_index and lane_label are views of it.
         lane_slot: int64 [L], the slot of each lane.

@@ -147,14 +147,16 @@ def predicted_x0(
 ) -> Tensor:
     """Return the x0 that slots on one row (step of a plan) have predicted, float32 [s, C, H, W].
 
-    It is computed again from what the step left: guided, rescaled and clipped as the row says.
+    It is a new tensor, computed again from what the step left: guided, rescaled and clipped as the
+    row says.
 
     Args:
         slots: the buffers, after the step.
         out: the network's output in the step, [L, C or 2C, H, W].
         x_t: float32 [s, C, H, W], the state of these slots before the step.
-        row: the coefficients that the step applied, one number for each `Column`.
-        which: the s slots concerned.
+        row: the coefficients that the step applied, one number for each `Column` (a name of a
+            coefficient).
+        which: the s slots concerned, all by default.
     """
     out = out[:, : x_t.shape[1]]
     uncond = slots.per_slot.lane_uncond[which]

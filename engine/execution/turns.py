@@ -13,7 +13,9 @@ from flashddpm.execution.processes import renewed_in_child
 
 
 class Turns:
-    """Turns of callers on a device: a lock on the host and, on a GPU, an event that orders work.
+    """Lets callers use a device one at a time: a lock on the host and, on a GPU, an ordering event.
+
+    Who is in an `exclusive` context has the turn. Turns are those of one executor.
 
     Args:
         device: the device on which the callers launch their work.
@@ -52,6 +54,7 @@ class Turns:
         """Take a turn for the length of this context; other threads wait for theirs.
 
         On a GPU, work that is launched in it runs after that of the last turn, on whatever stream.
+        If the block raises, the turn ends and the error goes on.
 
         Raises:
             RuntimeError: if this thread has the turn already, as in a callback.

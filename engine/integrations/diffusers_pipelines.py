@@ -9,8 +9,7 @@ Noise is drawn as diffusers draws it, from ``generator=`` or else from torch's d
 the pipeline's device: x_T in the network's dtype, then once a step, wherever its scheduler would
 draw. In float32 the pictures are diffusers' to rounding, up to the quirks (deviations that we hold
 for wrong) that `flashddpm.diffusion.diffusers_quirks` lists, which ``match_diffusers=True``
-reproduces. In 16 bits diffusers rounds x_t after every step; here it stays float32, and pictures
-differ by that.
+reproduces. In 16 bits pictures differ: diffusers rounds x_t after every step, we keep float32.
 
 With ``seeds=`` noise is ours (kernels/reference/noise.py), and nothing is drawn from torch: an
 image depends on its own seed only, whatever the batch, and on a GPU noisy steps are captured too.
@@ -102,7 +101,8 @@ class _Pipeline:
             folder: a folder, of a pipeline or flat, or OWNER/NAME on the Hugging Face Hub.
             torch_dtype: the dtype of the network: float32, bfloat16 or float16.
             device: "cpu", "cuda", "cuda:N" or "auto", or a torch.device.
-            options: other arguments of `Sampler.from_pretrained`, such as allow_pickle or compile.
+            options: other arguments of `Sampler.from_pretrained`: allow_pickle, revision, tables,
+                backend, compile, capture, tune or graph_memory.
 
         Raises:
             CheckpointError: if there is no such model, or if files or keys are missing, broken or
@@ -283,8 +283,7 @@ class DDPMPipeline(_Pipeline):
             class_labels: one class label, or one for each image; None for the null class.
             guidance_scale: the guidance scale w of out = uncond + w (cond - uncond), one or one for
                 each image; 1 is off.
-            match_diffusers: whether to reproduce diffusers' quirks, deviations that we hold for
-                wrong.
+            match_diffusers: whether to reproduce diffusers' quirks (deviations held for wrong).
 
         Raises:
             ValueError: if an argument is not allowed.
@@ -340,10 +339,11 @@ class DDIMPipeline(_Pipeline):
         """Draw images by ddim; B is their number.
 
         Args:
-            batch_size, generator, output_type ("pil", "np" or "pt"), return_dict, seeds,
-                class_labels, guidance_scale, match_diffusers: as `DDPMPipeline` says of a call: B,
-                the noise's source, the type of the images and the result, labels, guidance, and
-                quirks.
+            batch_size, generator, seeds: B (None for 1, or as many as seeds); the noise's source, a
+                torch.Generator, B of them or None for torch's own; or B seeds of our noise instead.
+            output_type, return_dict: "pil", "np" or "pt"; whether to return a `PipelineOutput`.
+            class_labels, guidance_scale: one each or B: labels, None for the null class; w, 1: off.
+            match_diffusers: whether to reproduce diffusers' quirks (deviations held for wrong).
             eta: the share of ddpm's noise, in [0, 1]: 0 is deterministic, 1 as noisy as ddpm.
             num_inference_steps: the number of steps, in 1..T.
             use_clipped_model_output: whether eps is derived from the clipped x0 instead of the

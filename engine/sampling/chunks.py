@@ -25,7 +25,7 @@ class Width:
     """The numbers of images and lanes (network evaluations) at a time in a call of `sample`.
 
     Attributes:
-        batch: the number of images of a chunk.
+        batch: the number of images of a chunk; the last chunk may have fewer.
         most: the most lanes that so many images may take.
         lanes: the number of lanes of every chunk; None for as many as each chunk uses.
         compiled: whether the compiled network runs.
@@ -60,7 +60,7 @@ def choose_width(
     Raises:
         ValueError: if bucket is no integer or too small, if exact is no bool, or if it is true and
             the network is not compiled, or is to be given timesteps that are not integers (a
-            hoisted U-Net is given embeddings instead).
+            hoisted U-Net, whose time embeddings are computed beforehand, is given those instead).
         CompilationError: if exact is true and the compiler has failed before.
     """
     batch = batch_size
@@ -151,7 +151,7 @@ def check_finite(slots: Slots, seeds: list[int], num_steps: int) -> None:
 
 
 def bar_of(progress: bool, total: int) -> AbstractContextManager[Any]:
-    """Return a progress bar, a context manager whose value has ``update()``, called for each step.
+    """Return a progress bar, a context manager; call ``update()`` of its value after each step.
 
     Args:
         progress: whether to show a bar, by tqdm; otherwise ``update()`` does nothing.

@@ -78,12 +78,13 @@ def noise_of(
         draws: the generators of the noise.
         solver: the name of the plan's solver, of solvers.SOLVERS.
         plan: the plan (a row of coefficients a step).
-        eta: the noise of ddim, in [0, 1]; of no effect on other solvers.
+        eta: the share of ddpm's noise that ddim adds, in [0, 1]; of no effect on other solvers.
         dtype: the dtype of the pipeline's network, in which diffusers draws.
 
     Returns:
         A dict of initial_noise, a tensor [B, C, H, W] in ``dtype``, and, where the solver draws in
-        some step, step_noise, a function of the step's number, and batch_size, which is B.
+        some step, of step_noise, a function that is called with the number of each step, from 0,
+        and returns a floating-point tensor [B, C, H, W] or None; and of batch_size, which is B.
     """
     kinds = [_dtype_drawn(solver, eta, timestep, dtype) for timestep in plan.timesteps]
 

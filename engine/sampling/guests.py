@@ -9,28 +9,44 @@ from weakref import WeakSet
 
 
 class Guest(Protocol):
-    """The protocol of those who draw images over many calls of a sampler, such as an engine."""
+    """The protocol of a guest: an object, such as an `Engine`, that draws images with a sampler.
+
+    A guest keeps images under way from one call of the sampler's network to the next, so it must be
+    asked before the weights change.
+    """
 
     def emptied(self) -> AbstractContextManager[None]:
-        """Finish the images under way, then return a context within which no others are started."""
+        """Return a context manager: entering it finishes the images under way.
+
+        Until it is left, however that happens, no other image is started.
+        """
 
 
 class Guests:
-    """The guests of a sampler, by weak references: each counts as long as it lives."""
+    """The guests of a sampler: the objects that keep images under way with it, such as engines.
+
+    ``Sampler.update_weights`` has all of them finish those images before it changes the weights, so
+    that no image is drawn by two networks. Guests are held by weak references: one that nobody else
+    holds any more is forgotten.
+    """
 
     def __init__(self) -> None:
         self._all: WeakSet[Guest] = WeakSet()
 
     def add(self, guest: Guest) -> None:
-        """Add a guest, to be emptied when the sampler's weights are to change."""
+        """Add a guest, whose ``emptied`` is entered whenever the sampler's weights are to change.
+
+        Adding it again has no effect.
+        """
         self._all.add(guest)
 
     @contextmanager
     def emptied(self) -> Iterator[None]:
         """Have every guest finish its images under way; within this context none starts others.
 
-        Whatever a guest's own ``emptied`` raises is raised, such as RuntimeError in an engine's
-        callback.
+        When the block ends, or raises, all may start images again. Whatever a guest's own
+        ``emptied`` raises is raised before the block is entered, such as RuntimeError where a
+        callback of an engine calls this.
         """
         with ExitStack() as emptied:
             for guest in list(self._all):

@@ -69,8 +69,8 @@ def images_of(seeds: Any, labels: Any, guidance: Any, conditioning: Conditioning
         conditioning: the labels that the network takes.
 
     Raises:
-        ValueError: if one is not allowed, if there are not as many labels or scales as seeds, or if
-            w is not 1 where the network has no null class or no labels are given.
+        ValueError: if one is not allowed, if there are neither one nor as many labels or scales as
+            seeds, or if w is not 1 where the network has no null class or no labels are given.
     """
     seed = arguments.seed_list(seeds)
     label = labels_of(labels, len(seed), conditioning)
@@ -86,8 +86,9 @@ def labels_of(labels: Any, count: int, conditioning: Conditioning) -> list[int] 
         conditioning: the labels that the network takes.
 
     Raises:
-        ValueError: if a label is not allowed, if there are not as many as images, if labels are
-            given for a network without classes, or if they are None and there is no null class.
+        ValueError: if a label is not allowed, if there are neither one nor as many as images, if
+            labels are given for a network without classes, or if they are None and there is no null
+            class.
     """
     known = arguments.label_list(labels, count, conditioning.num_classes)
     if known is not None or conditioning.num_classes is None:
@@ -107,8 +108,8 @@ def guidance_of(guidance: Any, count: int, labels: Any, conditioning: Conditioni
         conditioning: the labels that the network takes.
 
     Raises:
-        ValueError: if a scale is no finite number, if there are not as many as images, or if one is
-            not 1 where the network has no null class or no labels are given.
+        ValueError: if a scale is no finite number, if there are neither one nor as many as images,
+            or if one is not 1 where the network has no null class or no labels are given.
     """
     if hasattr(guidance, "tolist"):  # tensors, arrays and NumPy's numbers
         guidance = guidance.tolist()
@@ -131,7 +132,7 @@ def begin_of(image: Tensor | None, shape: Shape, plan: Plan, device: torch.devic
         image: floating-point [C, H, W], for all images, or [N, C, H, W], in [-1, 1]; or None. The
             range is not checked.
         shape: (N, C, H, W).
-        plan: the plan, which says whether it begins at an image.
+        plan: the plan (the table of the steps), which says whether it begins at an image.
         device: the device of the result.
 
     Raises:

@@ -86,7 +86,8 @@ class Loadable(Remade):
             revision: a branch, tag or commit on the hub; None for the default branch.
             tables: the precision of the schedule: "float64", or "diffusers" for the bits of its
                 float32 tables.
-            options: backend, compile, capture, tune and graph_memory, as `RunOptions` says.
+            options: how the sampler runs: backend, compile and capture, "auto" by default; tune,
+                False; and graph_memory, None (`RunOptions`).
 
         Raises:
             CheckpointError: if there is no such model, or if files or keys are missing, broken or
@@ -125,7 +126,8 @@ class Loadable(Remade):
                 has class embeddings.
             tables: the precision of the schedule: "float64", or "diffusers" for the bits of its
                 float32 tables.
-            options: backend, compile, capture, tune and graph_memory, as `RunOptions` says.
+            options: how the sampler runs: backend, compile and capture, "auto" by default; tune,
+                False; and graph_memory, None (`RunOptions`).
 
         Raises:
             ValueError: if an object is of another class, has settings or weights that are not

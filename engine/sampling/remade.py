@@ -12,10 +12,11 @@ from flashddpm.host import isolated
 class Remade:
     """The base class of objects that are made anew, from their arguments, to be copied or pickled.
 
-    What an object has compiled, captured or locked is its own, and is not taken over by copies.
+    What an object has compiled, captured or locked is its own, and is not taken over by copies. A
+    copy by copy.copy has the same arguments, one by copy.deepcopy copies of them.
 
     Args:
-        arguments: the arguments of the class, by name.
+        arguments: the arguments of the subclass, by name; they are kept, not copied.
     """
 
     def __init__(self, **arguments: Any) -> None:

@@ -8,6 +8,8 @@ from typing import TypedDict
 class RunOptions(TypedDict, total=False):
     """The options that choose how a sampler runs, all of which may be left out.
 
+    Left out, the first three are "auto", tune is False and graph_memory None.
+
     Attributes:
         backend: "reference" for plain PyTorch, "fused" for the fast path, or "auto", which is
             "fused" (on CUDA without Triton, "reference").

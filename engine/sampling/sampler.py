@@ -244,9 +244,9 @@ class Sampler(Loadable):
                 of ``batch_size`` images.
             progress: show a progress bar.
             on_step: called after each step of each batch with the step's number, from 0, and the x0
-                that it predicts, float32 [b, C, H, W] for the b images of the batch.
-            initial_noise: floats [N, C, H, W], standard normal, in place of the seeds' noise of
-                x_T.
+                that it predicts, float32 [b, C, H, W] for the batch's b images, a new tensor on the
+                device; what it raises is raised here.
+            initial_noise: floats [N, C, H, W], standard normal, for x_T in place of the seeds'.
             step_noise: called in order with the number of each step, from 0, returns its noise,
                 floats [N, C, H, W], in place of the seeds', or None where the step takes none. All
                 images must be one batch, and steps are not captured.
@@ -306,12 +306,12 @@ class Sampler(Loadable):
 
         Args:
             seeds: one integer in [-2^63, 2^64), N of them, or a tensor of integers.
-            labels: one class label, or one for each seed; None for the null class.
+            labels: one class label, or one for each seed; None for the null class, if any.
             guidance: the guidance scale w, one or one for each seed; 1 is off.
             solver: the name of a solver (`sample` has the list), or a Plan of your own.
-            num_steps, image, strength, options: as `sample` says: the number of steps, images to
-                begin at, [N, C, H, W] or [C, H, W] in [-1, 1], the share of the steps, and options
-                of the plan.
+            num_steps, image, strength, options: as `sample` says: the number of steps, in 1..T;
+                floats [N, C, H, W] or [C, H, W] in [-1, 1] to begin at; the share of the steps
+                then, in (0, 1]; and options of the plan (`PlanOptions`).
 
         Raises:
             ValueError: if an argument or option is not allowed.
@@ -343,7 +343,7 @@ class Sampler(Loadable):
 
         Args:
             x_t: floating-point [B, C, H, W], the noisy images, on the sampler's device.
-            t: int64 [B], their timesteps, in 0..T-1.
+            t: int64 [B], their timesteps, in 0..T-1; like x_t and labels not checked.
             labels: int64 [B], class labels, or None for a network that takes none.
             evaluations: the number of evaluations of one image to come, by which compile="auto"
                 decides on the CPU; calls should then have one B, since each B is compiled.
@@ -396,5 +396,5 @@ class Sampler(Loadable):
             self.executor.update_weights(state)
 
     def welcome(self, guest: Guest) -> None:
-        """Register a guest, such as an `Engine`, to finish its images before weights change."""
+        """Have a guest (an object such as an `Engine`) end its images before weights change."""
         self._guests.add(guest)

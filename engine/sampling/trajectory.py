@@ -46,7 +46,7 @@ class Trajectory:
         executor: the executor that runs the network.
         plan: the plan (the steps, a row of coefficients each) that every image follows.
         images: the seed, label and guidance of each image.
-        position: the number of steps that are already taken.
+        position: the number of steps that are already taken, in 0..len(plan); not checked.
 
     Attributes:
         plan, images: as above.
@@ -99,14 +99,16 @@ class Trajectory:
         return new
 
     def put(self, x: Tensor, hist: Tensor) -> None:
-        """Set the state of all images, which have taken ``position`` steps.
+        """Set the state of all images of a trajectory just made, which took ``position`` steps.
 
         Args:
             x: float32 [B, C, H, W], the states x_t.
             hist: float32 [B, C, H, W], the previous x_0, which multistep solvers read.
 
         Raises:
-            RuntimeError: if a shape is wrong, or a callback of the sampler calls it.
+            RuntimeError: if a shape is wrong (one that broadcasts is not refused), or a callback of
+                the sampler calls it.
+            ValueError: if the images are in their slots already, as they are after `begin`.
         """
         with self._executor.exclusive():
             self._slots.state.x.copy_(x)
@@ -138,7 +140,7 @@ class Trajectory:
         """A copy of x_t, float32 [B, C, H, W] on the device; the images themselves once `done`.
 
         Raises:
-            RuntimeError: if a callback of the sampler reads it.
+            RuntimeError: if a callback (such as on_step) of a call of the sampler reads it.
         """
         with self._executor.exclusive():
             return self._slots.state.x.clone(memory_format=torch.contiguous_format)
@@ -228,8 +230,9 @@ def bits_depend_on(executor: Executor) -> dict[str, Any]:
     """Return what decides the bits of the network's output, besides its weights and the batch.
 
     Returns:
-        A dict of device (the GPU's name, or "cpu"), capability (of the CPU, else None), threads (of
-        torch on the CPU, else None), torch (its version), dtype and backend.
+        A dict of device (the GPU's name, or "cpu"), capability (a string such as "AVX2" on the CPU,
+        else None), threads (torch's number of them on the CPU, an int, else None), and the strings
+        torch (its version), dtype (such as "torch.float32") and backend ("reference" or "fused").
     """
     device = executor.device
     cuda = device.type == "cuda"
@@ -254,8 +257,9 @@ def load_trajectory(executor: Executor, path: str | PathLike[str]) -> Trajectory
         CheckpointError: if the file is missing or broken, is no trajectory, or is one of images of
             another shape, or with labels or guidance that the network does not take.
         ValueError: if the plan learns its variance and the U-Net does not predict it.
-        RuntimeError: if a callback of the sampler calls it, or the network was changed in a way
-            that cannot be followed, such as a move to another device.
+        RuntimeError: if it is called within another call of the executor, by a function (such as
+            on_step) that the user gave it, or if the network was changed in a way that cannot be
+            followed, such as a move to another device.
     """
     tensors = read_tensors(Path(path))
     with safetensors.safe_open(path, "pt") as file:

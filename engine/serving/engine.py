@@ -43,7 +43,8 @@ CACHED_PLANS = 128
 class Engine:
     """Draws images for many callers at once, in one batch that never waits to be full.
 
-    It is a context manager, which shuts itself down at the end of the block.
+    It is a context manager, which shuts down at the end of the block: every request is finished
+    first, or, if the block raises, cancelled.
 
     Args:
         sampler: the sampler whose network, schedule and device the engine uses; its own ``sample``
@@ -51,17 +52,18 @@ class Engine:
             is then; if weights change while it is under way, other than by ``update_weights``, its
             future fails.
         max_batch: the number of slots: of images that are drawn at a time; at least 1.
-        exact: whether the compiled network always runs on one bucket, a full batch, so that an
-            image's bits do not depend on load, slot or neighbours.
+        exact: whether the compiled network always runs on one number of lanes, that of a full
+            batch, so that an image's bits do not depend on load, slot or other images.
         buckets: the numbers of lanes (network evaluations; a guided image takes two a step) that
             the network may run at a time, besides all that max_batch images may need; each is
             compiled or captured. None for the powers of two where the network is compiled or
             captured, and else for any number; more buckets waste fewer lanes and take longer to
             compile.
         queue_size: the number of requests that may wait for a slot; at least 1.
-        max_failures: the number of failed steps in a row after which the engine closes itself.
-        threaded: whether the engine has a thread of its own that takes turns; if not, call `turn`,
-            from one thread at a time.
+        max_failures: the number of failed steps in a row, at least 1, after which the engine closes
+            itself.
+        threaded: whether the engine has a thread of its own that takes turns (steps of the batch,
+            with what comes before and after them); if not, call `turn`, from one thread at a time.
 
     Attributes:
         sampler, max_batch, exact: the arguments.
@@ -117,13 +119,14 @@ class Engine:
 
         Args:
             request: the request, which is checked before it is queued.
-            on_step: called on the engine's thread after each of the request's steps with the x0
-                that it predicts, float32 [C, H, W] in about [-1, 1]; whatever it raises fails this
-                request alone. None for no calls.
+            on_step: called after each of the request's steps, on the engine's thread (or in
+                `turn`), with the x0 that the step predicts, float32 [C, H, W] in about [-1, 1] on
+                the sampler's device, a new tensor that may be kept. An Exception that it raises
+                fails this request alone, with `RequestFailed`. None for no calls.
 
         Returns:
-            The future of a `Result`. Its ``cancel()`` frees the slot within one step. It fails with
-            `NonFiniteError`, `DeadlineExceeded`, `RequestFailed` or `EngineClosed`.
+            The future of a `Result`. Its ``cancel()`` frees the slot within one step. It may fail
+            with `NonFiniteError`, `DeadlineExceeded`, `RequestFailed` or `EngineClosed`.
 
         Raises:
             ValueError: if a field of the request is not allowed, or exact mode is on and its plan
@@ -169,8 +172,9 @@ class Engine:
     async def stream(self, request: Request) -> AsyncIterator[Tensor | Result]:
         """Yield the x0 that each step predicts, float32 [C, H, W], and last the `Result`.
 
-        The request is submitted, or refused, at the first ``anext``; leaving the iteration cancels
-        it. While the reader is slow its x0 wait, at most one for each step of the request.
+        An x0 is a new tensor on the sampler's device. The request is submitted, or refused, at the
+        first ``anext``; leaving the iteration cancels it. While the reader is slow its x0 wait, at
+        most one for each step of the request.
 
         Args:
             request: the request.
@@ -206,8 +210,8 @@ class Engine:
     def update_weights(self, state: dict[str, Tensor]) -> None:
         """Copy new weights into the sampler's network, once the images under way are finished.
 
-        Requests that wait, also in other engines of the sampler, wait for that and are drawn by the
-        new network. An engine without a thread of its own takes its turns here.
+        Requests that have no slot yet, also in other engines of the sampler, wait for that and are
+        drawn by the new network. An engine without a thread of its own takes its turns here.
 
         Args:
             state: a state dict with diffusers' keys, whose shapes match the network's.
@@ -222,6 +226,8 @@ class Engine:
     @contextmanager
     def emptied(self) -> Iterator[None]:
         """Let the images under way be finished; within this context no request enters the batch.
+
+        When the block ends, or raises, requests enter again.
 
         Raises:
             RuntimeError: if called on the engine's thread, by a callback.
@@ -271,6 +277,9 @@ class Engine:
         Args:
             wait: whether to return only when every future is resolved.
             cancel: whether to cancel the requests that are not finished.
+
+        Called on the engine's own thread, by a callback, it does not wait. An engine without a
+        thread takes its turns here, or with ``wait`` false in later calls of `turn`.
         """
         self._scheduler.stop_accepting()
         if cancel:

@@ -24,7 +24,10 @@ log = logging.getLogger("flashddpm")
 
 
 class EngineLoop:
-    """Moves requests from the scheduler through the running batch; one thread at a time turns it.
+    """Moves requests from the scheduler through the running batch, turn by turn.
+
+    A turn fills free slots, takes one step of all images and hands out finished ones; one thread at
+    a time takes them.
 
     Args:
         scheduler: the requests, which begin and end there.
@@ -47,7 +50,9 @@ class EngineLoop:
 
     @isolated(grad=False)
     def turn(self) -> bool:
-        """Take one turn: schedule, execute and update.
+        """Take one turn: fill free slots, take one step of all images, hand out finished ones.
+
+        An Exception of a request or step ends the requests that it concerns, and is not raised.
 
         Returns:
             Whether some request has not ended.

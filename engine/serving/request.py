@@ -46,8 +46,8 @@ class Request:
             classes.
         guidance: the guidance scale w; 1 is off and costs one network evaluation a step instead of
             two.
-        solver: the name of a solver in solvers.SOLVERS, such as "ddim", or a `Plan` of your own,
-            beside which no option may be given.
+        solver: the name of a solver, "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "euler" or
+            "euler_ancestral"; or a `Plan` of your own, beside which no option may be given.
         num_steps: the number of steps, 1..T; of no effect beside a Plan.
         image: the image to begin at, which is noised: floating-point [C, H, W] in [-1, 1], beside
             strength or a Plan that needs one; copied by ``submit``. None to begin at noise.

@@ -32,12 +32,12 @@ class RequestScheduler:
     """The requests of an engine that have not ended: a bounded queue, and those under way.
 
     Any thread may add, cancel and ask. An image that runs leaves and ends only on the thread that
-    turns the engine or, once nobody turns it any more, closes it, for the table of plans takes one
-    thread at a time.
+    takes the engine's turns (steps) or, once nobody takes them any more, closes it, for the table
+    of plans takes one thread at a time.
 
     Args:
-        queue_size: the number of requests that may wait.
-        max_batch: the number of images that may run at a time.
+        queue_size: the number of requests that may wait, at least 1.
+        max_batch: the number of images that may run at a time, at least 1.
         plan_table: the table in which the plans of running images get their rows.
 
     Attributes:
@@ -89,7 +89,10 @@ class RequestScheduler:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep every waiting request in the queue within this context; contexts may be nested."""
+        """Keep every waiting request in the queue within this context; contexts may be nested.
+
+        They may leave it again when the outermost block ends, or raises.
+        """
         with self._changed:
             self._held += 1
         try:

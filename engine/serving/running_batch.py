@@ -32,9 +32,9 @@ PLAN_ROWS = 8192
 class RunningBatch:
     """The slots of an engine, the images in them, and the step that all of them take together.
 
-    A slot is the place of one image; a lane is one network evaluation, of which a guided image
-    takes two a step. ``len(batch)`` is the number of images, and ``image in batch`` whether one has
-    a slot.
+    An engine has one, and keeps it as long as it lives. A slot is the place of one image; a lane is
+    one network evaluation, of which a guided image takes two a step. ``len(batch)`` is the number
+    of images, and ``image in batch`` whether one has a slot.
 
     Args:
         executor: the executor that runs the network.
@@ -176,8 +176,8 @@ class RunningBatch:
             it, float32 [C, H, W] on the device.
 
         Raises:
-            ValueError: if exact mode is on and the compiled network's bits depend on the lane
-                (tried once).
+            ValueError: if the network's output is of a wrong shape, or if exact mode is on and the
+                compiled network's bits depend on the lane (tried once).
             CompilationError: if the network cannot be compiled, where it must be.
         """
         if self._changed:

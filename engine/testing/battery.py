@@ -27,12 +27,12 @@ HINT = "(for another order of rounding give rule=rules.rounded(n) or rules.relat
 
 @dataclass(frozen=True)
 class Judge:
-    """The rules by which results are compared with the reference's.
+    """The rules by which results are compared with the reference's; calling it compares one.
 
     Attributes:
         default: the rule of results without one of their own, a callable of (result, the
             reference's result[, the reference's result in float64]) that raises AssertionError.
-        own: the rule of single results, by the result's name.
+        own: the rules of results that have one of their own, by the result's name.
     """
 
     default: Rule = rules.bitwise
@@ -83,7 +83,7 @@ class Judge:
 
 
 class Recorder(TorchDispatchMode):
-    """A dispatch mode that records every call of an operator that is not PyTorch's own.
+    """A context manager that records every call of an operator that is not PyTorch's own.
 
     Attributes:
         calls: a list of (operator, positional arguments, keyword arguments).

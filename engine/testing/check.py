@@ -69,10 +69,10 @@ def _short(text: str, width: int = 300) -> str:
 
 @dataclass
 class Findings:
-    """The findings of the checks that are to be run.
+    """The findings of one call of ``check_op``, which its checks are run through.
 
     Attributes:
-        wanted: the names of the checks to run.
+        wanted: a set of the names of the checks to run.
         failures: a dictionary: the name of the check -> (the smallest ``Case`` that failed, None
             for compiled code; the exception).
         outcomes: a dictionary: the name of the check -> "ran", or "not run: " and why there was
@@ -143,9 +143,9 @@ def check_op(
         rule: the rule that results and gradients are compared by, or a dictionary of rules by the
             name of the result: "result" ("result 0", "result 1" of several), the name of a mutated
             argument, or "gradient of x". Results without a rule must be equal bit for bit.
-        dtypes: the dtypes that cases are drawn from.
+        dtypes: the dtypes that cases are drawn from: by default float32, float16 and bfloat16.
         shapes: a strategy of one sample's shape; None for (C, H, W) of 0 to 1,025 pixels, C 1 or 3.
-        batches: a strategy of the number of samples; None for 1 to 4.
+        batches: a strategy of the number of samples, at least 1; None for 1 to 4.
         cases: cases, ``Case(dtype, shape, batch, seed)``, that are run before those drawn.
         examples: the number of cases that are drawn, each a dozen calls; 0 for ``cases`` alone.
         derandomize: whether every run draws the same cases, so that a failure comes back.

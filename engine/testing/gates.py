@@ -31,11 +31,11 @@ class KernelCode:
     Attributes:
         fn: the Triton function, a global of a module or file under its own name.
         signature: the Triton type of each run-time argument by name, such as "*fp32:16" or "i32";
-            the suffix ":16" marks a pointer or int divisible by 16. Images have the dtype to test.
+            the suffix ":16" marks a pointer or int divisible by 16.
         constants: the value of each constexpr argument, by name.
-        images: the names of the pointer arguments that must be accessed 16 bytes at a time; others
-            may be accessed by any number of bytes, but a thread must not move more of them than it
-            needs.
+        images: the names of the pointer arguments to large tensors, such as batches of images: a
+            load or store through them of less than 16 bytes is a fault. Through other pointers it
+            is not, but to move more bytes than a thread needs is one.
         options: the options of the launch by name, such as num_warps; None for those of this
             project's kernels.
         foreign: the names of the pointer arguments whose accesses, wide or many, are not checked.
@@ -67,8 +67,10 @@ class KernelCode:
 def code_faults(kernel: KernelCode, architectures: Sequence[int] = ARCHITECTURES) -> list[str]:
     """Compile a kernel, without a GPU, and return the faults of its machine code, as strings.
 
-    The list is empty if all is well. What counts as a fault stands in ``flashddpm.kernels.checks``.
-    The file of the kernel must not set TRITON_INTERPRET where it is set already.
+    The list is empty if all is well. Faults are memory for spilt registers, too many registers,
+    operations that are not correctly rounded, offsets of addresses that may wrap, accesses of
+    ``images`` in less than 16 bytes, and more bytes moved through other pointers than a thread
+    needs. The file of the kernel must not set TRITON_INTERPRET where it is set already.
 
     Args:
         kernel: the kernel and how it is compiled.

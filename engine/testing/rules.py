@@ -159,8 +159,9 @@ def bitwise(actual: Tensor, plain: Tensor, r64: Tensor | None = None) -> None:
 def relative(actual: Tensor, plain: Tensor, r64: Tensor) -> None:
     """Raise AssertionError unless the result is about as accurate as the reference's in its dtype.
 
-    This is the ``Rule`` for sums in another order: ``reduced``, but equal where R64 is 0, NaN or
-    Inf.
+    This is the ``Rule`` for sums in another order. The relative error of each element from r64 may
+    be twice that of ``plain``, and always 1e-6; where r64 is 0, NaN or Inf the result must equal
+    it.
 
     Args:
         actual: the result, floating-point, of any shape.
@@ -180,7 +181,9 @@ def relative(actual: Tensor, plain: Tensor, r64: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Rounded:
-    """The ``Rule`` of results that differ from R64 by n roundings, as ``rounded`` returns it.
+    """The ``Rule`` of results that differ from the reference's in float64 by at most n roundings.
+
+    ``rounded`` returns one. Calling it compares a result.
 
     Attributes:
         n: the number of roundings on the longest path of the computation.
@@ -199,7 +202,9 @@ class Rounded:
         r64: Tensor,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        """Raise AssertionError unless the result is ``close`` to R64, or equal where not finite.
+        """Raise AssertionError unless a result is ``close`` to that in float64 (r64).
+
+        Where r64 is not finite the result must equal it.
 
         Args:
             actual: the result, float32, float16 or bfloat16, of any shape.
@@ -222,7 +227,10 @@ class Rounded:
 
 
 def rounded(n: int, terms: Callable[..., Tensor] | None = None) -> Rounded:
-    """Return the ``Rule`` that allows the rounding errors of n operations (see ``close``).
+    """Return the ``Rule`` that allows the rounding errors of n operations.
+
+    That is 2^-24 n times the absolute value of the result (or the sum of ``terms``), and for
+    float16 and bfloat16 half a unit in the last place besides (``close``).
 
     Args:
         n: the number of roundings on the longest path of the computation.

@@ -120,7 +120,9 @@ def coefficients(limit: float = 4.0) -> SearchStrategy[float]:
 
 
 def step_rows() -> SearchStrategy[list[float]]:
-    """Return a strategy of the coefficients of one step of ``denoise_step``, a list of floats.
+    """Return a strategy of the coefficients of one sampling step, as ``denoise_step`` takes them.
+
+    It draws lists of floats.
 
     They are in the order of ``kernels.Column``; any column may be 0. Columns whose meaning implies
     a sign or a range keep to it: sigma and the clip are not negative, a quantile is in [0, 1].
@@ -139,7 +141,9 @@ def step_rows() -> SearchStrategy[list[float]]:
 
 
 def noising_rows() -> SearchStrategy[list[float]]:
-    """Return a strategy of the coefficients [a, b] of ``add_noise``, a list of two floats.
+    """Return a strategy of the coefficients [a, b] of a x0 + b noise (the operation ``add_noise``).
+
+    It draws lists of two floats.
 
     They are those of a noising process, a^2 + b^2 = 1, or any two coefficients in [-4, 4].
     """
@@ -169,7 +173,7 @@ def contiguous(x: Tensor) -> Tensor:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return the tensor [B, C, H, W] in channels-last layout: elements in (b, h, w, c) order."""
+    """Return a tensor [B, C, H, W] in channels-last layout: its memory in (b, h, w, c) order."""
     return x.contiguous(memory_format=torch.channels_last)
 
 

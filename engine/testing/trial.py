@@ -30,7 +30,7 @@ overrun."""
 
 @dataclass(frozen=True)
 class Run:
-    """One call of the function under test.
+    """One call of the function under test, and what it left.
 
     Attributes:
         results: the tensors that the call returned or changed, and gradients, by name, as
@@ -162,9 +162,10 @@ class Subject:
         Args:
             case: the case, whose arguments are taken if ``args`` are None, and whose seed is that
                 of the gradients.
-            args: the arguments by name; None for those of the case.
+            args: the arguments by name, of which guarded copies are made; None for those of the
+                case.
             fill: the value that buffers hold when the function allocates them.
-            canary: the value that the red zones hold.
+            canary: the value that the red zones (memory around tensors) hold.
             order: int64 [batch], the permutation by which the samples were permuted; None for none.
 
         Raises:
@@ -185,7 +186,9 @@ class Subject:
 
 
 class Trial:
-    """A subject on one case; its runs are made when a check first asks for them.
+    """A subject (a function under test and its reference) on one case, handed to every check.
+
+    The runs that checks share are made when first asked for, and kept.
 
     Args:
         subject: the function under test and its reference.
@@ -194,8 +197,9 @@ class Trial:
 
     Attributes:
         subject, case, number: the arguments of the same names.
-        generators_moved: once ``base`` was read, the names of the global random generators whose
-            state the call changed.
+        generators_moved: a list of the names (as ``generators`` has them) of the global random
+            generators whose state the call of ``base`` changed; empty if there are none. There is
+            no such attribute before ``base`` is first read.
     """
 
     def __init__(self, subject: Subject, case: Case, number: int = 0) -> None:
@@ -203,7 +207,12 @@ class Trial:
 
     @functools.cached_property
     def base(self) -> Run:
-        """The run of the function under test that other runs are compared with, a ``Run``."""
+        """The ``Run`` of the function under test on the arguments of the case as they are built.
+
+        Checks compare it with the reference, and with other runs: with other layouts, another order
+        or other contents of memory. The first access makes it, sets ``generators_moved``, and
+        raises whatever the function raises.
+        """
         before = generators()
         run = self.subject.run(self.case)
         self.generators_moved = [
@@ -251,7 +260,7 @@ def generators() -> dict[str, Any]:
     """Return the states of the global random generators of torch, random and numpy, by name.
 
     The names are "torch", "random", "numpy" and, where there is a GPU, "torch.cuda" (of the current
-    device). The states can be compared with ``==``.
+    device). The states are lists or tuples of plain numbers, and can be compared with ``==``.
     """
     states: dict[str, Any] = {
         "torch": torch.get_rng_state().tolist(),

@@ -149,7 +149,8 @@ def allocations(
     In it ``torch.empty``, ``empty_like``, ``empty_strided``, ``new_empty`` and
     ``new_empty_strided`` return tensors full of ``fill``. Allocations in C++ or in compiled code
     are not seen, nor those by a name that was imported earlier (``from torch import empty``). It
-    replaces attributes of torch, so it must not be used by several threads at once.
+    replaces attributes of torch, and restores them at the end of the block, also if that raises; it
+    must not be used by several threads at once.
 
     Args:
         fill: the value that the tensors hold at first, as ``fit`` makes it of their dtype.
