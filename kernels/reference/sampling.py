@@ -182,24 +182,25 @@ def _rescale(cond: Tensor, out: Tensor, phi: float) -> Tensor:
 
 def _moving(
     slots: StepSlots, table: StepTable, lanes: int
-) -> Iterator[tuple[int, list[float], Selection, Selection, list[int]]]:
+) -> Iterator[tuple[int, int, list[float], Selection, Selection, list[int]]]:
     """Yield the slots that take a step, by row and by whether they are guided.
 
     Yields:
-        The row's number, its columns, the slots, their conditional lanes of so many, and their
-        lanes for no label: none where they are not guided.
+        The row's number and that of the next, the row's columns, the slots, their conditional lanes
+        of so many, and their lanes for no label: none where they are not guided.
     """
     cond, uncond = slots.lane_cond.tolist(), slots.lane_uncond.tolist()
     index = slots.idx.tolist()
     for i in sorted(set(index)):
-        if int(table.next[i]) == i:
+        follow = int(table.next[i])
+        if follow == i:
             continue
         row = table.rows[i].tolist()
         for guided in (False, True):
             here = [s for s, j in enumerate(index) if j == i and (uncond[s] >= 0) == guided]
             if here:
                 which = _select(here, len(index)), _select([cond[s] for s in here], lanes)
-                yield i, row, *which, [uncond[s] for s in here if guided]
+                yield i, follow, row, *which, [uncond[s] for s in here if guided]
 
 
 def denoise_step(
@@ -240,7 +241,7 @@ def denoise_step(
     x, hist, net_in, nonfinite = state
     _, C, H, W = x.shape
     prediction = out if out.shape[1] == C else out[:, :C]
-    for i, row, which, lanes, lanes_u in _moving(slots, table, len(out)):
+    for i, follow, row, which, lanes, lanes_u in _moving(slots, table, out.shape[0]):
         o = _take(prediction, lanes).float()
         if lanes_u and not row[Column.UNGUIDED]:
             o = combine(o, _take(prediction, lanes_u), _take(slots.guidance, which))
@@ -269,7 +270,7 @@ def denoise_step(
         )
 
         _put(x, which, x_next)
-        if table.rows[int(table.next[i])].tolist()[Column.C_HIST]:
+        if table.rows[follow].tolist()[Column.C_HIST]:
             _put(hist, which, x0)
         _put(net_in, lanes, x_next)
         if lanes_u:
