@@ -256,10 +256,10 @@ def headline(device: str) -> list[BenchmarkCase]:
 
 
 def other_models(device: str) -> list[BenchmarkCase]:
-    """Return the cases of the other models against diffusers' fastest configurations.
+    """Return the cases of the models that are not the headline's, against diffusers at its fastest.
 
-    They are of DDIM and DDPM, in float32 and bfloat16, at each batch size of the bundled model and,
-    on CUDA ("cuda"), of the 256x256 model too.
+    The models are the bundled one and, on CUDA ("cuda"), the 256x256 one, each with DDIM and DDPM,
+    in float32 and bfloat16, and at each of its batch sizes.
     """
     names = ("bundled", "pixels256") if device == "cuda" else ("bundled",)
     dtypes = ("bfloat16", "float32") if device == "cuda" else ("float32", "bfloat16")

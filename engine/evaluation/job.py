@@ -96,11 +96,11 @@ class EvaluationJob:
         reference: the real images that samples are compared with, a source of uint8 images.
         held_out: whether ``reference`` holds other images than ``data``.
         seeds: the seed of each of the N samples.
-        labels: the class label of each sample, N ints; None for an unconditional model.
-        conditional: whether the model has as many classes as ``data``, and so takes its labels.
+        labels: the class label of each sample, N ints; None if samples are drawn without labels.
+        conditional: whether the model has as many classes as ``data``; False for any other number.
         labelled: whether the model is conditional and ``reference`` has labels of these classes.
-        bound_images: the number of images of the bound; 0 if the bound is not asked for.
-        bound_timesteps: the number of timesteps of the bound; None for all.
+        bound_images: the number of images whose variational bound is computed; 0 if not asked for.
+        bound_timesteps: the number of timesteps at which the bound is computed; None for all.
         extractor: the extractor of features; None if no metric uses features.
         classifier: the classifier whose features are used; None for another extractor, or none.
     """

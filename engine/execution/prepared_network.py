@@ -29,8 +29,9 @@ class PreparedNetwork:
         hoisted: flashddpm's U-Net with its time embeddings computed outside of the loop, if it runs
             so; else None.
         predict: the function that a step calls (`flashddpm.execution.step.Network`).
-        modules: the modules that run, as far as can be told: the network, and the module that
-            ``call`` is or is a method of.
+        modules: the modules that run, as far as can be told: ``network``, if it is a module; and
+            where the user gave a function to call in its place, the module that this function is,
+            or is a method of.
         flops: called without arguments, returns the floating-point operations of one evaluation of
             one image; None for a network that is not flashddpm's own.
     """

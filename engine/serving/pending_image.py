@@ -87,7 +87,13 @@ class PendingImage(Occupant):
         self.last = start + len(self.plan) - 1
 
     def wait(self, copy: FinishedCopy) -> Tensor:
-        """Wait until the copy of the finished image has arrived; return it, float32 [C, H, W].
+        """Wait until the copy of this finished image has arrived, and return the image.
+
+        Args:
+            copy: what `RunningBatch.take` returned for this image.
+
+        Returns:
+            float32 [C, H, W] in about [-1, 1], on the engine's device.
 
         Raises:
             RuntimeError: if the network's weights changed while the image was under way.
