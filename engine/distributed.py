@@ -35,6 +35,10 @@ PATIENCE = timedelta(days=365)
 class World:
     """The processes of a run, and which of them this one is; by default one process.
 
+    With one process nothing is communicated. With several, the methods that all must call need
+    the block of `joined`; if a process has ended, they raise torch's RuntimeError, unless their own
+    docstring names another error.
+
     Attributes:
         rank: the number of this process among all, 0..size-1.
         size: the number of processes, N.
@@ -85,7 +89,8 @@ class World:
         """Return the name of the device that this process runs on.
 
         Args:
-            device: "auto", "cpu", "cuda" or, for one process only, "cuda:N".
+            device: "auto", "cpu", "cuda" or, for one process only, "cuda:N", in lower case; any
+                other string is returned as it is.
 
         Returns:
             ``device`` itself for one process or the CPU; among several processes "cuda:R", R being
@@ -183,7 +188,13 @@ class World:
         raise SystemExit(2)
 
     def any(self, value: bool) -> bool:
-        """Return whether ``value`` is true in any process, by way of the CPU; all must call it."""
+        """Return whether ``value`` is true in any process, in each; all must call it.
+
+        The processes exchange it on the CPU (gloo), so that no GPU is waited for.
+
+        Args:
+            value: this process's own bool.
+        """
         if self.size == 1:
             return value
         flag = ints(int(value))  # on the CPU, over gloo: no GPU is waited for
@@ -194,16 +205,21 @@ class World:
         """Set ``x`` to the elementwise minimum over all processes, in place; all must call it.
 
         Args:
-            x: a tensor of the same shape and dtype in every process.
+            x: a tensor of the same shape and dtype in every process (not checked), on the CPU or
+                on this process's GPU.
         """
         if self.size > 1:
             dist.all_reduce(x, dist.ReduceOp.MIN)
 
     def mean(self, x: Tensor) -> float:
-        """Return the mean of the processes' scalars ``x`` as a float; all must call it.
+        """Return the mean, over all processes, of one number from each; all must call it.
 
         Args:
-            x: a tensor of one floating-point number; it stays as it is.
+            x: this process's number, a floating-point tensor of one element, of the same dtype in
+                every process; it stays as it is.
+
+        Returns:
+            The mean as a Python float, in every process.
         """
         if self.size > 1:
             x = x.clone()

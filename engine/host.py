@@ -37,12 +37,12 @@ FACTORIES = FLOATS | {torch.arange, torch.full, torch.randint, torch.randperm, t
 
 
 def ints(values: Any) -> Tensor:
-    """Return an integer, or (nested) lists of them, as an int64 tensor on the CPU."""
+    """Return an integer, as [], or (nested) lists of them, as an int64 tensor on the CPU."""
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def floats(values: Any) -> Tensor:
-    """Return a number, or (nested) lists of them, as a float32 tensor on the CPU."""
+    """Return a number, as [], or (nested) lists of them, as a float32 tensor on the CPU."""
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
@@ -57,6 +57,9 @@ class plain_factories(TorchFunctionMode):
 
     Args:
         device: the device of tensors that are made.
+
+    Attributes:
+        device: the same, a torch.device.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:

@@ -21,7 +21,8 @@ class ExampleDraws:
 
     Attributes:
         device: the device on which the tensors are returned.
-        generator: the CPU generator of all numbers, which each call advances.
+        generator: the CPU ``torch.Generator`` of all numbers, which each call of a method that
+            draws advances.
     """
 
     def __init__(self, device: str | torch.device, seed: int) -> None:
@@ -39,7 +40,11 @@ class ExampleDraws:
         return channels_last(values) if len(shape) == 4 else values
 
     def integers(self, size: int, low: int, high: int) -> Tensor:
-        """Return uniform random integers in [low, high), int64 [size]."""
+        """Return uniform random integers in [low, high), int64 [size].
+
+        Raises:
+            RuntimeError: if low >= high.
+        """
         return torch.randint(low, high, (size,), generator=self.generator).to(self.device)
 
     def seeds(self, size: int) -> Tensor:
@@ -54,13 +59,13 @@ class ExampleDraws:
         """Return a table of coefficients as a tensor, float32 [R, columns].
 
         Args:
-            rows: R lists of one number a column.
+            rows: R lists of one number a column; ValueError if their lengths differ.
         """
         return torch.tensor(rows, dtype=torch.float32, device=self.device)
 
 
 def image_bytes(images: Tensor) -> int:
-    """Return the bytes of one image of a batch [B, C, H, W]."""
+    """Return the bytes of one image of a batch [B, C, H, W], of any dtype; B may be 0."""
     return images.itemsize * (images.shape[1] * images.shape[2] * images.shape[3])
 
 
@@ -92,8 +97,8 @@ def of_images(
 
     Returns:
         The arguments by name: "out", [B, outputs C, H, W], if outputs is not 0; "x0", [B, C, H, W];
-        "t", "seeds" and "keys", int64 [B]; "rows", float32 [R, columns]. Images are standard normal
-        numbers, channels-last.
+        "t", "seeds" and "keys", int64 [B], the row, the noise seed and the noise key of each image;
+        "rows", float32 [R, columns]. Images and output are standard normal numbers, channels-last.
     """
     draws = ExampleDraws(device, seed)
     C, H, W = shape
@@ -192,12 +197,14 @@ def on_step(
     Args:
         guided: whether slots have two lanes (a lane is one evaluation of the network), or one.
         following: whether the next step reads the history (c_hist = 1), so that this one writes it.
-        columns: the step's coefficients by the column's name in lower case; the others are 0.
+        columns: the step's coefficients by the column's name in lower case, such as c_x0; the
+            others are 0, and names of no column are ignored.
 
     Returns:
         A function of a step's tensors by name (``of_slots``), on the CPU; it returns those that
-        differ, of the names that it is given: "idx", lanes, a table of three rows, and "net_in" and
-        "out" with the first image repeated for every lane.
+        differ, of the names that it is given: "idx", "lane_cond" and "lane_uncond"; "rows", "keys"
+        and "next", a table of three rows; and "net_in" and "out" with the first image repeated for
+        every lane.
     """
 
     def change(args: Arguments) -> Arguments:

@@ -202,9 +202,9 @@ def hybrid_loss(
 
     or, where half_bin is not 0, -ln of the probability of x0's bin, x0 +- half_bin, under a normal
     of deviation e^(d/2) / precision about x0 + gain error; bins of the first and the last pixel
-    value (|x0| > 0.999) are open. Each image's coefficients are its row of ``rows``: w is the
-    column weight, b bound_weight. Differentiable with respect to ``out``, once (no second
-    derivative); the bound has a gradient for v only, and the images have none.
+    value (|x0| > 0.999) are open. Each image's coefficients are its row of ``rows``: k0 is the
+    column x0, k1 eps, w weight, b bound_weight. Differentiable with respect to ``out``, once (no
+    second derivative); the bound has a gradient for v only, and the images have none.
 
     Args:
         out: the network's output, [B, 2C, H, W], float32, float16 or bfloat16, any layout.

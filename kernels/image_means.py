@@ -57,13 +57,13 @@ def image_means(
 
     Args:
         kernel: a Triton kernel that begins with ``launch.place`` (which gives a program its image
-            and block of elements), takes the partial sums, float32 [B, *sums, blocks], as its first
-            argument, and ends in ``store_partial`` (which stores one block's sum).
+            and block of elements), takes the partial sums, float32 [B, *sums, blocks of an image],
+            as its first argument, and ends in ``store_partial`` (which stores one block's sum).
         x0: the images that the means are of, [B, C, H, W], any dtype.
         arguments: the kernel's arguments between the partial sums, its first, and BLOCK, its last.
         sums: the shape of the sums of one image; () for a single one. The kernel stores them as if
             each were an image of its own, one after the other.
-        options: options of the kernel's launch.
+        options: options of the kernel's launch, such as num_warps=4.
     """
     shape = (len(x0), *sums)
     if not x0.numel():

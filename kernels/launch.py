@@ -37,7 +37,7 @@ MAX_GRID_Y = tl.constexpr(65535)
 def runs_triton(tensor: Tensor) -> bool:
     """Return whether operations on this tensor launch Triton kernels rather than run the reference.
 
-    They do for CUDA tensors, and for CPU tensors under Triton's interpreter.
+    They do for CUDA tensors, and for all tensors under Triton's interpreter (TRITON_INTERPRET=1).
     """
     return tensor.is_cuda or INTERPRETED
 
@@ -52,7 +52,8 @@ def launch(
         grid: the number of programs along up to three axes.
         like: a tensor on the device that runs the kernel.
         arguments: the kernel's arguments.
-        options: options of the launch, such as num_warps=4, which replace those of ``OPTIONS``.
+        options: options of the launch, such as num_warps=4, which replace those of ``OPTIONS`` (2
+            warps, no fused multiply-add).
     """
     with torch.cuda.device_of(like):
         kernel[grid](*arguments, **OPTIONS | options)
@@ -66,7 +67,7 @@ def launch_blocks(kernel: Any, images: Tensor, *arguments: Any, **options: int) 
             block) and whose last argument is BLOCK, the elements of a block.
         images: [B, C, H, W], any dtype, at least one element, on the device that runs the kernel.
         arguments: the kernel's arguments except the last; BLOCK is added.
-        options: options of the launch, which replace those of ``OPTIONS``.
+        options: options of the launch, such as num_warps=4, which replace those of ``OPTIONS``.
     """
     programs, block = blocks_of(images)
     launch(kernel, programs, images, *arguments, block, **options)
@@ -136,8 +137,8 @@ def minus_zeros(BLOCK: tl.constexpr):
 def block_size(n: int) -> int:
     """Return how many elements a program handles, for images of n elements each.
 
-    That is ``BLOCK`` on a GPU; under the interpreter, the power of two that holds n, from 16 to
-    16,384.
+    That is ``BLOCK`` = 1024 on a GPU; under the interpreter, the power of two that holds n, from 16
+    to 16,384.
     """
     return min(triton.next_power_of_2(max(n, 16)), 16384) if INTERPRETED else BLOCK
 
@@ -146,8 +147,8 @@ def doubled_channels(out: Tensor, images: Tensor) -> int:
     """Return C if a network's output does not have as many channels as the images, else 0.
 
     Args:
-        out: [L, C or 2C, H, W], the network's output.
-        images: [B, C, H, W].
+        out: [L, C or 2C, H, W], the network's output; not checked.
+        images: [B, C, H, W], whose C is meant.
     """
     C = images.shape[1]
     return C if out.shape[1] != C else 0

@@ -102,7 +102,8 @@ def loss_operator(
     Triton, both are the functions of the same names in ``reference``.
 
     Args:
-        name: the name of the operation, "diffusion_loss" or "hybrid_loss".
+        name: the name of the operation, "diffusion_loss" or "hybrid_loss"; AttributeError for a
+            name that ``reference`` lacks.
         forward: the Triton kernel of the loss, with arguments (partial, out, x0, t, seeds, keys,
             rows, delta, n, LOSS, [C], BLOCK): it writes the sums of blocks to partial, float32 [B,
             blocks]; n is the elements of an image, LOSS the index of the loss in ``LOSSES``.
@@ -203,8 +204,8 @@ def plain_loss(out: Tensor, x0: Tensor, t: Tensor, rows: Tensor, **_: Any) -> Te
 
     Args:
         out: [B, C, H, W], the network's output, any floating-point dtype.
-        x0: [B, C, H, W], the noise.
-        t: int64 [B], the row of each image.
+        x0: [B, C, H, W], the noise, any floating-point dtype.
+        t: int64 [B], the row of ``rows`` of each image, in [0, T).
         rows: float32 [T, columns], whose column ``LossColumn.WEIGHT`` is the weight of the loss.
         _: the operation's other arguments, ignored.
     """

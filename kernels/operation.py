@@ -121,7 +121,7 @@ def variant(
     Args:
         name: the name of the variant.
         fn: the Triton function; its arguments have the types of ``TYPES`` by their names.
-        budgets: the budget by the bytes of an image's element, 4 and 2.
+        budgets: the budget by the bytes of an image's element: 4, and 2 where the dtype matters.
         images: names of the pointer arguments that must be accessed 16 bytes at a time.
         types: types that replace those of ``TYPES``, by argument.
         foreign: names of the pointer arguments to images of another layout; those that the function
@@ -228,7 +228,8 @@ def collected(*functions: Callable[..., Any]) -> dict[str, Op]:
     """Return the records of operations, ``Op``, by their names, in the order of the functions.
 
     Args:
-        functions: public functions of operations; each one's module holds its record as ``OP``.
+        functions: public functions of operations; each one's module holds its record as ``OP``
+            (AttributeError if not).
     """
     ops = [sys.modules[function.__module__].OP for function in functions]
     return {op.name: op for op in ops}

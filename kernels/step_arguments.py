@@ -115,6 +115,7 @@ def grouped(
 
     Args:
         tensors: the tensors of ``FLAT`` in its order; the last one, noise, may be None.
+            Neither their number nor their kind is checked.
 
     Returns:
         The state, the network's output, the slots, the statistics, the table, and the noise or
@@ -142,8 +143,8 @@ def by_tensor(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Returns:
         A function of keyword arguments only: the fields of every group by their names, and the
-        other parameters as they are; a field that is not given is None. A function without groups
-        is returned as it is.
+        other parameters as they are; a field that is not given is None, and a name that is neither
+        raises TypeError when called. A function without groups is returned as it is.
     """
     kinds = {name: kind for name, kind in get_type_hints(function).items() if name != "return"}
     groups = {name: kind for name, kind in kinds.items() if hasattr(kind, "_fields")}
@@ -167,7 +168,8 @@ def tensor_schema(
     Args:
         names: the names of the operator's arguments, in order.
         mutated: the names of the arguments that the operator changes in place.
-        optional: the names of the arguments that may be None; none of them may be mutated.
+        optional: the names of the arguments that may be None; none of them may be mutated
+            (not checked: it would count as mutated).
     """
     kinds = dict.fromkeys(optional, "Tensor?")
     kinds |= {name: f"Tensor(a{i}!)" for i, name in enumerate(mutated)}

@@ -195,12 +195,12 @@ def check_in_place(name: str, tensor: Tensor, like: Tensor | None = None) -> Non
     Args:
         name: the argument's name, for the message.
         tensor: the tensor to check.
-        like: a tensor whose shape and device it must have; None for any.
+        like: a tensor whose shape and device, not dtype, it must have; None for any.
 
     Raises:
         ValueError: if it is not [B, C, H, W] in float32, float16 or bfloat16 with fewer than 2^34
-            elements an image, differs from ``like``, an image is not dense in channels-last order,
-            or images overlap.
+            elements an image, differs from ``like`` in shape or device, an image is not dense in
+            channels-last order, or images overlap.
     """
     check_image(name, tensor, like)
     B, C, H, W = tensor.shape

@@ -216,11 +216,13 @@ def vlb_terms(
     """Return a term of the variational bound and the errors of x_0 and eps of each image.
 
     (Equations S9 and S10 of docs/math.md.) The error of the network's output is e = out - (k0 x0 +
-    k1 eps); the predicted x_0 is then off by f = x0_out e, clipped, and the predicted eps by
-    eps_out e. With d = offset + slope v, the log variance of the model over the posterior's, and s
-    = gain f, the term is (d - 1 + e^-d (1 + s^2)) / 2 or, where half_bin is not 0, -ln of the
-    probability of x0's bin, s +- half_bin under a normal of mean 0 and deviation e^(d/2); bins
-    of the first and the last pixel value (|x0| > 0.999) are open. Not differentiable.
+    k1 eps); the predicted x_0 is then off by f = x0_out e (where clip is not 0, clipped so that
+    x_0 + f is in [-clip, clip]), and the predicted eps by eps_out e. Each image's coefficients are
+    its row of ``rows``, of which k0 is the column x0 and k1 the column eps. With d = offset + slope
+    v, the log variance of the model over the posterior's, and s = gain f, the term is (d - 1 + e^-d
+    (1 + s^2)) / 2 or, where half_bin is not 0, -ln of the probability of x0's bin, s +- half_bin
+    under a normal of mean 0 and deviation e^(d/2); bins of the first and the last pixel value (|x0|
+    > 0.999) are open. Not differentiable.
 
     Args:
         out: the network's output, [B, C or 2C, H, W], float32, float16 or bfloat16, any layout; v

@@ -49,7 +49,8 @@ def window(work: Callable[[], Any], joules: Callable[[], float], least: float) -
         work: called without arguments, at least once; its result is ignored. The GPU is waited for
             after each call.
         joules: called without arguments; returns the reading of an energy counter, in joules.
-        least: the least length of the window, in seconds; the call under way is finished.
+        least: the least length of the window, in seconds; the call under way is finished. With 0
+            or less the work is done once.
 
     Returns:
         The energy, length and number of calls of the window.
@@ -89,7 +90,8 @@ def energy(setting: SamplingSetting, peer: str = "best") -> BenchmarkCase:
     Args:
         setting: what is drawn: model, dtype, solver, batch size and number of steps.
         peer: the implementation to compare with, a key of ``sampling.PEERS``: "graphs", "best" or
-            "eager" (diffusers), "unet" (its U-Net in our loop), "reference" or "tuned" (ours).
+            "eager" (diffusers), "unet" (its U-Net in our loop), "reference" or "tuned" (ours). It
+            is not checked here: another makes ``measure`` raise KeyError.
     """
     case = f"energy-{setting.name}"
 

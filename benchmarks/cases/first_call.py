@@ -165,12 +165,15 @@ def first_call(name: str, dtype: str, batch: int, tune: bool = False) -> Benchma
 
     It runs ``main`` in two fresh processes, one after the other: the first finds an empty compile
     cache, the second the cache that the first has left. Their measurements have the case's name
-    with "-cold" and "-warm" appended. Its ``measure`` raises RuntimeError if a process fails.
+    with "-cold" and "-warm" appended, and as values the seconds of each part as `split` returns
+    them ("import_seconds", ..., "seconds" in all) and "peak_host_memory_mib" (MiB). Its
+    ``measure`` raises RuntimeError if a process fails.
 
     Args:
         name: the model: "bundled", "cifar10" or "pixels256".
         dtype: the network's dtype: "float32" or "bfloat16".
-        batch: the number of images, at least 1.
+        batch: the number of images, at least 1. None of the three is checked here: an
+            unknown name or a batch below 1 makes the process fail.
         tune: whether the network is compiled with tuning (max-autotune).
     """
     case = f"first-call-{name}-{dtype}-batch-{batch}" + ("-tuned" if tune else "")

@@ -43,7 +43,7 @@ OF_BOUND, OF_EMPTY = 0.9, 1.5  # goals: of_bound at least, hot_of_empty at most
 def noise_on_the_cpu(device: str) -> Iterator[Measurement]:
     """Time the CPU's compiled noise against the reference, for 16 and 800 images of 784 numbers.
 
-    One comparison is yielded for each; ``device`` is not looked at.
+    It yields a comparison for each, of the seconds of one call. ``device`` is not looked at.
 
     Raises:
         AssertionError: if the two differ in any bit.
@@ -66,7 +66,8 @@ def arguments_of(op: Op, dtype: torch.dtype, size: Any, device: str) -> Argument
     """Return an operation's example arguments by name, with equal work for every image.
 
     Every image gets the same row (line of coefficients) of the example's table: the first with no 0
-    in the columns ``op.all_work``, which switch costly terms on. ``size`` is (batch, (C, H, W)).
+    in the columns ``op.all_work``, which switch costly terms on. ``size`` is (batch, (C, H, W)),
+    ``dtype`` that of the images, ``device`` "cpu" or "cuda".
 
     Raises:
         ValueError: if the table has no such row.

@@ -162,7 +162,7 @@ def exact(setting: SamplingSetting, device: str, peer: str) -> tuple[Side, Side]
     Args:
         setting: what is drawn.
         device: "cpu" or "cuda".
-        peer: a key of PEERS.
+        peer: a key of PEERS; any other name is taken for a peer in our loop.
 
     Returns:
         The reference in our loop, and the one in the loop of diffusers; the former twice if the
@@ -180,12 +180,14 @@ def exact(setting: SamplingSetting, device: str, peer: str) -> tuple[Side, Side]
 def versus(setting: SamplingSetting, peer: str) -> BenchmarkCase:
     """Return the benchmark case that times our compiled sampler against one peer.
 
-    Its ``measure`` yields one comparison; it raises AssertionError if the two draw different
-    images, and KeyError if there is no such peer.
+    Its ``measure`` yields one comparison, of the seconds in which each side draws one batch
+    ("ours_seconds", "peer_seconds" and their "ratio", the peer's over ours). It raises
+    AssertionError if the two draw different images, and KeyError if there is no such peer.
 
     Args:
-        setting: what is drawn.
-        peer: a key of PEERS, such as "graphs", "best" or "eager".
+        setting: what is drawn: model, dtype, solver, batch size and number of steps.
+        peer: a key of PEERS: "graphs", "best" or "eager" (diffusers), "unet" (its U-Net in our
+            loop), "reference" or "tuned" (ours); not checked here.
     """
     name = f"{setting.name}-{peer}"
 

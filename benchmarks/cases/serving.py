@@ -367,7 +367,7 @@ def results(case: ServingMix, mix: str) -> Iterator[Measurement]:
         For each load: for each of three policies "load" (a fraction), "offered_per_second"
         (requests a second) and the figures of ``ServingMix.run``, medians with quartiles; then the
         figures of in-flight batching as multiples of those of static batches, as ``shares`` returns
-        them. At last the comparison of both with all requests at once.
+        them. At last the comparison of the seconds that a run of each takes, all requests at once.
     """
     setting, capacity = case.setting, case.capacity()
     steps = ", ".join(

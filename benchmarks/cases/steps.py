@@ -56,7 +56,8 @@ def drawing(sampler: Sampler, batch: int, solver: str = "ddim") -> Draw:
     Args:
         sampler: draws the images, all in one batch.
         batch: the number of images, at least 1.
-        solver: the name of a solver.
+        solver: the name of a solver, such as "ddim" or "ddpm"; an unknown one makes the function
+            raise ValueError when it is called.
 
     Returns:
         A function: number of steps -> images, float32 [batch, C, H, W] in about [-1, 1], on the
@@ -76,14 +77,17 @@ def drawing(sampler: Sampler, batch: int, solver: str = "ddim") -> Draw:
 def seconds_a_step(draw: Draw, few: int, many: int, rounds: int = ROUNDS) -> float:
     """Return the median time of one step, in seconds.
 
-    Each measurement is the time of a long run less that of a short one, over the difference of
-    their steps. One measurement comes before the others as a warm-up, and is dropped.
+    In each round a short and a long run are timed; the difference of their times, divided by the
+    difference of their numbers of steps, is one measurement. The result is the median of the
+    measurements (a float, which noise can make negative), without that of a first round, which is
+    a warm-up.
 
     Args:
-        draw: draws one batch in the number of steps that it is given.
+        draw: called with a number of steps (int); draws one batch in so many. Its result is
+            dropped.
         few: the number of steps of the short run, at least 1.
-        many: the number of steps of the long run, above ``few``.
-        rounds: the number of measurements that count, at least 1.
+        many: the number of steps of the long run, above ``few`` (not checked).
+        rounds: the number of rounds that count, at least 1.
 
     Raises:
         ZeroDivisionError: if ``few`` and ``many`` are equal.
@@ -210,13 +214,14 @@ def launches(draw: Draw, few: int, many: int) -> dict[str, float]:
     """Return the mean numbers of GPU kernels and of launches of one step, by torch's profiler.
 
     Args:
-        draw: draws one batch in the number of steps that it is given, on CUDA.
+        draw: called with a number of steps (int); draws one batch in so many, on CUDA.
         few: the number of steps of the short run that is profiled.
         many: the number of steps of the long run, above ``few``.
 
     Returns:
         "kernels": GPU kernels of a step, copies and fills left out; "launches": calls of the host
-        that launch a kernel or a CUDA graph.
+        that launch a kernel or a CUDA graph. Both are floats: the counts of the long run less those
+        of the short one, divided by the difference of their steps.
 
     Raises:
         ZeroDivisionError: if ``few`` and ``many`` are equal.
@@ -255,8 +260,9 @@ def count(events: Iterable[Any]) -> dict[str, int]:
 def graph(name: str, dtype: str, batch: int) -> BenchmarkCase:
     """Return the benchmark case of steps in CUDA graphs against the same steps launched singly.
 
-    Both are compiled alike. The case needs CUDA. Its ``measure`` yields one comparison of two whole
-    runs; it raises AssertionError if the two draw different images.
+    Both are compiled alike. The case needs CUDA. Its ``measure`` yields one comparison, of the
+    seconds of a whole run of DDIM in graphs ("ours") and launched singly ("peer"); it raises
+    AssertionError if the two draw different images.
 
     Args:
         name: the model: "bundled", "cifar10" or "pixels256".

@@ -200,11 +200,11 @@ def _nvml() -> Iterator[tuple[Any, Any]]:
 
 
 def sm_clock() -> float | None:
-    """Return the present clock rate of the current GPU's multiprocessors, in Hz.
+    """Return the present clock rate of the multiprocessors (SMs) of torch's current GPU, in Hz.
 
     Returns:
-        The rate in Hz; None if pynvml is not installed or NVML tells no rate, as on virtual or
-        divided cards.
+        The rate in Hz, a float above 0, read once from NVML; None if pynvml is not installed, or if
+        NVML fails or tells no rate, as on virtual or divided cards.
     """
     try:
         import pynvml

@@ -136,13 +136,13 @@ def seconds_a_call(replay: Replay) -> float:
 def sm_clock(replay: Replay) -> float | None:
     """Return the clock rate of the GPU's multiprocessors while a graph runs, in Hz.
 
-    The graph is replayed for about 0.3 seconds, during which the rate is read.
+    The graph is replayed for about 0.3 seconds, during which NVML is asked for the rate once.
 
     Args:
         replay: the captured graph.
 
     Returns:
-        The rate in Hz; None if pynvml is not installed or NVML tells no rate.
+        The rate in Hz, a float; None if pynvml is not installed or NVML tells no rate.
     """
     for _ in range(math.ceil(BUSY / (seconds_a_call(replay) * replay.calls))):
         replay()  # queued: nothing waits, and the clock is read while they run

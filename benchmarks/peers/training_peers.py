@@ -60,10 +60,10 @@ class OurTraining(Protocol):
 
 
 class Peer(Protocol):
-    """The side that takes training steps of another implementation."""
+    """The side that takes another implementation's steps: `DiffusersTraining` or `Lucidrains`."""
 
     def gradients(self, batch: TrainBatch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean loss, a scalar, of a batch, and the gradients by the parameters' names.
+        """Return the mean loss of a batch, a float32 scalar, and its gradients by parameter name.
 
         The noise to add is given, float32 [B, C, H, W]. No gradient is left in the parameters.
         """
@@ -86,10 +86,10 @@ def ours_steps(ours: OurTraining, count: int) -> None:
 
 
 def ours_gradients(ours: OurTraining, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return our mean loss of a batch, a float32 scalar, and its float32 gradients by name.
+    """Return our mean loss of a batch, a float32 scalar, and its gradients, float32, by name.
 
-    Names and shapes are those of the network's state dict. The weights are not updated, and no
-    gradient is left in them. The batch must be on the side's device.
+    Names and shapes are those of the network's state dict. No weight is updated, and no gradient is
+    left in ``.grad``. The batch is on the device of ``ours``. AssertionError: a gradient is None.
     """
     loss = ours.stepper.gradients(batch).detach()
     twin = copy.deepcopy(ours.stepper.unet)  # a state dict may name and shape parameters its way
@@ -377,12 +377,12 @@ class OnTheirs:
         self.draws = Draws(config, len(self.data))
 
     def batch(self, step: int) -> TrainBatch:
-        """Read the batch of a step from the data and return it; ValueError if it is below 0."""
+        """Read and return the batch of step number ``step``; ValueError if that is below 0."""
         with Loader(self.data, self.draws, step, self.device, ahead=0) as loader:
             return loader.next()
 
     def train_step(self, batch: TrainBatch | None = None) -> Tensor:
-        """Take a step on a batch, or None for one read now; return its loss, a float32 scalar.
+        """Take a step on a batch (read now if None) and return its mean loss, a float32 scalar.
 
         A captured step overwrites the loss that the last call returned.
         """

@@ -85,7 +85,8 @@ def load_unet(
     Args:
         folder: a pipeline's folder, with unet/ in it, or a U-Net's own, with config.json and
             weights.
-        device: the device of the weights: "auto", "cpu", "cuda", "cuda:N" or a torch.device.
+        device: the device of the weights: "cpu", "cuda", "cuda:N", a torch.device, or "auto" for
+            CUDA where there is a GPU, else the CPU.
         dtype: the dtype of the weights: float32, bfloat16 or float16, as a name or a torch.dtype;
             None for float32.
         allow_pickle: whether diffusion_pytorch_model.bin is read where there are no safetensors.
@@ -133,17 +134,18 @@ def _plan_unet(path: Path) -> Network:
 def load_scheduler_config(folder: str | PathLike[str]) -> dict[str, Any]:
     """Return the config of a model folder's scheduler, with diffusers' keys and "_class_name".
 
-    The class is one of `SCHEDULERS`, for which there is a solver here. Where model_index.json names
-    another class than the config, that one is returned, as in diffusers; a DDIMPipeline makes it
-    DDIMScheduler.
+    "_class_name" is the name of diffusers' class, one of `SCHEDULERS`, for which there is a solver
+    here; DDPMScheduler where no file names one. Where model_index.json names another class than the
+    config, that of model_index.json is returned, as in diffusers; if its pipeline is a
+    DDIMPipeline, DDIMScheduler is. The other keys are returned unchecked.
 
     Args:
         folder: the model folder.
 
     Raises:
-        CheckpointError: if a file is missing or broken, or a class is not known: the scheduler's
-            must be one of `SCHEDULERS`, the pipeline's of `PIPELINES`, the U-Net's UNet2DModel or
-            RMSUNet.
+        CheckpointError: if scheduler_config.json is missing, a file is broken, or a class is not
+            known: the scheduler's must be one of `SCHEDULERS`, the pipeline's DDPMPipeline or
+            DDIMPipeline, the U-Net's UNet2DModel or RMSUNet.
     """
     path = find(Path(folder), "scheduler", "scheduler_config.json")
     config = read_json(path)
@@ -185,9 +187,11 @@ def _class(entry: Any) -> Any:
 
 
 def load_conditioning(folder: str | PathLike[str], config: NetworkConfig) -> Conditioning:
-    """Return the class labels that a model takes, as flashddpm.json says.
+    """Return the class labels that a model takes, a `Conditioning`, as flashddpm.json says.
 
-    Without that file every class embedding of the network is a class, and there is no null class.
+    That file's num_classes, null_label (the label that stands for "no label") and class_names are
+    each None where missing. Without the file every class embedding of the network is a class, and
+    there is no null label.
 
     Args:
         folder: the model folder.
@@ -236,7 +240,8 @@ def save_model(
         config: the config of the network.
         state: the state dict of the network: tensors by name, on any device, in the dtype to be
             stored.
-        scheduler: the keys and values of scheduler_config.json.
+        scheduler: the keys and values of scheduler_config.json, which JSON must be able to hold;
+            "_class_name" is taken as DDPMScheduler where it is missing.
         conditioning: the class labels that the network takes, written to flashddpm.json.
 
     Raises:

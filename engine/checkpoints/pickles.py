@@ -163,8 +163,9 @@ class _Depths:
         """Run one opcode of a pickle.
 
         Args:
-            name: the opcode's name, as pickletools has it.
-            argument: its argument, or None.
+            name: the opcode's name in pickletools, such as "BININT1".
+            argument: its argument as `pickletools.genops` yields it, or None; only that of opcodes
+                of the memo, an int, is used.
 
         Raises:
             ValueError: if torch.save never writes it, or it nests tuples too deep or shares one.

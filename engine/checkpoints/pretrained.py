@@ -53,15 +53,16 @@ class Pretrained:
     """A model that was read: its network, and the settings that a sampler is made of.
 
     Attributes:
-        unet: the network: ours, or diffusers' own where it was changed beyond its weights and
-            config.
+        unet: the network: flashddpm's `UNet` or `RMSUNet`, or a `DiffusersUNet` that calls
+            diffusers' own, where that was changed beyond its weights and config.
         scheduler: the scheduler config, with diffusers' keys and ``_class_name``, from which
             schedule, prediction_type and defaults are read.
         schedule: the noise schedule of the forward process.
         prediction_type: what the network predicts: "epsilon", "sample" or "v_prediction".
         defaults: how the model is sampled by default: solver, spacing, clipping, variance.
-        shape: (C, H, W) of an image, in pixels.
-        conditioning: the class labels that the network takes.
+        shape: (C, H, W) of an image, ints in pixels.
+        conditioning: the class labels that the network takes: their number, the null label that
+            stands for "no label", and names.
     """
 
     unet: Network | DiffusersUNet
@@ -74,15 +75,16 @@ class Pretrained:
 
 
 class DiffusersUNet(nn.Module):
-    """A UNet2DModel of diffusers, with the calling convention of our networks.
+    """A UNet2DModel of diffusers, called as flashddpm's networks are: (x_t, t, labels) -> output.
 
-    It stands for a network that has hooks or was changed otherwise, which our own would not repeat.
+    It is used where the UNet2DModel has hooks or was changed otherwise, which a copy of its weights
+    into flashddpm's own `UNet` would not repeat.
 
     Args:
         unet: the UNet2DModel, or what torch.compile made of one; used, not copied.
 
     Attributes:
-        unet: the argument.
+        unet: the argument, an nn.Module.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -209,8 +211,9 @@ def read_live_scheduler(
             in float32.
 
     Returns:
-        The fields ``scheduler`` (the config as a dict), ``schedule``, ``prediction_type`` and
-        ``defaults`` of a `Pretrained`.
+        Four parts, the fields of a `Pretrained`: the config as a dict with ``_class_name``, the
+        noise schedule, what the network predicts ("epsilon", "sample" or "v_prediction"), and the
+        `SamplingDefaults` (solver, spacing, clipping, variance).
 
     Raises:
         ValueError: if the object is of another class, has settings that are not supported, or
@@ -232,13 +235,14 @@ def save_pretrained(
 
     Args:
         folder: the folder, which is made if it does not exist.
-        network: our own network, a UNet or RMSUNet; its weights are stored in their dtype.
+        network: flashddpm's own network, a `UNet` or `RMSUNet`; its weights are stored in their
+            dtype.
         scheduler: the scheduler config with diffusers' keys: ``Pretrained.scheduler``, or what
             `scheduler_config` returns.
         labels: the class labels that the network takes.
 
     Raises:
-        ValueError: if the network is not our own, or the folder is a file.
+        ValueError: if the network is of another class, or the folder is a file.
         OSError: if a file cannot be written.
     """
     if not isinstance(network, Network):
@@ -257,7 +261,8 @@ def scheduler_config(
 
     Args:
         schedule: the noise schedule, whose betas are listed one by one (``trained_betas``).
-        prediction_type: "epsilon", "sample" or "v_prediction".
+        prediction_type: what the network predicts: "epsilon", "sample" or "v_prediction"; not
+            checked.
         defaults: how the model is sampled by default; their solver decides the class.
 
     Raises:

@@ -13,14 +13,15 @@ INTERRUPTED = 130
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Print one line of error on stderr, and end the process.
+    """Print "flashddpm: error: " and a message on stderr, and end the process.
 
     Args:
-        message: the line, without "flashddpm: error: ", which is put before it.
-        code: the exit code.
+        message: what is wrong, as one line of text (not checked) without a line end.
+        code: the exit code, 0 to 255: 2 after bad input, 130 after Ctrl-C.
 
     Raises:
-        SystemExit: always, unless the process is one of several of torchrun, which ends at once.
+        SystemExit: with ``code``, in a process that runs alone. One of several processes that
+            torchrun started ends at once instead, by `os._exit`, so no ``finally`` runs.
     """
     print(f"flashddpm: error: {message}", file=sys.stderr)
     leave_torchrun(code)
@@ -28,13 +29,13 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def leave_torchrun(code: int) -> None:
-    """End this process at once if it is one of several of torchrun; else return.
+    """End this process by `os._exit` if it is one of several that torchrun started; else return.
 
-    At a normal exit the threads of gloo, by which the processes communicate, sometimes abort a
-    process.
+    They are told by the environment's WORLD_SIZE, which is not 1. At a normal exit the threads of
+    gloo, by which the processes communicate, sometimes abort a process.
 
     Args:
-        code: the exit code.
+        code: the exit code, 0 to 255.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()

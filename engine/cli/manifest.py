@@ -76,12 +76,14 @@ def merge(
         folder: the folder of images, which may not exist yet.
         settings: what images depend on besides seed and label, by name, such as the hash of the
             model, solver and num_steps: values that JSON can hold.
-        run: facts of this run, such as the version of torch and the batch size, likewise.
+        run: facts of this run by name, such as the version of torch and the batch size: values that
+            JSON can hold. Another value than the folder's is logged, not refused.
         images: for each file's name a dictionary of "seed", "label" (an int or None) and "rank",
             the number of the process that draws it.
 
     Returns:
-        The manifest; the folder's own, unchanged, if no image is missing.
+        A dictionary of "format", "complete" (False), "settings", "run" and "images" (the folder's
+        and the new ones); the folder's own, unchanged, if the file of every image exists.
 
     Raises:
         ValueError: if the folder has images of other settings, an image of the same name with
@@ -145,7 +147,8 @@ def write(folder: Path, manifest: Manifest) -> None:
 
     Args:
         folder: the folder of images; it is made if it is missing.
-        manifest: the manifest, as ``merge`` returns it.
+        manifest: a dictionary of "format", "complete", "settings", "run" and "images", as `merge`
+            returns it; it is not changed.
 
     Raises:
         OSError: if the file cannot be written.
@@ -165,7 +168,10 @@ def sweep(folder: Path) -> None:
     """Remove the temporary files that a killed run left in a folder; no other run may be using it.
 
     Args:
-        folder: the folder of images.
+        folder: the folder of images; nothing happens if it does not exist.
+
+    Raises:
+        OSError: if a file cannot be removed.
     """
     for pattern in (".*.png.*.tmp", f".{NAME}.*.tmp"):
         for path in folder.glob(pattern):

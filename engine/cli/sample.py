@@ -140,7 +140,7 @@ def run(options: SampleOptions) -> str:
     Under torchrun all processes must call it.
 
     Args:
-        options: the options of the command.
+        options: the options of the command, as they were given; they are checked here.
 
     Returns:
         The line that sums up the run (images, steps, seconds); "" in all processes but the first.

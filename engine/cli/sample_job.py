@@ -37,10 +37,13 @@ class SampleOptions:
         seeds: the seeds as text, such as "7" (the first), "1,2,5" or "0:64"; None for those from 0.
         labels: the class labels as text, numbers or names, such as "3" (of all images) or
             "0,Boot,2", or "none"; None for the classes in turn.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: "float32", "bfloat16" or "float16"; None for the default of the device.
-        backend: "auto", "fused" or "reference".
-        compile: whether the network is compiled: "auto", "on" or "off".
+        device: "cpu", "cuda", "cuda:N", or "auto" for the GPU where there is one, else the CPU.
+        dtype: the dtype of the network: "float32", "bfloat16" or "float16"; None for bfloat16 on
+            CUDA and float32 on the CPU.
+        backend: "fused", "reference" (plain PyTorch), or "auto", which is "fused", but "reference"
+            on CUDA without Triton.
+        compile: whether the network is compiled: "on", "off", or "auto", which with backend "fused"
+            is "on" on CUDA, and on the CPU where it repays its cost, and else "off".
         batch_size: the number of images drawn at a time, at least 1.
         trajectory: the animation (.gif) of the predicted x0 to write besides; None for none.
         plan: guidance, and options of `Sampler.plan`, by name; None is the same as left out.
@@ -97,7 +100,7 @@ class SampleJob:
         """Draw the images of a batch.
 
         Args:
-            part: the batch, a slice of 0..N-1.
+            part: the batch, a slice of 0..N-1 with b images.
             progress: whether a progress bar is shown.
             on_step: called after each step with its number, from 0, and the predicted x0, float32
                 [b, C, H, W], of the batch; None for no call.
@@ -122,8 +125,8 @@ class SampleJob:
         """Return a callback for ``draw`` that collects the animation's frames; None without one.
 
         Args:
-            frames: the list that it appends PIL images to: a grid of the predicted x0, of at most
-                60 evenly spaced steps and the last.
+            frames: the list that the callback appends PIL images to: one grid of the predicted x0
+                for each of at most 60 evenly spaced steps, and for the last.
         """
         if self.options.trajectory is None:
             return None

@@ -152,7 +152,8 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     is None for "not given". Settings that are tuples become text, with integers between commas.
 
     Args:
-        command: the function of the command.
+        command: the function of the command, which takes the settings as ``**flags``; its own
+            parameters before these stay.
     """
     signature = inspect.signature(command, eval_str=True)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]

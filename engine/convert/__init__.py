@@ -54,6 +54,7 @@ def convert(
             not allowed.
         ValueError: if the source is unknown, image_size is missing, or a flag is none of the
             project's, is not allowed or contradicts the weights.
+        OSError: if the folder cannot be written.
     """
     arguments.one_of("source", source, SOURCES)
     path = Path(checkpoint)

@@ -219,11 +219,11 @@ def schedule_config(name: str, T: int) -> dict[str, Any]:
 
     Args:
         name: linear or cosine; any other is taken for sigmoid.
-        T: the number of timesteps.
+        T: the number of timesteps, at least 1; not checked.
 
     Returns:
-        beta_schedule, with beta_start and beta_end if linear, or trained_betas, a list of T
-        numbers.
+        A dict of beta_schedule, with beta_start and beta_end if linear, or, for sigmoid, of
+        trained_betas alone, a list of T numbers.
     """
     if name == "linear":
         scale = 1000 / T
@@ -239,6 +239,9 @@ def sigmoid_betas(T: int) -> Table:
 
     They are at most 0.999, and otherwise those of abar(u) = (s(3) - s(6 u - 3)) / (s(3) - s(-3)),
     with u from 0 to 1 in T even steps and s the logistic function.
+
+    Args:
+        T: the number of timesteps, at least 1; not checked.
     """
     u = np.linspace(0, T, T + 1) / T
     # s(3) in float32, as there: abar ends at the difference instead of at 0.

@@ -145,8 +145,8 @@ def unet_config(
     Args:
         layout: the layout of the checkpoint.
         image_size: the side of the square images, in pixels.
-        head_dims: the number of channels of an attention head at each level, finest first
-            (`OpenAIFlags.head_dims`).
+        head_dims: the number of channels of an attention head at each level, finest first, as many
+            as the layout has levels; not checked.
         rescaled_from: the number of timesteps T, if the network is told timesteps times 1000 / T,
             else None.
         dropout: the probability of dropout, in [0, 1], for further training.

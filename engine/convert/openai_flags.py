@@ -108,10 +108,11 @@ class OpenAIFlags:
         return self.project == "improved" if given is None else given
 
     def head_dims(self, layout: Layout) -> tuple[int, ...]:
-        """Return the number of channels of an attention head at each level.
+        """Return the number of channels of an attention head at each level, finest first.
 
         Args:
-            layout: the layout of the checkpoint.
+            layout: the layout of the checkpoint, whose last level counts as one with attention, as
+                the middle has it.
 
         Raises:
             ValueError: if num_heads or num_head_channels does not divide the channels of a level
@@ -134,7 +135,8 @@ class OpenAIFlags:
             layout: the layout of the checkpoint.
 
         Raises:
-            ValueError: if a given flag is not what the layout says, or the network is one for
+            ValueError: if a given flag is not what the layout says, channel_mult or
+                attention_resolutions is no list of numbers, or the network is one for
                 super-resolution.
         """
         learns = layout.out_channels == 2 * layout.in_channels
@@ -181,8 +183,9 @@ class OpenAIFlags:
             learns: whether the network learns the variance.
 
         Raises:
-            ValueError: if the betas are not allowed (beta_end above 1 for few timesteps, say), or
-                neither linspace nor leading spacing makes the timesteps of timestep_respacing.
+            ValueError: if the betas are not allowed (beta_end above 1 for few timesteps, say),
+                timestep_respacing is no respacing of T timesteps, or neither linspace nor leading
+                spacing makes its timesteps.
         """
         T = self.diffusion_steps
         scale = 1000 / T
@@ -254,7 +257,14 @@ def convert(
 
 
 def describe(flags: OpenAIFlags) -> str:
-    """Return, as one line of text "name=value, ..", the flags that no weights can confirm."""
+    """Return, as one line of text "name=value, ..", the flags that no weights can confirm.
+
+    They are image_size, num_heads or num_head_channels, use_new_attention_order, diffusion_steps,
+    noise_schedule, predict_xstart and rescale_timesteps.
+
+    Args:
+        flags: the flags.
+    """
     heads = "num_heads" if flags.num_head_channels == -1 else "num_head_channels"
     names = ("image_size", heads, "use_new_attention_order", "diffusion_steps", "noise_schedule")
     said = [f"{name}={getattr(flags, name)}" for name in (*names, "predict_xstart")]

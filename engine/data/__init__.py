@@ -43,8 +43,8 @@ def load_data(
     """Load the images to train on from an IDX file, a .npz archive or a folder of pictures.
 
     Args:
-        path: an IDX file or a folder with one (`load_idx`), a .npz (`load_npz`), or a folder of
-            pictures, with one folder a class in it or without (`ImageFolder`).
+        path: an IDX file or a folder with one (`load_idx`), a .npz (`load_npz`), or a folder that
+            holds pictures, or one folder of pictures for each class (`ImageFolder`).
         multiple: height and width must be multiples of this number of pixels (2 to the number of
             the network's down-samplings); at least 1.
         labels: whether labels are loaded, where there are some.

@@ -36,7 +36,11 @@ def from_dataset(
         labels: whether the labels of the items are used; the first item shows whether they have
             any (a label of None is none).
         num_classes: the number of classes of labelled items; None for as many as
-            ``dataset.classes`` names, which torchvision's data sets have.
+            ``dataset.classes`` (a list of strings) names, which torchvision's data sets have.
+
+    Returns:
+        A source of ``len(dataset)`` images, whose class names are those of ``dataset.classes``, or
+        None where the dataset has no such list or labels are not used.
 
     Raises:
         ValueError: if the dataset is not map-style, if ``multiple`` or ``num_classes`` is no

@@ -180,15 +180,19 @@ class ImageFolder:
 
 
 def list_files(folder: Path) -> tuple[list[str], list[int], tuple[str, ...] | None]:
-    """List the pictures in a folder or in its class folders; files that are no pictures are logged.
+    """List the pictures in a folder, or in the class folders in it; no file is opened.
+
+    A picture is a file whose name ends in .png, .jpg, .jpeg, .bmp or .webp, in any case. Names that
+    start with a dot are left out silently, other files with one warning in the log.
 
     Args:
-        folder: a folder of pictures, or of one folder a class.
+        folder: a folder that holds either pictures, or one folder of pictures for each class.
 
     Returns:
-        The paths of the pictures relative to the folder, as strings, sorted (by class first); the
-        number of the class of each, all 0 without class folders; and the names of the class
-        folders, sorted, or None without them.
+        Three parts: a list of the pictures' paths relative to the folder, strings ("a.png", or
+        "CLASS/a.png"), sorted by class and then by name; a list of the class number of each, ints
+        in the order of the class folders, all 0 without these; and the sorted names of the class
+        folders, a tuple, or None without them.
 
     Raises:
         DataError: if the folder cannot be read or holds no picture, if a class folder holds none or

@@ -39,7 +39,8 @@ def load_npz(
         multiple: height and width must be multiples of this number of pixels; at least 1, not
             checked here.
         labels: whether labels are read.
-        memory_mb: the largest size of the arrays together, uncompressed, in MiB.
+        memory_mb: the largest size of the arrays together, uncompressed, in MiB; an int of at least
+            0, not checked here.
 
     Returns:
         The images, uint8 [N, C, H, W], and the labels, int64 [N], with as many classes as the

@@ -78,8 +78,8 @@ class ImageData:
 
     Raises:
         ValueError: if images or labels are of another shape or dtype, there is no image, a label is
-            out of range, num_classes is given without labels or missing beside them, or there are
-            not as many names as classes.
+            out of range, num_classes is below 1, given without labels or missing beside them, or
+            there are not as many names as classes. That they are on the CPU is not checked.
     """
 
     images: Tensor
@@ -168,8 +168,8 @@ def check_index(index: Tensor, count: int) -> None:
     """Refuse numbers of images that are not int64 [B] in 0..count-1: -1 would be the last image.
 
     Args:
-        index: the numbers, on the CPU; B may be 0.
-        count: the number of images.
+        index: the numbers of the images; B may be 0. Its device is not checked.
+        count: the number of images, an int.
 
     Raises:
         ValueError: if the dtype or the number of dimensions is another, or a number out of range.
@@ -186,10 +186,11 @@ def check_multiple(where: object, height: int, width: int, multiple: int) -> Non
     """Refuse a size of images that cannot be halved as often as the network does.
 
     Args:
-        where: the file, folder or name of the data, whose str() begins the error's text.
+        where: the file, folder or name of the data; its str() begins the error's text.
         height: the height of the images in pixels.
         width: the width of the images in pixels.
-        multiple: the number that must divide both, 2 to the number of down-samplings.
+        multiple: the number that must divide both, 2 to the number of the network's
+            down-samplings; at least 1 (not checked).
 
     Raises:
         DataError: if height or width is no multiple of it.
@@ -212,8 +213,8 @@ def digest(source: ImageSource, contents: Iterable[bytes | memoryview]) -> str:
 
     Args:
         source: the source, of which no image is fetched.
-        contents: byte strings; each is hashed with its length, so that cutting the same bytes
-            elsewhere gives another hash.
+        contents: what else is hashed: byte strings, each with its length before it, so that the
+            same bytes cut into other strings give another hash.
     """
     about = [len(source), source.shape, source.num_classes, source.class_names]
     sha = hashlib.sha256(json.dumps(about).encode())

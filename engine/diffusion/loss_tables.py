@@ -146,13 +146,15 @@ def target_rows(
     gamma: float | None = None,
     k: float | None = None,
 ) -> Table:
-    """Return the table of ``diffusion_loss``: coefficients of the target, and loss weights   (S7).
+    """Return the table that the kernel ``diffusion_loss`` reads, one row a timestep   (S7).
 
     Args:
         schedule: the forward process, T timesteps.
         prediction_type: what the network predicts: epsilon, sample or v_prediction.
-        weighting: the name of a loss weighting, constant, min_snr, truncated_snr or p2 (formulas at
-            `loss_weights`), or the weights themselves, [T], finite in float32, none negative.
+        weighting: the name of a loss weighting: constant (1), or, of the SNR S, min_snr
+            (min(S, gamma)) or truncated_snr (max(S, 1)), both for the error of x_0, or p2
+            ((k + S)^-gamma, for the error of eps; `loss_weights` has them for each prediction
+            type); or the weights themselves, [T] numbers, finite in float32, none negative.
         gamma: for min_snr, above 0, by default 5; for p2, at least 0, by default 1; None for the
             default, and for every other weighting.
         k: for p2, at least 0, by default 1; None for the default, and for every other weighting.
@@ -182,7 +184,7 @@ def hybrid_rows(
     k: float | None = None,
     bound_weight: float | None = None,
 ) -> Table:
-    r"""Return the table of ``hybrid_loss``, for training with a learned variance (S10).
+    r"""Return the table that ``hybrid_loss`` reads, for training with a learned variance (S10).
 
     Nichol & Dhariwal 2021, section 3.1. The first C channels of the output predict as ever; the
     second C are v, and with beta~ the posterior's variance (S5) the logarithm of the model's is
@@ -200,7 +202,8 @@ def hybrid_rows(
         schedule: the forward process, of T >= 2 timesteps.
         prediction_type: epsilon, sample or v_prediction.
         variance_type: learned_range or learned.
-        weighting: that of the squared error: constant, min_snr, truncated_snr, p2 or an array [T].
+        weighting: that of the squared error: constant, min_snr, truncated_snr, p2, or T numbers,
+            finite in float32 and none negative.
         gamma: for min_snr (above 0, default 5) and p2 (at least 0, default 1) only; else None.
         k: for p2 (at least 0, default 1) only; else None.
         bound_weight: the weight, at least 0, of the bound's term, which is a mean over elements, in
@@ -267,7 +270,7 @@ def vlb_rows(
     variance_type: str = "fixed_small",
     clip: float = 0.0,
 ) -> Table:
-    r"""Return the table of ``vlb_terms``: a row for each of L_0, .., L_{T-1}, L_T   (S10).
+    r"""Return the table that ``vlb_terms`` reads: a row for each of L_0, .., L_{T-1}, L_T (S10).
 
     They are the terms of the variational bound. Row t < T is of the step from t: at t = 0 the
     decoder's, whose mean is x_0 as predicted and whose bins are those of 8-bit pixels, 2/255 wide;

@@ -57,7 +57,7 @@ def make_plan(
             within 0..T-1; None for those of ``spacing``.
         clip: the bound of |x0|, 0 for none; beside a threshold, the largest threshold, at least 1.
         eta: the noise of ddim, in [0, 1]: 0 is deterministic, 1 as noisy as ddpm.
-        use_clipped_model_output: whether ddim derives eps again from the clipped x0.
+        use_clipped_model_output: whether ddim derives eps again from the clipped x0; a bool.
         variance_type: the variance of ddpm: fixed_small, fixed_large, or learned and learned_range
             for a network of 2C output channels.
         threshold: the quantile, in [0, 1], of each image's |x0| for dynamic thresholding (Saharia
@@ -66,8 +66,8 @@ def make_plan(
             conditional one, in [0, 1] (Lin et al. 2023, section 3.4); 0 for not at all.
         guidance_interval: (low, high): guide only where low < sigma <= high, with
             sigma = sqrt((1 - abar) / abar); high may be infinite; None for everywhere.
-        match_diffusers: whether to reproduce the errors of diffusers that diffusers_quirks lists,
-            which are otherwise corrected.
+        match_diffusers: whether to reproduce the errors of diffusers that diffusers_quirks lists
+            (ddpm's noise in a last step above timestep 0, say), which are otherwise corrected.
 
     Returns:
         A plan whose ``rows`` are float64 [S, len(Column)] and which ends at x_0.

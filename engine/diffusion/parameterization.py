@@ -107,7 +107,7 @@ def squared_error(snr: Table, prediction_type: str) -> Table:
     An error e of x_0 is the error -(a/b) e of eps and -(1/b) e of v.
 
     Args:
-        snr: the signal-to-noise ratios abar / (1 - abar), float64 of any shape.
+        snr: the signal-to-noise ratios abar / (1 - abar), float64 of any shape; not checked.
         prediction_type: epsilon (the result is SNR), sample (1) or v_prediction (SNR + 1).
 
     Returns:
@@ -121,8 +121,14 @@ def squared_error(snr: Table, prediction_type: str) -> Table:
 
 
 def noising_rows(schedule: NoiseSchedule) -> Table:
-    """Return the coefficients (of x_0, of eps) in x_t at each timestep, float64 [T, 2]   (S4).
+    """Return the coefficients (of x_0, of eps) in x_t at each timestep   (S4).
 
-    It is the table that the kernel ``add_noise`` takes, there as float32.
+    Rounded to float32, it is the table that the kernel ``add_noise`` reads.
+
+    Args:
+        schedule: the forward process, T timesteps.
+
+    Returns:
+        float64 [T, 2]; row t is (sqrt(abar_t), sqrt(1 - abar_t)).
     """
     return np.stack(_signal_noise(schedule.alphas_cumprod), -1)

@@ -83,7 +83,7 @@ def with_defaults(options: Mapping[str, Any], solver: str, num_timesteps: int) -
         default, 20 or 50, at most T) and, where dpmpp_2m_sde replaces ddpm, spacing.
 
     Raises:
-        ValueError: if the solver is unknown.
+        ValueError: if the solver that is taken, given or the model's own, is unknown.
     """
     options, T = dict(options), num_timesteps
     if options.get("solver") is None:

@@ -35,17 +35,26 @@ TABLES = ("float64", "diffusers")
 
 
 def linear(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
-    """Return T betas evenly spaced from ``start`` to ``end``, float64 [T] (Ho et al. 2020)."""
+    """Return betas evenly spaced from ``start`` to ``end``, float64 [T] (Ho et al. 2020).
+
+    Args:
+        T: the number of timesteps, at least 1; a negative T is a ValueError of NumPy.
+        start: the first beta; not checked.
+        end: the last beta; not checked.
+    """
     return np.linspace(start, end, T)
 
 
 def scaled_linear(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
-    """Return betas whose roots are evenly spaced, float64 [T] (Rombach et al. 2022).
+    """Return betas whose square roots are evenly spaced, float64 [T] (Rombach et al. 2022).
 
     Args:
-        T: the number of timesteps.
-        start: the first beta.
-        end: the last beta.
+        T: the number of timesteps, at least 1; a negative T is a ValueError of NumPy.
+        start: the first beta, at least 0; not checked otherwise.
+        end: the last beta, at least 0; not checked otherwise.
+
+    Raises:
+        ValueError: if ``start`` or ``end`` is negative.
     """
     return np.linspace(math.sqrt(start), math.sqrt(end), T) ** 2
 
@@ -53,8 +62,11 @@ def scaled_linear(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
 def squaredcos_cap_v2(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
     """Return the betas of the cosine schedule, float64 [T] (Nichol & Dhariwal 2021, eq. 17).
 
-    They are at most 0.999, and otherwise those of abar = cos^2((t/T + 0.008) / 1.008 pi/2);
-    ``start`` and ``end`` are not used.
+    They are at most 0.999, and otherwise those of abar = cos^2((t/T + 0.008) / 1.008 pi/2).
+
+    Args:
+        T: the number of timesteps, at least 1; not checked.
+        start, end: not used; they are there for the signature of the other schedules.
     """
     abar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
     return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
@@ -63,8 +75,13 @@ def squaredcos_cap_v2(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
 def sigmoid(T: int, start: float = 1e-4, end: float = 0.02) -> Table:
     """Return betas on a logistic curve from ``start`` to ``end``, over [-6, 6]; float64 [T].
 
-    As diffusers has it (GeoDiff, Xu et al. 2022): beta comes near to the two ends, which it does
-    not reach.
+    As diffusers has it (GeoDiff, Xu et al. 2022): beta_t = start + (end - start) s(u), with s the
+    logistic function and u from -6 to 6 in T even points.
+
+    Args:
+        T: the number of timesteps, at least 1; a negative T is a ValueError of NumPy.
+        start: a number, not checked; the first beta is start + 0.0025 (end - start).
+        end: a number, not checked; the last beta is end - 0.0025 (end - start), if T is above 1.
     """
     return 1 / (1 + np.exp(-np.linspace(-6, 6, T))) * (end - start) + start
 
@@ -75,10 +92,10 @@ def rescale_zero_terminal_snr(betas: ArrayLike) -> Table:
     sqrt(abar) is shifted and scaled: the first stays as it is, and the last becomes 0.
 
     Args:
-        betas: numbers in (0, 1), [T], with T of at least 2.
+        betas: numbers in (0, 1), [T], with T of at least 2; neither is checked.
 
     Returns:
-        The new betas, float64 [T], the last of which is 1.
+        The new betas, float64 [T], the last of which is 1; for T = 1, NaN.
     """
     root = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
@@ -211,8 +228,8 @@ class NoiseSchedule:
                 in float32.
 
         Raises:
-            ValueError: if a setting is out of its range, or the betas are not allowed
-                (`NoiseSchedule`).
+            ValueError: if a setting is out of its range, the betas are not allowed
+                (`NoiseSchedule`), or there is only one timestep to rescale.
         """
         rescale = arguments.boolean(
             "rescale_betas_zero_snr", config.get("rescale_betas_zero_snr") or False

@@ -99,7 +99,9 @@ def settings_of(config: Mapping[str, Any], scheduler: str | None = None) -> dict
 
     Args:
         config: a mapping with diffusers' keys; without ``_class_name`` it is DDPMScheduler's.
-        scheduler: the class that reads it, one of `SCHEDULERS`; None for the config's own.
+        scheduler: the class that reads it: DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler,
+            EulerAncestralDiscreteScheduler or DPMSolverMultistepScheduler (`SCHEDULERS`); None for
+            the config's own.
 
     Returns:
         The class's keys (`KEYS`) with the config's values, unchecked, or else the class's defaults,
@@ -154,8 +156,9 @@ class SamplingDefaults:
 
         Args:
             config: a mapping with diffusers' keys; without ``_class_name`` it is DDPMScheduler's.
-            scheduler: the diffusers class that reads it, one of `SCHEDULERS`; None for the config's
-                own.
+            scheduler: the diffusers class that reads it: DDPMScheduler, DDIMScheduler,
+                EulerDiscreteScheduler, EulerAncestralDiscreteScheduler or
+                DPMSolverMultistepScheduler; None for the config's own.
 
         Raises:
             ValueError: if the config's own class has no solver here, or a setting has a value that
@@ -202,6 +205,7 @@ class SamplingDefaults:
         Raises:
             ValueError: if an argument or option is not allowed, or a threshold is given without
                 clip where the model's own clip is at most 1.
+            TypeError: if the name of an option is none of those in `PlanOptions`.
         """
         given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
         if isinstance(given.get("timesteps"), str):

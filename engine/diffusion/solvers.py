@@ -88,7 +88,7 @@ def ddpm(
         schedule: the forward process of T timesteps.
         steps: integer timesteps [S], strictly decreasing in 0..T-1, or `Steps` of any noise levels.
         prediction_type: what the network predicts: epsilon, sample or v_prediction.
-        clip: the bound of |x0|; 0 for none.
+        clip: the bound of |x0|, a number of at least 0; 0 for none.
         variance_type: fixed_small, fixed_large, learned_range or learned, as above.
         noise_at_end: whether the last step adds noise if it is above timestep 0, as in diffusers,
             1e-20 then standing for beta~ = 0; otherwise it adds none.
@@ -140,7 +140,8 @@ def ddim(
         eta: in [0, 1]: 0 is deterministic, 1 has the noise of `ddpm` with fixed_small.
         use_clipped_model_output: take eps = (x_t - a_t x_0) / b_t of the clipped x_0; otherwise eps
             is that of the raw output, whether x_0 is clipped or not, as in diffusers.
-        ends: float64 [S], the abar_s that each step ends at; None for those of the next timesteps.
+        ends: float64 [S], the abar_s that each step ends at, not checked; None for those of the
+            next timesteps.
 
     Raises:
         ValueError: if an argument is out of its range, or for epsilon where abar = 0.
@@ -309,15 +310,17 @@ class Solver:
         name: its name, as make_plan's argument ``solver`` takes it.
         rows: its function, called with (schedule, steps, prediction_type=, clip=) and its options
             as keywords; returns a `Plan`.
-        options: the names in make_plan.OPTIONS that the function takes; the others are refused.
+        options: those of "eta", "variance_type" and "use_clipped_model_output" that the function
+            takes; make_plan refuses the others.
         default_steps: the number of steps where none is given.
         drop_last: whether its timesteps are num_steps + 1 points less the last.
         fractional: whether its network is told fractional timesteps, not the nearest whole ones.
         noise_alone: whether its function takes ``noise_alone``, false for leading spacing
             (`euler`).
-        scheduler_class: the diffusers class for it, one of scheduler_config.KEYS; None for none.
+        scheduler_class: the name of its diffusers class, in scheduler_config.KEYS; None for none.
         algorithm_type: that setting of the class, where one class has several solvers; else None.
-        quirk: a function that reproduces diffusers' errors, for match_diffusers; None for no error.
+        quirk: called for match_diffusers with (schedule, steps, spacing, sigmas), returns the steps
+            and keywords of ``rows`` that reproduce diffusers' errors; None for no error.
         draws: called with (timestep, eta), returns whether diffusers draws noise at such a step,
             even if it then adds none.
         draws_float32: whether diffusers draws in float32, not in the network's dtype.

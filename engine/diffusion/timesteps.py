@@ -148,9 +148,9 @@ def sigma_grid(spacing: str, high: float, low: float, num_steps: int) -> Table:
 
     Args:
         spacing: karras, exponential or beta.
-        high: the first sigma, finite.
-        low: the last sigma, above 0.
-        num_steps: the number of sigmas, at least 1.
+        high: the first sigma, finite and at least ``low``; not checked.
+        low: the last sigma, above 0; not checked.
+        num_steps: the number of sigmas, at least 1; not checked.
 
     Raises:
         ValueError: if the spacing is unknown.
@@ -208,7 +208,8 @@ class Steps:
         abar: float64 [S], strictly increasing in [0, 1): the share of the signal's variance in x_t.
 
     Raises:
-        ValueError: if the shapes differ, timesteps rise or abar does not rise strictly.
+        ValueError: if the shapes differ, timesteps rise or abar does not rise strictly; the range
+            of abar and the dtypes are not checked.
     """
 
     timesteps: Table
@@ -248,7 +249,8 @@ class Steps:
 
         Args:
             schedule: the forward process.
-            sigmas: float64 [S], strictly decreasing, finite, within the sigmas of the schedule.
+            sigmas: float64 [S], strictly decreasing, finite, within the sigmas of the schedule; one
+                beyond them, which is not checked, has the timestep of the nearest end.
             whole: whether the network is told the nearest whole timestep; abar stays that of sigma.
                 There diffusers, whose DPM-Solver does so for Karras sigmas, cuts the fraction
                 off for the other spacings, and for every spacing of the cosine schedule: up to one

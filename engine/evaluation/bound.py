@@ -116,9 +116,9 @@ def variational_bound(
 
     Args:
         sampler: the network with its schedule, on its device.
-        images: uint8 [N, C, H, W], N at least 1, C, H and W as the sampler draws them.
-        labels: one class label for all images, N labels (a sequence or an int64 tensor [N]), or
-            None for the null class, or for a model without classes.
+        images: uint8 [N, C, H, W] on the CPU, N at least 1, C, H and W as the sampler draws them.
+        labels: one class label for all images, N labels (a sequence or a tensor of integers [N]),
+            or None for the null class (no label), or for a model without classes.
         timesteps: the number of timesteps evaluated, 2..T; None for all. They are 0 and others
             evenly spaced in 1..T-1. Terms fall steeply at first, so few timesteps estimate the
             bound too low.

@@ -47,13 +47,13 @@ class Classifier(nn.Module):
         channels: the number of channels of the images.
         height: the height of the images in pixels, a positive multiple of 4.
         width: the width of the images in pixels, a positive multiple of 4.
-        num_classes: the number of classes.
+        num_classes: the number of classes; neither it nor ``channels`` is checked.
 
     Attributes:
-        shape: (C, H, W) of the images.
+        shape: (C, H, W) of the images, a tuple of ints.
 
     Raises:
-        ValueError: if a side is no positive multiple of 4.
+        ValueError: if height or width is no positive multiple of 4.
     """
 
     def __init__(self, channels: int, height: int, width: int, num_classes: int) -> None:
@@ -74,10 +74,13 @@ class Classifier(nn.Module):
         return self.last.out_features
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the input of the last layer, float32 [B, 64], none negative, of images.
+        """Return the features of images: what the last layer, which gives the logits, is fed with.
 
         Args:
-            images: uint8 [B, C, H, W], on the classifier's device.
+            images: uint8 [B, C, H, W] of the classifier's shape, on its device.
+
+        Returns:
+            float32 [B, 64] on the same device, each number at least 0 (the hidden layer's ReLU).
         """
         x = F.max_pool2d(F.relu(self.conv1(to_float(images))), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
@@ -97,7 +100,7 @@ def make_classifier(images: Tensor, labels: Tensor) -> Classifier:
 
     Args:
         images: [N, C, H, W]; only the shape is read.
-        labels: int64 [N]; the number of classes is the largest label + 1.
+        labels: int64 [N], N at least 1; the number of classes is the largest label + 1.
 
     Raises:
         ValueError: if H or W is no positive multiple of 4.
@@ -117,9 +120,9 @@ def train_classifier(
 
     Args:
         images: uint8 [N, C, H, W] on the CPU, H and W multiples of 4.
-        labels: int64 [N] on the CPU, in 0..num_classes-1.
+        labels: int64 [N] on the CPU, none negative; there are largest label + 1 classes.
         seed: the seed of the initial weights and of the order of the images.
-        epochs: the number of times that each image is seen.
+        epochs: the number of times that each image is seen, at least 1 (not checked).
         progress: whether a progress bar is shown.
 
     Returns:
@@ -216,7 +219,7 @@ def share(predicted: Tensor, labels: Tensor, num_classes: int) -> tuple[float, l
     Args:
         predicted: int64 [N], the predicted classes.
         labels: int64 [N], the right classes.
-        num_classes: the number of classes.
+        num_classes: the number of classes, int.
 
     Returns:
         The fraction of all images, and a list of num_classes fractions; a class without an image
@@ -232,6 +235,9 @@ def bundled_classifier(images: Tensor, labels: Tensor) -> Classifier:
     Args:
         images: uint8 [N, C, H, W] on the CPU, the data to be judged.
         labels: int64 [N] on the CPU, the classes of the images.
+
+    Returns:
+        The classifier, in evaluation mode on the CPU.
 
     Raises:
         ValueError: if the images are not of shape (1, 28, 28) or the largest label is not 9, or if
@@ -266,7 +272,8 @@ def classifier_for(
         progress: whether a progress bar is shown while training.
 
     Returns:
-        The name and the classifier.
+        "bundled Fashion-MNIST classifier" or "classifier trained on the data", and the classifier,
+        in evaluation mode on the CPU.
 
     Raises:
         CheckpointError: if the package's own file of weights is missing or broken.
@@ -282,7 +289,7 @@ def classifier_for(
 
 
 def find_test_images(folder: Path) -> Path:
-    """Return the one file of test images, t10k-images-idx3-ubyte*, in a folder.
+    """Return the path of the one file of test images, t10k-images-idx3-ubyte*, in a folder.
 
     Raises:
         DataError: if there is none, or more than one.
@@ -297,10 +304,11 @@ def load_labelled(path: Path) -> ImageData:
     """Load the images and labels of an IDX file, whose sides must be multiples of 4 pixels.
 
     Args:
-        path: the file or folder, as ``load_idx`` takes it.
+        path: an IDX file of images, with its file of labels beside it, or a folder with the
+            training images.
 
     Returns:
-        Images, uint8 [N, 1, H, W], and labels, int64 [N].
+        The images, uint8 [N, 1, H, W], and labels, int64 [N], as one `ImageData`.
 
     Raises:
         DataError: if a file is missing or broken, a side is no multiple of 4, or there are no

@@ -36,8 +36,8 @@ class KernelDistance:
     """A kernel distance (squared maximum mean discrepancy), over random subsets of the images.
 
     Attributes:
-        mean: the mean over the subsets; about 0 for equal distributions, and possibly below.
-        deviation: the standard deviation over the subsets.
+        mean: the mean over the subsets, a float; about 0 for equal distributions, possibly below.
+        deviation: the standard deviation over the subsets, a float.
     """
 
     mean: float
@@ -48,7 +48,8 @@ class KernelDistance:
 class PrecisionRecall:
     """Precision and recall of drawn images, fractions 0..1.
 
-    An image reaches, in features, as far as its k-th nearest neighbour in its own set.
+    An image reaches, in features, as far as its k-th nearest neighbour in its own set: another
+    image lies within its reach if their features are no further apart (Euclidean distance).
 
     Attributes:
         precision: the share of drawn images that look real (lie within reach of the real ones).
@@ -150,7 +151,7 @@ def _features(names: tuple[str, str], a: Tensor, b: Tensor) -> tuple[Tensor, Ten
 
 @isolated(grad=False)
 def frechet(features_a: Tensor, features_b: Tensor) -> float:
-    """Return the Frechet distance of two sets of features, a float of at least 0.
+    """Return the Frechet distance (squared, as is usual) of two sets of features, at least 0.
 
     Args:
         features_a: floating-point [N_a, D], finite, N_a > D.

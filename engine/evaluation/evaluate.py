@@ -216,10 +216,14 @@ def _of_source(path: str, source: ImageSource) -> dict[str, Any]:
 
 
 def environment(sampler: Sampler) -> dict[str, Any]:
-    """Return the versions of the packages, and the device and precision that the sampler runs with.
+    """Return the versions of packages, and the device and precision that the sampler runs with.
+
+    Args:
+        sampler: the sampler; only its device, dtype and backend are read.
 
     Returns:
-        "versions": a dictionary of version (or "not installed") by the name of the package;
+        A dictionary. "versions": a dictionary of version (or "not installed") by the name of the
+        package (flashddpm, torch, torch-fidelity and numpy);
         "device": the name of the GPU, or "cpu"; "threads": the number of CPU threads, None on a
         GPU; "dtype": such as "float32"; "backend": "fused" or "reference".
     """

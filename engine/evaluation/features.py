@@ -47,8 +47,9 @@ def fetch(images: Images, start: int, stop: int) -> Tensor:
 
     Args:
         images: a tensor uint8 [N, C, H, W], or a data source.
-        start: the number of the first image.
-        stop: the number after that of the last image, at most N.
+        start: the number of the first image, from 0.
+        stop: the number after that of the last image, at most N (more is cut off for a tensor and
+            refused by a data source).
 
     Raises:
         ValueError: if the images are not uint8 or not of four dimensions.
@@ -70,7 +71,8 @@ class Features:
     """A feature extractor: a function of images, with a name and a fingerprint.
 
     Attributes:
-        function: called with uint8 [B, C, H, W] on ``device``; returns floating-point [B, D].
+        function: called with uint8 [B, C, H, W] on ``device``; returns floating-point [B, D], on
+            any device.
         name: the name in reports, progress bars and errors.
         fingerprint: a string, equal for extractors that give equal features, by which they are
             cached.
@@ -129,7 +131,7 @@ class Features:
         Args:
             classifier: the classifier, which is set to evaluation mode and moved to the device.
             name: the name of the extractor.
-            device: "auto", "cpu", "cuda" or "cuda:N".
+            device: "cpu", "cuda", "cuda:N", or "auto" for CUDA where there is a GPU, else the CPU.
 
         Raises:
             ValueError: if there is no such device.
@@ -149,11 +151,11 @@ class Features:
         and no other attribute: give modules that differ in other attributes different names.
 
         Args:
-            module: takes [B, C, H, W] and returns floating-point [B, D]; it is set to evaluation
-                mode and moved to the device.
+            module: called with images [B, C, H, W], returns floating-point [B, D]; it is set to
+                evaluation mode and moved to the device.
             name: the name of the extractor.
             images: what the module is called with: "uint8", or "float" (float32 in [-1, 1]).
-            device: "auto", "cpu", "cuda" or "cuda:N".
+            device: "cpu", "cuda", "cuda:N", or "auto" for CUDA where there is a GPU, else the CPU.
 
         Raises:
             ValueError: if ``images`` is another string, or there is no such device.
@@ -177,7 +179,7 @@ class Features:
         Args:
             path: the file, as torch.jit.save writes it.
             images: what its function is called with: "uint8", or "float" (float32 in [-1, 1]).
-            device: "auto", "cpu", "cuda" or "cuda:N".
+            device: "cpu", "cuda", "cuda:N", or "auto" for CUDA where there is a GPU, else the CPU.
 
         Raises:
             ValueError: if ``images`` is another string, or there is no such device.
@@ -226,7 +228,11 @@ def _fingerprint(module: nn.Module, what: str) -> str:
 
 
 def fingerprint_of(images: Tensor) -> str:
-    """Return a hash of a tensor, "sha256:...", that covers its dtype, its shape and every byte."""
+    """Return a hash of a tensor, "sha256:...", that covers its dtype, its shape and every byte.
+
+    Args:
+        images: a tensor of any shape, dtype and device.
+    """
     digest = hashlib.sha256()
     _hash_tensor(digest, images)
     return f"sha256:{digest.hexdigest()}"
@@ -289,8 +295,8 @@ def cached_features(
         images: a tensor uint8 [N, C, H, W], or a data source of N images, N at least 1.
         extractor: called with each batch, uint8 [B, C, H, W] on the CPU; returns float32 [B, D].
         batch_size: the number of images in a batch, at least 1.
-        fingerprint: a string that identifies the images; None for the data source's own, or for a
-            hash of a tensor's bytes.
+        fingerprint: a string that identifies the images; None for the data source's own
+            ``fingerprint()``, or for a hash of a tensor's dtype, shape and bytes.
         folder: the folder of the files; None for "features" in this project's cache folder.
         progress: whether a progress bar is shown.
 

@@ -51,16 +51,16 @@ class Settings:
         seeds: the seed of each sample, ints; by default 0 to 999.
         plan: arguments of `Sampler.plan` by name (solver, num_steps and the fields of
             `PlanOptions`); None is the same as left out.
-        guidance: the guidance scale w; 1 is off.
+        guidance: the scale w of classifier-free guidance; 1 is off.
         bound_images: the number of real images that the bound is computed from, at least 2; None
             for 256, or all where there are fewer.
         bound_timesteps: the number of timesteps that the bound is computed at, at least 2, or
             "all"; None for 100, or all where there are at most 100.
         features: "auto" for a classifier of ``data``, or the path of a TorchScript file.
         feature_input: what that file is called with: "uint8", or "float" (float32 in [-1, 1]).
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: the dtype of the network: "float32", "bfloat16" or "float16"; None for the default of
-            the device.
+        device: "cpu", "cuda", "cuda:N", or "auto" for the GPU where there is one, else the CPU.
+        dtype: the dtype of the network: "float32", "bfloat16" or "float16"; None for bfloat16 on
+            CUDA and float32 on the CPU.
         batch_size: the number of images that are drawn or evaluated at a time, at least 1.
         allow_pickle: whether .bin weights (pickles) may be read where there are no safetensors.
     """
@@ -123,16 +123,16 @@ class EvaluationJob:
 
 
 def chosen(count: int, total: int) -> Tensor:
-    """Return ``count`` of the numbers 0..total-1, rising, drawn at random but always the same.
+    """Return the numbers of ``count`` images out of ``total``, drawn at random, all different.
 
-    They are not evenly spaced, since images may be ordered by class in turn.
+    The same arguments always give the same numbers (a fixed seed).
 
     Args:
-        count: how many numbers to draw.
-        total: how many numbers there are.
+        count: how many images to choose.
+        total: how many images there are, numbered 0..total-1.
 
     Returns:
-        int64 [count] on the CPU.
+        int64 [count] on the CPU, each in 0..total-1, in rising order.
 
     Raises:
         ValueError: if count is no integer in 1..total.
@@ -159,7 +159,7 @@ def load_images(
         shape: (C, H, W) of the images that the model draws.
 
     Returns:
-        The training images, the real images, and whether the latter are others, by their content.
+        The training images, the real ones, and whether these differ from the former in content.
 
     Raises:
         DataError: if a file or folder of images is missing, broken, or of mixed sizes.
@@ -189,7 +189,7 @@ def features_for(
         features: "auto" for a classifier of the data, or the path of a TorchScript file.
         feature_input: what that file is called with: "uint8", or "float" (float32 in [-1, 1]).
         data: the training images, by whose labels a classifier is trained.
-        device: the device to run on: "auto", "cpu", "cuda" or "cuda:N".
+        device: "cpu", "cuda", "cuda:N", or "auto" for the GPU where there is one, else the CPU.
 
     Returns:
         The extractor, and the classifier whose features it gives, or None for a TorchScript file.
@@ -305,7 +305,7 @@ def check_out(name: str, out: Path, suffix: str) -> None:
 
     Args:
         name: the name of the argument, for the error's text.
-        out: the file to be written.
+        out: the file to be written, which may exist.
         suffix: the suffix, in lower case, such as ".html"; the file's may be in upper case too.
 
     Raises:
@@ -335,8 +335,8 @@ def classes_in_turn(sampler: Sampler, count: int) -> list[int] | None:
     """Return a list of ``count`` class labels, 0, 1, ... in turn; None for a model without classes.
 
     Args:
-        sampler: the sampler whose model's classes are taken.
-        count: the number of images.
+        sampler: the sampler of the model, which has K classes: image i gets i modulo K.
+        count: the number of images, at least 0 (not checked).
     """
     classes = sampler.conditioning.num_classes
     return None if classes is None else [i % classes for i in range(count)]

@@ -144,7 +144,8 @@ def picture(
     A neighbour with the very same pixels has the caption "same" instead of its distance.
 
     Args:
-        samples: uint8 [N, 1 or 3, H, W], the samples that the neighbours were found for.
+        samples: uint8 [N, C, H, W] with 1 to 4 channels, the samples that the neighbours were found
+            for.
         training: the images that they were found in: uint8 [M, C, H, W], or a data source.
         found: the neighbours of the N samples, as ``nearest`` returns them.
         names: N captions of the samples; None for their numbers, from 0.

@@ -25,7 +25,7 @@ def samples(images: Tensor, labels: Sequence[int] | None, names: Sequence[str] |
     """Draw a grid of the first 100 samples, with their classes as captions; return the PNG's bytes.
 
     Args:
-        images: uint8 [N, 1 or 3, H, W], N at least 1.
+        images: uint8 [N, C, H, W] with 1 to 4 channels, N at least 1.
         labels: the class label of each image, N ints; None for no captions.
         names: the name of each class, by number; None to show the numbers.
 
@@ -53,7 +53,12 @@ def terms(bound: Mapping[str, Any]) -> bytes:
     """Plot the bound's terms over timesteps, with standard errors; return the PNG's bytes.
 
     Args:
-        bound: the dictionary that `Bound.to_dict` returns.
+        bound: the dictionary that `Bound.to_dict` returns, of which "timesteps", "terms",
+            "terms_stderr", "decoder" and "prior" are read. No standard error may be None, as it is
+            for one image.
+
+    Raises:
+        KeyError: if one of them is missing.
     """
     figure, axes = _axes()
     t, values, error = (bound[key][1:] for key in ("timesteps", "terms", "terms_stderr"))
@@ -72,7 +77,11 @@ def errors(bound: Mapping[str, Any]) -> bytes:
     """Plot the squared errors of predicted x_0 and eps over timesteps; return the PNG's bytes.
 
     Args:
-        bound: the dictionary that `Bound.to_dict` returns.
+        bound: the dictionary that `Bound.to_dict` returns, of which "timesteps", "x0_mse" and
+            "eps_mse" are read.
+
+    Raises:
+        KeyError: if one of them is missing.
     """
     figure, axes = _axes()
     for key, name, colour in (("x0_mse", "x0", "#1b6ca8"), ("eps_mse", "eps", "#d1495b")):

@@ -30,10 +30,11 @@ Rows = list[tuple[str, str, str]]
 def summary(result: Mapping[str, Any]) -> Rows:
     """Return the rows of the summary: tuples of (measure, of the model, of real images), all text.
 
-    The first row is the head; a value that was not measured is "".
+    The first row is the head; a value that was not measured is "". "Of real images" is what the
+    measure gives for real images in the place of samples.
 
     Args:
-        result: the numbers of an evaluation, as ``evaluate`` returns them.
+        result: the numbers of an evaluation: the first dictionary that ``evaluate`` returns.
     """
     rows: Rows = [("", "model", "real images")]
     if "bound" in result:
@@ -78,7 +79,7 @@ def text(result: Mapping[str, Any]) -> str:
     """Return the summary as a table in plain text, followed by lines that say what was measured.
 
     Args:
-        result: the numbers of an evaluation, as ``evaluate`` returns them.
+        result: the numbers of an evaluation: the first dictionary that ``evaluate`` returns.
     """
     rows = summary(result)
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
@@ -116,7 +117,7 @@ def page(result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """Return the report as one HTML page that needs no other file.
 
     Args:
-        result: the numbers of an evaluation, as ``evaluate`` returns them.
+        result: the numbers of an evaluation: the first dictionary that ``evaluate`` returns.
         pictures: PNG bytes by name: "samples", "terms", "errors" and "neighbours"; any may be
             missing, and others are left out.
     """
@@ -167,8 +168,9 @@ def write(out: Path, result: Mapping[str, Any], pictures: Mapping[str, bytes]) -
     """Write the HTML page, and the numbers beside it as .json; return the path of the latter.
 
     Args:
-        out: the page to write; its folder is made if it is missing.
-        result: the numbers of an evaluation, as ``evaluate`` returns them.
+        out: the path of the page to write, such as report.html; its suffix, which is not checked,
+            is replaced by .json for the numbers. Its folder is made if it is missing.
+        result: the numbers of an evaluation: the first dictionary that ``evaluate`` returns.
         pictures: PNG bytes by name: "samples", "terms", "errors" and "neighbours"; any may be
             missing, and others are left out.
 

@@ -22,9 +22,9 @@ class Backend:
 
     Attributes:
         name: "reference" (plain PyTorch) or "fused".
-        compile: whether the network is compiled: True, False, or "auto" for where that repays its
-            cost.
-        capture: whether the step is captured as a CUDA graph.
+        compile: whether the network is compiled: True, False, or "auto": always on CUDA, on the
+            CPU where the work asked for repays it (`CompileChoice`).
+        capture: whether the step is captured as a CUDA graph, a bool.
         ops: the module whose operations a step calls: `flashddpm.kernels`, which has the Triton
             kernels, for "fused" on CUDA, else `flashddpm.kernels.reference`.
     """
@@ -44,15 +44,20 @@ def choose_backend(
 ) -> Backend:
     """Choose the backend for the arguments of a `Sampler`, its device and its network.
 
-    Without Triton, backend="auto" on CUDA becomes "reference", unless compile or capture is True.
-
     Args:
-        backend: "reference", "fused", or "auto", which means "fused".
-        compile: whether the network is to be compiled: True, False or "auto".
-        capture: whether steps are to be captured as CUDA graphs: True, False or "auto".
-        device: the device on which the network runs, a CPU or a CUDA device.
+        backend: "reference", "fused", or "auto", which is "fused", except that on CUDA without
+            Triton it is "reference" (an error if compile or capture is True).
+        compile: whether the network is to be compiled: True, False or "auto". On the fused path
+            "auto" stays "auto" (decided later, by the work) if ``plain``, and is else False; on the
+            reference path it is False.
+        capture: whether steps are to be captured as CUDA graphs: True, False or "auto", which is
+            True on the fused path on CUDA if ``plain``, and else False.
+        device: the device on which the network runs, a CPU or a CUDA device; not checked.
         plain: whether the network is one of flashddpm's own, without hooks or another forward set
-            on it. With "auto" any other network is neither compiled nor captured.
+            on it.
+
+    Returns:
+        The backend; of its settings only compile may still be "auto".
 
     Raises:
         ValueError: if backend, compile or capture has a value that is not allowed, if compile or

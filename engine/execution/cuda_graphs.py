@@ -50,8 +50,8 @@ class CapturedSteps:
             and must have run before, so that compilation and autotuning are over. It is kept alive,
             with its kernels and buffers.
         count: the number of calls, at least 1.
-        pool: the handle of the memory pool that all graphs of one engine share, whose replays must
-            never overlap.
+        pool: the handle of the memory pool that all graphs of one executor share, whose replays
+            must never overlap.
         stream: the CUDA stream on which to capture.
 
     Attributes:
@@ -204,7 +204,7 @@ def _uncollected() -> Iterator[None]:
 
 
 class Graphs:
-    """The captured steps of one engine by key; ``len`` of it is the number of graphs that are kept.
+    """The captured steps of one `Executor` by key; ``len`` of it is how many graphs are kept.
 
     A key is a tuple that begins with a token, an object that stands for the step's buffers. A step
     is given as ``idling``: called without arguments, it returns a context manager that gives the
@@ -213,7 +213,7 @@ class Graphs:
     thread.
 
     Args:
-        card: the GPU.
+        card: the operations on the GPU.
         limit: the most bytes of GPU memory that graphs may hold, beyond which steps are not
             captured; None for half of what is free at the first capture.
 

@@ -225,9 +225,9 @@ class Executor:
         return next(bucket for bucket in self.buckets(most) if bucket >= lanes)
 
     def warm(self, prefixes: Sequence[Slots], compiled: bool) -> None:
-        """Compile for each of these prefixes of buffers, then capture each, the largest first.
+        """Compile prefixes of buffers if ``compiled``, then capture, largest first, slots idle.
 
-        Their slots are idle meanwhile, whatever they hold.
+        Raises CompilationError if compile=True fails, ValueError for an output of a wrong shape.
         """
         prefixes = sorted(prefixes, key=lambda slots: -len(slots.lane_slot))
         for slots in prefixes:
@@ -240,18 +240,16 @@ class Executor:
     def take_step(
         self, slots: Slots, compiled: bool, stats: bool, fractional: bool = False
     ) -> Tensor:
-        """Take one step of every slot, whatever its row (the step of its plan).
+        """Take one step of every slot; return the network's output, [L, C or 2C, H, W].
 
-        Raises ValueError for an output of a wrong shape, CompilationError if compiling fails.
+        Read it before the next step. Slots may be on any rows (steps of their plans). Raises
+        ValueError for an output of a wrong shape, CompilationError if compile=True fails.
 
         Args:
             slots: the buffers; all their lanes are run.
             compiled: whether the compiled network runs.
             stats: whether some row has a threshold or rescales guidance (``sample_stats``).
             fractional: whether the network is told timesteps as float32.
-
-        Returns:
-            The network's output, [L, C or 2C, H, W], to be read before the next step.
         """
         compiled = compiled and self.choice.prepared(slots, fractional)
         graph = self._graph(slots, compiled, fractional)
@@ -273,10 +271,8 @@ class Executor:
         All slots follow the plan together. ValueError if the network's output is of a wrong shape.
 
         Args:
-            slots: the buffers, of S slots, with the plan in rows 1 and on.
-            plan: the plan.
-            compiled: whether the compiled network runs.
-            previews: whether x0 are wanted.
+            slots, plan: the buffers, of S slots; the plan, which is in their rows from 1 on.
+            compiled, previews: whether the compiled network runs; whether x0 are yielded.
             given: yields each step's noise, float32 [S, C, H, W]; nothing is captured then.
         """
         self.check_plan(plan)
@@ -346,7 +342,11 @@ class Executor:
             self.choice.compiled.prove_exact(image, told, L, self._labelled)
 
     def predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None, evaluations: int) -> Tensor:
-        """Return the output, [B, C or 2C, H, W], for x_t [B, C, H, W], int64 t and labels [B]."""
+        """Return the output, [B, C or 2C, H, W], for x_t [B, C, H, W], int64 t and labels [B].
+
+        ``evaluations`` is how many of one image are to come, by which compile="auto" decides on the
+        CPU. Raises ValueError for an output of another shape.
+        """
         x_t, told = x_t.to(self.dtype), self._hoisted.embed(t) if self._hoisted else t
         index = torch.arange(len(x_t), dtype=torch.int64, device=x_t.device)
         out = self.choice.predict(evaluations, x_t, told, labels, index)

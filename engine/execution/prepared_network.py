@@ -65,8 +65,8 @@ def prepare(
             or None[, index int64 [L]]) -> output, [L, C or 2C, H, W]; or None.
         shape: (C, H, W) of an image, in pixels.
         device: the device.
-        dtype: the dtype of the network's input: float32, bfloat16 or float16; None for that of the
-            network's first floating-point parameter, float32 if there is none.
+        dtype: the dtype of the network's input: float32, bfloat16 or float16, or its name; None for
+            that of the network's first floating-point parameter, float32 if there is none.
         fused: whether the network is to run by the fused path.
 
     Raises:

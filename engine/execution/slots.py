@@ -167,7 +167,8 @@ class Slots:
 
         Args:
             plan: the plan (a table of coefficients, one row a step).
-            start: its first row, at least 1; start + len(plan) must not exceed R.
+            start: its first row, at least 1; start + len(plan) must not exceed R
+                (not checked).
         """
         n = len(plan)
         part = slice(start, start + n)

@@ -341,13 +341,13 @@ class DDIMPipeline(_Pipeline):
         Args:
             batch_size, generator, seeds: B (None for 1, or as many as seeds); the noise's source, a
                 torch.Generator, B of them or None for torch's own; or B seeds of our noise instead.
-            output_type, return_dict: "pil", "np" or "pt"; whether to return a `PipelineOutput`.
-            class_labels, guidance_scale: one each or B: labels, None for the null class; w, 1: off.
+            output_type, return_dict: "pil", "np" or "pt"; `PipelineOutput` if true, else (images,).
+            class_labels: one class label, or one for each image; None for the null class.
+            guidance_scale: w of out = uncond + w (cond - uncond), one or one for each; 1 is off.
             match_diffusers: whether to reproduce diffusers' quirks (deviations held for wrong).
             eta: the share of ddpm's noise, in [0, 1]: 0 is deterministic, 1 as noisy as ddpm.
             num_inference_steps: the number of steps, in 1..T.
-            use_clipped_model_output: whether eps is derived from the clipped x0 instead of the
-                output; None is False.
+            use_clipped_model_output: whether eps is derived from the clipped x0; None is False.
 
         Raises:
             ValueError: if an argument is not allowed, or the model's config has settings of a

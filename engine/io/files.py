@@ -58,10 +58,12 @@ def write_json(path: Path, value: Any) -> None:
 
     Args:
         path: the file to write; its folder is made if it is missing.
-        value: what the json module can write.
+        value: what the json module can write; NaN and infinities are written as it does, although
+            `read_json` refuses them.
 
     Raises:
         TypeError: if the value holds an object that JSON has no form for.
+        ValueError: if it holds itself.
         OSError: if the folder or the file cannot be written.
     """
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
@@ -69,6 +71,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def require_file(path: Path) -> None:
     """Raise unless the path is a plain file: reading a pipe or a device might never end.
+
+    Args:
+        path: the file, or a link to one.
 
     Raises:
         CheckpointError: if it is missing, a folder, pipe, socket or device, or no name a file can
@@ -87,6 +92,9 @@ def require_file(path: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file as a dict.
+
+    Args:
+        path: the file, in UTF-8.
 
     Raises:
         CheckpointError: if the file is missing or no plain file, larger than 1 MiB, not JSON, or

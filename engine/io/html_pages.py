@@ -47,14 +47,18 @@ def picture(png: bytes, title: str) -> str:
 
 
 def png_of(figure: Figure) -> bytes:
-    """Return a matplotlib figure as the bytes of a PNG file."""
+    """Return a matplotlib figure as the bytes of a PNG file, in matplotlib's own resolution."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of plain text, which is escaped, as an HTML table; the first row is its head."""
+    """Return rows of plain text as an HTML table, whose head is the first row.
+
+    Args:
+        rows: the cells' texts, which are escaped, row by row; rows may differ in length.
+    """
     lines = [
         "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
         for row, tag in zip(rows, ["th", *["td"] * len(rows)], strict=False)

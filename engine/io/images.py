@@ -123,7 +123,8 @@ def save_grid(
     """Write a batch of images as one picture file, the grid of `make_grid`.
 
     Args:
-        x: floating-point [B, C, H, W], B at least 1, C in 1..4, in [-1, 1].
+        x: floating-point [B, C, H, W], B at least 1, C in 1..4, in [-1, 1]; what lies beyond is
+            clamped.
         path: the file, whose suffix names the picture format; its folder is made if it is missing.
         columns: the number of columns; None for the square root of B, rounded up.
         captions: B lines of text, each drawn above its image and cut to its width; None for none.
@@ -178,7 +179,7 @@ def save_gif(frames: Sequence[Image], path: str | PathLike[str], milliseconds: i
     Args:
         frames: PIL images, at least one, all of one size.
         path: the file, whose suffix names the format, as .gif; its folder is made if it is missing.
-        milliseconds: how long each frame but the last is shown.
+        milliseconds: how long each frame but the last is shown; not checked here.
 
     Raises:
         IndexError: if there is no frame.

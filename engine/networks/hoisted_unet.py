@@ -60,7 +60,7 @@ class HoistedUNet(nn.Module):
         """Return the time embeddings of timesteps.
 
         Args:
-            t: integer or floating-point [B], in 0..T-1.
+            t: integer or floating-point [B], in 0..T-1 (T timesteps of training); not checked.
 
         Returns:
             [B, E], in the dtype of the U-Net's weights.
@@ -93,6 +93,9 @@ def unhoistable(unet: UNet) -> str | None:
     `HoistedUNet` calls neither the forward of the U-Net nor of its time projections. What is
     returned names the first of these modules, and those of the time embedding, that has a hook or
     a forward of its own or is of another class: "time_emb_proj has hooks", say.
+
+    Args:
+        unet: the network; for one of a subclass X of `UNet` the answer is "the U-Net is a X".
     """
     bypassed: list[tuple[str, nn.Module, type[nn.Module]]] = [("the U-Net", unet, UNet)]
     if type(unet) is UNet:

@@ -41,6 +41,9 @@ def read_config(value: Mapping[str, Any]) -> NetworkConfig:
 def on_meta(config: NetworkConfig) -> Network:
     """Return the network of a config on the meta device: float32, without memory for its weights.
 
+    Args:
+        config: a `UNetConfig`, for a `UNet`, or an `RMSUNetConfig`, for an `RMSUNet`.
+
     Raises:
         ValueError: if it cannot be built.
     """

@@ -29,7 +29,7 @@ class RMSUNetConfig:
     """The settings of an `RMSUNet`, checked when it is made.
 
     Attributes:
-        sample_size: the side of square images, or (H, W), in pixels.
+        sample_size: the side of square images, or (H, W), in pixels, 1..65536.
         in_channels, out_channels: the number of channels of the images and of the output, 1..1024.
         dim: the number of channels of the timestep's sinusoids, even, 4..65536; the time embedding
             has four times as many.
@@ -107,8 +107,9 @@ class RMSUNetConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> RMSUNetConfig:
         """Read the settings from a dict such as ``to_dict`` returns.
 
-        Keys that start with an underscore are skipped; num_mem_kv, theta and dropout may be left
-        out.
+        Args:
+            config: the settings by name; num_mem_kv, theta and dropout may be left out (4, 10000,
+                0), and keys that start with an underscore are skipped.
 
         Raises:
             ValueError: if a key is unknown or missing, or a value is not allowed.

@@ -18,7 +18,8 @@ def mismatches(
 
     Args:
         unet: the network, of which only keys and shapes are read, and the dtype if none is given.
-        state: tensors by name; their keys, shapes, dtypes (`STORED`) and finiteness are checked.
+        state: tensors by name, which must have the network's keys and shapes, be of float64,
+            float32, bfloat16 or float16, and hold finite numbers.
         dtype: the dtype in which all numbers must be finite; None for that of the network's first
             parameter.
     """

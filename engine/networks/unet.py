@@ -119,10 +119,10 @@ class UNet(nn.Module):
         """Return the time embeddings of timesteps, without those of class labels.
 
         Args:
-            t: integer or floating-point [B].
+            t: integer or floating-point [B]; the range is not checked.
 
         Returns:
-            [B, E], in the dtype of the network's weights.
+            [B, E], E the width of the embedding, in the dtype of the network's weights.
         """
         config = self.config
         if config.time_embedding_type == "rescaled":
@@ -133,7 +133,8 @@ class UNet(nn.Module):
     def packed_projection(self) -> tuple[Tensor, Tensor]:
         """Return the weight [P, E] and bias [P] of all residual blocks' time projections.
 
-        They are concatenated in the order of `resnets`, in the dtype of the network's weights.
+        The blocks' own are concatenated in the order of `resnets`, in the dtype of the network's
+        weights; P is the sum of their outputs, E the width of the time embedding.
         """
         layers = [block.time_emb_proj for block in self.resnets()]
         return torch.cat([m.weight for m in layers]), torch.cat([m.bias for m in layers])
@@ -156,8 +157,10 @@ class UNet(nn.Module):
         """Return the network's output, from the noisy images and the time projections.
 
         Args:
-            x: the noisy images, floating-point [B, C_in, H, W].
-            projections: [B, P], as `project` returns them.
+            x: the noisy images, [B, C_in, H, W], in the dtype of the weights; H and W multiples of
+                ``config.multiple``, which is not checked.
+            projections: all residual blocks' time projections, concatenated in the order of
+                `resnets`, [B, P], in the same dtype, as `project` returns them.
 
         Returns:
             [B, C_out, H, W].

@@ -16,13 +16,14 @@ from flashddpm.networks.unet_config import UNetConfig
 def sinusoids(t: Tensor, channels: int, freq_shift: int, flip_sin_to_cos: bool) -> Tensor:
     """Return the sinusoidal embeddings of timesteps, float32 [B, channels].
 
-    They are [sin, cos] of t 10^(-4 i / (half - freq_shift)), i = 0..half-1.
+    With half = channels // 2, they are the sines and then the cosines of
+    t 10^(-4 i / (half - freq_shift)), i = 0..half-1, and a last column of 0 if channels is odd.
 
     Args:
         t: integer or floating-point [B].
-        channels: the number of columns, twice ``half``; if odd, the last column is 0.
-        freq_shift: 0 or, in the DDPM paper's code, 1; must be below half.
-        flip_sin_to_cos: whether to return [cos, sin].
+        channels: the number of columns.
+        freq_shift: 0 or, in the DDPM paper's code, 1; must be below half, which is not checked.
+        flip_sin_to_cos: whether the cosines come before the sines.
     """
     half = channels // 2
     # In diffusers' order of operations: any other moves the angles at t = 999 by up to 6e-5.
@@ -75,6 +76,7 @@ class ResnetBlock(nn.Module):
 
     Raises:
         KeyError: if ``resize`` is another string.
+        ValueError: if c_in or c_out is no multiple of config.norm_num_groups.
     """
 
     def __init__(
@@ -196,12 +198,26 @@ def _pack_qkv(module: nn.Module, state: dict, prefix: str, *_: Any) -> None:
 
 
 def halve(x: Tensor) -> Tensor:
-    """Return images of half the size, means of 2 x 2 pixels: [B, C, H, W] -> [B, C, H/2, W/2]."""
+    """Return images of half the size, means of 2 x 2 pixels.
+
+    Args:
+        x: floating-point [B, C, H, W]; the last row or column of an odd size is left out.
+
+    Returns:
+        [B, C, H // 2, W // 2], in the same dtype.
+    """
     return F.avg_pool2d(x, 2)
 
 
 def double(x: Tensor) -> Tensor:
-    """Return images of twice the size, every pixel four times: [B, C, H, W] -> [B, C, 2 H, 2 W]."""
+    """Return images of twice the size, every pixel four times.
+
+    Args:
+        x: floating-point [B, C, H, W].
+
+    Returns:
+        [B, C, 2 H, 2 W], in the same dtype.
+    """
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
@@ -294,15 +310,19 @@ class Level(nn.Module):
         return self.attentions[i](x) if self.attentions is not None else x
 
     def resized(self, x: Tensor, rows: Iterator[Tensor]) -> Tensor:
-        """Return ``x`` in its new size, by the level's `resize`, which must not be None.
+        """Return ``x`` after the level's change of size: the output of the module `resize`.
 
         Args:
             x: floating-point [B, C, H, W].
-            rows: an iterator over the time projections that are left; a residual block takes the
-                next, [B, C or 2C].
+            rows: an iterator over the network's time projections, each [B, C] (or [B, 2 C] with
+                scale_shift), of which all before this module's are taken. If `resize` is a
+                `ResnetBlock`, its own is taken from it; else none is.
 
         Returns:
-            [B, C, H/2, W/2] or [B, C, 2 H, 2 W].
+            [B, C, H/2, W/2] for a level on the way down, [B, C, 2 H, 2 W] on the way up.
+
+        Raises:
+            AssertionError: if `resize` is None.
         """
         assert self.resize is not None
         return (
@@ -311,7 +331,10 @@ class Level(nn.Module):
 
 
 def zero_(module: nn.Conv2d | nn.Linear) -> None:
-    """Set a layer's weight and bias to 0: its block begins as the identity (Ho et al. 2020)."""
+    """Set a layer's weight, and bias if it has one, to 0, in place (Ho et al. 2020).
+
+    It is for the last layer of a residual block, which then adds nothing to its input at first.
+    """
     nn.init.zeros_(module.weight)
     if module.bias is not None:
         nn.init.zeros_(module.bias)

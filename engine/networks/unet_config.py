@@ -33,21 +33,25 @@ class UNetConfig:
     time_embedding_channels.
 
     Attributes:
-        sample_size: the side of square images, or (H, W), in pixels; None for not known.
+        sample_size: the side of square images, or (H, W), in pixels, 1..65536; None for not known.
         in_channels, out_channels: the number of channels of the images and of the output, 1..1024.
         center_input_sample: whether the input x is replaced by 2 x - 1.
         time_embedding_type: "positional", or "rescaled" for timesteps times 1000 /
             num_train_timesteps, not rounded.
-        time_embedding_dim: the width E of the time embedding; None for 4 block_out_channels[0].
-        time_embedding_channels: the number of channels of the sinusoids; None for
+        time_embedding_dim: the width E of the time embedding, 1..65536; None for
+            4 block_out_channels[0].
+        time_embedding_channels: the number of channels of the sinusoids, 1..65536; None for
             block_out_channels[0].
         num_train_timesteps: the number of timesteps T of the training, 1..100000; must be given for
             "rescaled".
         freq_shift: an integer, at least 0 and below half = time_channels // 2: the frequencies are
             10^(-4 i / (half - freq_shift)), i = 0..half-1.
         flip_sin_to_cos: whether the sinusoids are [cos, sin], not [sin, cos].
-        down_block_types: the type of each level on the way down, one of `DOWN_BLOCKS`.
-        up_block_types: the type of each level on the way up, coarsest first, one of `UP_BLOCKS`.
+        down_block_types: the type of each level on the way down, finest first: "DownBlock2D",
+            "AttnDownBlock2D" (with attention) or "ResnetDownsampleBlock2D" (which halves the size
+            in a residual block).
+        up_block_types: the type of each level on the way up, coarsest first: "UpBlock2D",
+            "AttnUpBlock2D" or "ResnetUpsampleBlock2D".
         block_out_channels: the number of channels of each level, finest first, 1 to 10 multiples of
             norm_num_groups.
         layers_per_block: the number of residual blocks of a level on the way down, 1..16; on the
@@ -61,9 +65,10 @@ class UNetConfig:
         attention_head_dim: the number of channels of an attention head, one for all levels or one
             for each, finest first; None for one head. Whether it divides the channels is checked
             when the network is built.
-        norm_num_groups: the number of groups of group norms.
-        attn_norm_num_groups: the number of groups of the norm before the middle's attention; None
-            for norm_num_groups, or for no norm with "scale_shift".
+        norm_num_groups: the number of groups of group norms, 1..65536.
+        attn_norm_num_groups: the number of groups of the norm before the middle's attention, a
+            divisor of block_out_channels[-1]; None for norm_num_groups, or, with
+            resnet_time_scale_shift "scale_shift", for no norm.
         norm_eps: the epsilon of group norms, in [0, 1].
         resnet_time_scale_shift: "default" or "scale_shift": whether the time embedding shifts
             features, or scales and shifts them.
@@ -222,6 +227,9 @@ class UNetConfig:
 
         Args:
             level: the number of the level, 0 for the finest; -1 for the last one and the middle.
+
+        Raises:
+            IndexError: if attention_head_dim has an entry for each level, and there is no such one.
         """
         dims = self.attention_head_dim
         return dims[level] if isinstance(dims, tuple) else dims
@@ -232,7 +240,7 @@ class UNetConfig:
         As in diffusers, downsample_type and upsample_type decide it for types with attention only.
 
         Args:
-            kind: the type of a level, one of `DOWN_BLOCKS` or `UP_BLOCKS`.
+            kind: the type of a level, an entry of down_block_types or up_block_types; not checked.
         """
         own = {"AttnDownBlock2D": self.downsample_type, "AttnUpBlock2D": self.upsample_type}
         return kind.startswith("Resnet") or own.get(kind) == "resnet"

@@ -94,19 +94,22 @@ def draw(
     N is the number of images of the call, n that of the chunk.
 
     Args:
-        executor: the executor, in whose turn (`Executor.exclusive`) this is called.
+        executor: the executor that runs the network; the caller must be in its `exclusive` or
+            `following` context, which is not checked.
         images: all images of the call.
         plan: the plan (the steps, a row of coefficients each) that they follow.
         width: the numbers of images and lanes at a time, from `choose_width`.
-        chunk: which of the images to draw.
-        begin: float32 [N, C, H, W] in [-1, 1], the images that are noised to begin at; None to
-            begin at noise.
-        z: float32 [N, C, H, W], standard normal noise to use for x_T; None for that of the seeds.
+        chunk: which of the images to draw, at most ``width.batch`` of 0..N-1.
+        begin: float32 [N, C, H, W] in [-1, 1] on the device, the images from which x_T is made by
+            adding noise; None for an x_T of noise alone.
+        z: float32 [N, C, H, W] on the device, standard normal noise to use for x_T; None for that
+            of the seeds.
         step_noise: called with the number of a step, from 0, returns its noise z, floats [n, C, H,
             W], or None where the step takes none; None for the noise of the seeds.
         on_step: called after each step with its number, from 0, and the x0 that it predicts,
             float32 [n, C, H, W]; or None.
-        advanced: called without arguments after each step.
+        advanced: called without arguments after each step, before on_step; what it returns is
+            ignored. What one of the three functions raises is raised here.
 
     Returns:
         The images, float32 [n, C, H, W] in about [-1, 1]: a view that the next chunk overwrites.
@@ -115,7 +118,7 @@ def draw(
         NonFiniteError: if the network's output turned NaN or infinite.
         ValueError: if the network's output is of a wrong shape, or lacks the variance that the plan
             needs, or if step_noise returns floats of a wrong shape, or None where noise is needed.
-        CompilationError: if the compiler fails, and compiling was asked for.
+        CompilationError: if the compiler fails, and compile=True or exact was asked for.
     """
     count = len(images.seeds[chunk])
     lanes = width.lanes or sum(images.lanes[chunk])

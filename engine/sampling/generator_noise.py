@@ -76,7 +76,7 @@ def noise_of(
 
     Args:
         draws: the generators of the noise.
-        solver: the name of the plan's solver, of solvers.SOLVERS.
+        solver: the name of the plan's solver, a key of solvers.SOLVERS; another raises KeyError.
         plan: the plan (a row of coefficients a step).
         eta: the share of ddpm's noise that ddim adds, in [0, 1]; of no effect on other solvers.
         dtype: the dtype of the pipeline's network, in which diffusers draws.

@@ -11,14 +11,15 @@ from weakref import WeakSet
 class Guest(Protocol):
     """The protocol of a guest: an object, such as an `Engine`, that draws images with a sampler.
 
-    A guest keeps images under way from one call of the sampler's network to the next, so it must be
-    asked before the weights change.
+    A guest keeps images under way (at some step of their plan) from one call of the sampler's
+    network to the next, so the sampler enters its `emptied` before the weights change.
     """
 
     def emptied(self) -> AbstractContextManager[None]:
-        """Return a context manager: entering it finishes the images under way.
+        """Return a context manager within which no image of the guest is under way; it gives None.
 
-        Until it is left, however that happens, no other image is started.
+        Entering it waits until the images under way are finished, and raises an error where that
+        cannot be. Until it is left, at the end of the block or by an error, none is started.
         """
 
 

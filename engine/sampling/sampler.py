@@ -239,9 +239,9 @@ class Sampler(Loadable):
             batch_size: the most images at a time.
             exact: whether to always run the compiled network on a full batch's lanes, so that an
                 image's bits do not depend on how many others there are.
-            bucket: how many lanes (evaluations) run at a time, spare ones included. By default as
-                many as are asked for or, compiled or captured, the next power of two, at most those
-                of ``batch_size`` images.
+            bucket: the number of lanes (evaluations a step) to which each batch is padded, at least
+                those it uses; None for no padding or, compiled or captured, the next power of two,
+                at most the lanes of a full batch; with exact those always.
             progress: show a progress bar.
             on_step: called after each step of each batch with the step's number, from 0, and the x0
                 that it predicts, float32 [b, C, H, W] for the batch's b images, a new tensor on the

@@ -229,6 +229,9 @@ class Trajectory:
 def bits_depend_on(executor: Executor) -> dict[str, Any]:
     """Return what decides the bits of the network's output, besides its weights and the batch.
 
+    Args:
+        executor: the executor that runs the network.
+
     Returns:
         A dict of device (the GPU's name, or "cpu"), capability (a string such as "AVX2" on the CPU,
         else None), threads (torch's number of them on the CPU, an int, else None), and the strings

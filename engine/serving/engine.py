@@ -148,6 +148,9 @@ class Engine:
 
         Raises:
             RuntimeError: if called by a callback of the engine or sampler.
+            CompilationError: if the compiler fails where compile=True; under "auto" the network
+                runs uncompiled.
+            ValueError: if the network's output is of a wrong shape.
         """
         with self.sampler.executor.exclusive():
             self._loop.batch.warm()
@@ -227,7 +230,8 @@ class Engine:
     def emptied(self) -> Iterator[None]:
         """Let the images under way be finished; within this context no request enters the batch.
 
-        When the block ends, or raises, requests enter again.
+        When the block ends, or raises, requests enter again. An engine without a thread of its own
+        takes its turns (steps of the batch) here.
 
         Raises:
             RuntimeError: if called on the engine's thread, by a callback.

@@ -40,7 +40,7 @@ class Metrics:
         """Count the end of a request.
 
         Args:
-            outcome: how it ended, one of `OUTCOMES`.
+            outcome: how it ended, one of `OUTCOMES`; not checked.
             latency: the time since it was submitted, in seconds; kept for "completed" only.
         """
         self.totals[outcome] += 1
@@ -51,9 +51,11 @@ class Metrics:
         """Return the counts, rates and percentiles by name.
 
         Returns:
-            The counts submitted, rejected, steps and those of `OUTCOMES`; and, of the latest 1024
-            steps or completed images, steps_per_second, occupancy (the mean fraction of slots in
-            use), and latency_p50 and latency_p99 in seconds, each None before the first one.
+            A dict of the counts submitted, rejected, steps, completed, failed, cancelled and
+            expired, ints; and of floats, taken over the latest 1024 steps or completed images, each
+            None before the first one: steps_per_second (of the time spent in steps), occupancy (the
+            mean fraction, 0..1, of slots in use), and latency_p50 and latency_p99 (percentiles of
+            the seconds from ``submit`` to the image).
         """
         seconds = sum(step[0] for step in self._steps)
         p50 = p99 = occupancy = None

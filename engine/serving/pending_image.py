@@ -113,7 +113,8 @@ def failure(stage: str, cause: BaseException) -> RequestFailed:
     """Return a new RequestFailed for one request, so that no two futures share a traceback.
 
     Args:
-        stage: what failed, with which the text begins: "admission", "step", "on_step" or "harvest".
+        stage: what failed, with which the text begins: "admission", "step", "on_step" or "harvest"
+            (the copy out of its slot); not checked.
         cause: the error that it failed with, which becomes the ``__cause__``.
     """
     error = RequestFailed(f"{stage}: {cause!r}")

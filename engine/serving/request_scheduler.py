@@ -240,7 +240,7 @@ class RequestScheduler:
         return chain(self._waiting, self._running, self._leaving)
 
     def wait_until_empty(self) -> None:
-        """Wait until no image is active: none runs or leaves."""
+        """Wait until no image is active: none is in a slot or being copied out of it."""
         with self._changed:
             self._changed.wait_for(lambda: not self.active)
 
@@ -308,8 +308,10 @@ class RequestScheduler:
     def metrics(self) -> dict[str, Any]:
         """Return the engine's counts and rates by name.
 
-        They are queue_depth (the number of waiting requests), active (the number of images that run
-        or leave), and all that `Metrics.summary` returns.
+        They are queue_depth (the number of waiting requests) and active (the number of images that
+        are in a slot or being copied out of it), ints, and those of `Metrics.summary`: the counts
+        submitted, rejected, steps, completed, failed, cancelled and expired, and steps_per_second,
+        occupancy (0..1), latency_p50 and latency_p99 (seconds), floats or None.
         """
         with self._changed:
             waiting, active = len(self._waiting), self.active

@@ -42,7 +42,8 @@ class RunningBatch:
         exact: whether the compiled network runs, and always on all lanes, so that an image's bits
             do not depend on the other images.
         buckets: the numbers of lanes, each in 1..max_lanes, that the network may run on besides
-            max_lanes; None for the executor's choice.
+            max_lanes; None for the powers of two where the network is compiled or captured, else
+            for any number. Of no effect if exact, which runs on max_lanes alone.
 
     Attributes:
         executor, max_batch: the arguments.
@@ -114,7 +115,13 @@ class RunningBatch:
         return self.executor.buckets(most) if fixed else None
 
     def warm(self) -> None:
-        """Compile and capture the step for each of ``buckets``; nothing for None."""
+        """Compile and capture the step for each of ``buckets``; nothing for None.
+
+        Raises:
+            CompilationError: if the compiler fails where compile=True; under "auto" the network
+                runs uncompiled.
+            ValueError: if the network's output is of a wrong shape.
+        """
         prefixes = [self.slots.prefix(self.max_batch, L) for L in self.buckets or []]
         self.executor.warm(prefixes, self.compiled)
 
@@ -211,6 +218,7 @@ class RunningBatch:
         """Launch the copy of a finished image out of its slot, which may then be freed.
 
         Raises:
+            KeyError: if the image has no slot.
             ValueError: if the plan learns its variance, and the network has no channels for it.
             RuntimeError: if the network's weights changed since the image entered, so that what was
                 derived from them is of another version.

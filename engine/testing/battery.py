@@ -39,7 +39,7 @@ class Judge:
     own: Mapping[str, Rule] = field(default_factory=dict)
 
     def rule(self, name: str) -> Rule:
-        """Return the rule of the result of this name."""
+        """Return the rule of the result of this name: its own, or else the default."""
         return self.own.get(name, self.default)
 
     @property
@@ -86,7 +86,8 @@ class Recorder(TorchDispatchMode):
     """A context manager that records every call of an operator that is not PyTorch's own.
 
     Attributes:
-        calls: a list of (operator, positional arguments, keyword arguments).
+        calls: a list, empty at first, of (operator, tuple of positional arguments, dictionary of
+            keyword arguments), in the order of the calls.
     """
 
     def __init__(self) -> None:

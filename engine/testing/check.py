@@ -37,7 +37,7 @@ class CheckFailed(Portable, AssertionError):
         not_run: the names of the checks that were not run for safety.
 
     Attributes:
-        failures: the same dictionary.
+        failures: the same dictionary, from a check's name to (case or None, exception).
         not_run: a tuple of the names of the checks that were not run, since a kernel that writes
             into red zones (memory around its tensors) may harm the process where there are none.
     """
@@ -147,20 +147,21 @@ def check_op(
         shapes: a strategy of one sample's shape; None for (C, H, W) of 0 to 1,025 pixels, C 1 or 3.
         batches: a strategy of the number of samples, at least 1; None for 1 to 4.
         cases: cases, ``Case(dtype, shape, batch, seed)``, that are run before those drawn.
-        examples: the number of cases that are drawn, each a dozen calls; 0 for ``cases`` alone.
+        examples: the most cases that are drawn, each a dozen calls; 0 for ``cases`` alone.
         derandomize: whether every run draws the same cases, so that a failure comes back.
         device: the device of ``fast``; None for "cuda" if there is one, else "cpu".
         kernels: the kernels whose machine code is checked.
         architectures: the GPUs that it is compiled for: compute capabilities times 10, such as 90.
         checks: the names of the checks to run; None for all.
-        skip: the names of the checks to leave out.
+        skip: the names of the checks to leave out, even if ``checks`` has them.
 
     Returns:
-        For the name of every check, "ran", or "not run: " and why: it was left out, or had nothing
-        to check.
+        A dictionary: the name of every check -> "ran", or "not run: " and why: it was left out, or
+        had nothing to check.
 
     Raises:
-        CheckFailed: if a check failed. An error of ``fast`` on a case is raised as it is.
+        CheckFailed: if a check failed. An error of ``fast`` on a case's own arguments is
+            raised as it is; one that only a check's changed arguments provoke fails that check.
         ValueError: if a name is unknown, if arguments do not fit what is said of them, or if a
             check that is named in ``checks`` has nothing to check.
     """

@@ -34,10 +34,10 @@ class KernelCode:
             the suffix ":16" marks a pointer or int divisible by 16.
         constants: the value of each constexpr argument, by name.
         images: the names of the pointer arguments to large tensors, such as batches of images: a
-            load or store through them of less than 16 bytes is a fault. Through other pointers it
-            is not, but to move more bytes than a thread needs is one.
+            load or store through them of less than 16 bytes is a fault. Through other pointers a
+            narrow access is none, but moving more bytes than a thread needs is.
         options: the options of the launch by name, such as num_warps; None for those of this
-            project's kernels.
+            project's kernels: 2 warps, no fused multiply-add.
         foreign: the names of the pointer arguments whose accesses, wide or many, are not checked.
         exact: whether every floating-point operation must be correctly rounded; if not, float64 and
             function calls are still faults.
@@ -80,8 +80,8 @@ def code_faults(kernel: KernelCode, architectures: Sequence[int] = ARCHITECTURES
         ImportError: if Triton is not installed.
         ValueError: if Triton's interpreter is on and the kernel is defined inside a function.
         RuntimeError: if Triton's interpreter is on and the child process failed, for example
-            because the kernel was not found by its name in its file; the text has the child's
-            error.
+            because the kernel was not found by its name in its file, or Triton cannot compile
+            it; the text has the child's error. Without the interpreter Triton's own is raised.
     """
     from flashddpm.kernels.launch import INTERPRETED
 

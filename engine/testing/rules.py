@@ -43,7 +43,7 @@ def needs_float64(rule: Rule) -> bool:
     """Return whether a rule compares with the result in float64: it has three arguments or more.
 
     Args:
-        rule: the rule; arguments that have a default are not counted.
+        rule: the rule, any callable; its arguments that have a default are not counted.
     """
     parameters = inspect.signature(rule).parameters.values()
     return sum(parameter.default is parameter.empty for parameter in parameters) > 2
@@ -55,10 +55,10 @@ def same(actual: Tensor, expected: Tensor, truncates: bool = False) -> None:
     NaN equals NaN, whatever its bits. Both may be on any device.
 
     Args:
-        actual: the result, of any shape and dtype.
-        expected: what it must equal.
-        truncates: whether, in Triton's interpreter, a bfloat16 result may be one step nearer to
-            zero.
+        actual: the result, of any shape; float16, bfloat16, float32, float64, integers or bool.
+        expected: what it must equal, in shape and dtype too.
+        truncates: whether, in Triton's interpreter, a bfloat16 result may be one step (unit in the
+            last place) nearer to zero.
 
     Raises:
         AssertionError: if shapes, dtypes or values differ.
@@ -100,14 +100,14 @@ def _largest_difference(actual: Tensor, expected: Tensor) -> str:
 def close(actual: Tensor, r64: Tensor, terms: Tensor, n: int) -> None:
     """Raise AssertionError unless a result is within the rounding errors of n operations.
 
-    The bound is n u times the sum of absolute terms, and for float16 and bfloat16 half a unit in
-    the last place (a whole one for bfloat16 in Triton's interpreter, which truncates).
+    The bound is n u (u = 2^-24) times the sum of absolute terms, and for float16 and bfloat16 half
+    a unit in the last place (a whole one for bfloat16 in Triton's interpreter, which truncates).
 
     Args:
         actual: the result, float32, float16 or bfloat16, of any shape and on any device.
-        r64: float64 on the CPU, of the same shape: the reference's result in float64.
-        terms: on the CPU, of the same shape: the sums of the absolute values of the terms added.
-        n: the number of roundings on the longest path of the computation.
+        r64: float64 on the CPU, of the same shape, finite: the reference's result in float64.
+        terms: real, on the CPU, of the same shape: the sums of the absolute values of the terms
+        added. n: the number of roundings on the longest path of the computation.
 
     Raises:
         AssertionError: if an element is further off, or not finite.
@@ -146,8 +146,8 @@ def bitwise(actual: Tensor, plain: Tensor, r64: Tensor | None = None) -> None:
     In Triton's interpreter, which truncates, bfloat16 may be one step nearer to zero.
 
     Args:
-        actual: the result, of any shape and dtype.
-        plain: the reference's result.
+        actual: the result, of any shape; float16, bfloat16, float32, float64, integers or bool.
+        plain: the reference's result, of the same shape and dtype.
         r64: not read.
 
     Raises:
@@ -166,7 +166,7 @@ def relative(actual: Tensor, plain: Tensor, r64: Tensor) -> None:
     Args:
         actual: the result, floating-point, of any shape.
         plain: the reference's result, of the same shape and dtype.
-        r64: the reference's result in float64, of the same shape.
+        r64: the reference's result in float64, of the same shape (not checked).
 
     Raises:
         AssertionError: if shapes or dtypes differ, or an element is further off.

@@ -85,7 +85,8 @@ def shapes(
 def batches(largest: int = 4) -> SearchStrategy[int]:
     """Return a strategy of the number of samples, an int from 1 to ``largest``.
 
-    A batch without samples is not drawn, for ``check_op`` has a check of its own for it.
+    A batch without samples is not drawn, for ``check_op`` has a check of its own for it. If
+    ``largest`` is below 1, drawing raises hypothesis' InvalidArgument.
     """
     return st.integers(1, largest)
 
@@ -102,7 +103,7 @@ def seeds() -> SearchStrategy[int]:
 
 
 def noise_keys() -> SearchStrategy[int]:
-    """Return a strategy of a noise key (second word of the noise counter), a signed 64-bit int.
+    """Return a strategy of a noise key (upper half of the noise counter), a signed 64-bit int.
 
     It draws timesteps 0..999, numbers past 32 bits, or any 64 bits.
     """
@@ -122,10 +123,9 @@ def coefficients(limit: float = 4.0) -> SearchStrategy[float]:
 def step_rows() -> SearchStrategy[list[float]]:
     """Return a strategy of the coefficients of one sampling step, as ``denoise_step`` takes them.
 
-    It draws lists of floats.
-
-    They are in the order of ``kernels.Column``; any column may be 0. Columns whose meaning implies
-    a sign or a range keep to it: sigma and the clip are not negative, a quantile is in [0, 1].
+    It draws lists of floats, in the order of ``flashddpm.kernels.Column``; any column may be 0.
+    Columns whose meaning implies a sign or a range keep to it: sigma and the clip are not negative,
+    a quantile is in [0, 1] (0: none).
     """
     positive = coefficients().map(abs)
     share = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1, width=32))
@@ -143,9 +143,8 @@ def step_rows() -> SearchStrategy[list[float]]:
 def noising_rows() -> SearchStrategy[list[float]]:
     """Return a strategy of the coefficients [a, b] of a x0 + b noise (the operation ``add_noise``).
 
-    It draws lists of two floats.
-
-    They are those of a noising process, a^2 + b^2 = 1, or any two coefficients in [-4, 4].
+    It draws lists of two floats: those of a noising process, a^2 + b^2 = 1, or any two coefficients
+    in [-4, 4].
     """
     angles = st.floats(0, math.pi / 2).map(lambda angle: [math.cos(angle), math.sin(angle)])
     ends = st.sampled_from([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
@@ -178,7 +177,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def offset(x: Tensor) -> Tensor:
-    """Return a copy that begins one element into its memory, so not at 16 bytes; same strides."""
+    """Return a copy, same strides, that begins one element into memory: not aligned to 16 bytes."""
     return _placed(x, x.stride(), 1)
 
 
@@ -192,17 +191,26 @@ def spaced(x: Tensor) -> Tensor:
 
 
 def strided(x: Tensor) -> Tensor:
-    """Return a copy that lies in every second element of a last dimension twice as long."""
+    """Return a copy that lies in every second element of a last dimension twice as long.
+
+    The tensor has at least one dimension.
+    """
     return x.repeat_interleave(2, -1)[..., ::2]
 
 
 def transposed(x: Tensor) -> Tensor:
-    """Return a tensor of the same values, the last two dimensions exchanged in memory."""
+    """Return a tensor of the same values, the last two dimensions exchanged in memory.
+
+    The tensor has at least two dimensions.
+    """
     return x.mT.contiguous().mT
 
 
 def padded(x: Tensor) -> Tensor:
-    """Return a copy that lies in the middle of rows that are three elements longer."""
+    """Return a copy that lies within a last dimension three elements longer, one of them before it.
+
+    The tensor has at least one dimension.
+    """
     return torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
 
 
@@ -226,7 +234,10 @@ for ``channels_last``, must have."""
 
 
 def layouts_of(dims: int) -> list[Layout]:
-    """Return the layouts that a tensor of ``dims`` dimensions can have; none for dims = 0."""
+    """Return the layouts that a tensor of ``dims`` dimensions can have; none for dims = 0.
+
+    They are functions of this module from a tensor to one of the same values in that layout.
+    """
     return [f for f, needed in LAYOUTS.items() if dims >= needed and (needed != 4 or dims == 4)]
 
 

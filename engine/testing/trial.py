@@ -33,11 +33,12 @@ class Run:
     """One call of the function under test, and what it left.
 
     Attributes:
-        results: the tensors that the call returned or changed, and gradients, by name, as
-            ``Subject.call`` returns them.
-        arguments: the arguments by name, as they are after the call.
-        zones: the guarded memory of every tensor argument, by its name, and of everything that the
-            call allocated, "allocation 0", "allocation 1", ...
+        results: a dictionary of the tensors that the call returned ("result", or "result 0",
+            "result 1", ... of several), of the arguments that it changed, by their names, and of
+            gradients ("gradient of x").
+        arguments: a dictionary of the arguments by name, as they are after the call.
+        zones: a dictionary of the guarded memory of every tensor argument, by its name, and of
+            everything that the call allocated, "allocation 0", "allocation 1", ...
     """
 
     results: Results
@@ -92,7 +93,9 @@ class Subject:
     def per_sample(self, case: Case) -> set[str]:
         """Return the names of the results whose first dimension is the batch.
 
-        They are found once, by the first case, and are the same for all cases.
+        They are found once, by the case of the first call of this method, from the reference; later
+        calls return them whatever the case. Of changed arguments and gradients, those whose
+        argument is batched.
         """
         if self._per_sample is None:
             batched = self.batched(case)
@@ -123,7 +126,7 @@ class Subject:
             function: the function to call.
             args: its arguments by name; in this dictionary, differentiable ones are replaced by
                 leaves of autograd.
-            seed: the seed of the gradients that are sent backward from the results.
+            seed: the seed of the gradients that are sent backward from the results; any int.
             order: int64 [batch], a permutation of the samples by which these gradients are
                 permuted; None for none.
 
@@ -164,9 +167,11 @@ class Subject:
                 of the gradients.
             args: the arguments by name, of which guarded copies are made; None for those of the
                 case.
-            fill: the value that buffers hold when the function allocates them.
+            fill: the value that buffers hold when the function allocates them; for integer dtypes
+                the nearest that they hold (``zones.fit``), as for the canary.
             canary: the value that the red zones (memory around tensors) hold.
-            order: int64 [batch], the permutation by which the samples were permuted; None for none.
+            order: int64 [batch], the permutation by which the samples were permuted, and the
+                gradients sent backward are; None for none.
 
         Raises:
             ValueError: if the function returns something else than tensors or None, or if it
@@ -222,12 +227,12 @@ class Trial:
 
     @functools.cached_property
     def expected(self) -> Results:
-        """The reference's results from the same arguments, tensors on the CPU by name."""
+        """The reference's results from the case's arguments, a dict of CPU tensors by name."""
         return self._reference(self.subject.build(self.case, "cpu"))
 
     @functools.cached_property
     def exact(self) -> Results:
-        """The reference's results from arguments cast to float64, tensors on the CPU by name."""
+        """The reference's results from these cast to float64, a dict of CPU tensors by name."""
         return self.in_float64(self.subject.build(self.case, "cpu"))
 
     def in_float64(self, args: Arguments) -> Results:

@@ -27,7 +27,7 @@ def wanted_checks(
 
     Args:
         checks: the names of the checks that were asked for; None for all.
-        skip: the names of the checks to leave out.
+        skip: the names of the checks to leave out, even if ``checks`` has them.
         subject: the function under test, which has the differentiable arguments.
         kernels: the kernels whose machine code is to be checked.
 

@@ -62,7 +62,7 @@ class Guarded:
         Args:
             values: [N, C, H, W], of any dtype.
             stride: the elements from the start of one image to that of the next, at least C x H x
-                W.
+                W (not checked).
             device: the device of the copy.
         """
         count, C, H, W = values.shape
@@ -77,8 +77,9 @@ class Guarded:
 
         Args:
             values: a tensor of any shape and dtype; gradients do not reach it.
-            zone: the number of elements before and behind the copy; a multiple of 64.
-            canary: the value that the zones hold.
+            zone: the number of elements before and behind the copy; a multiple of 64 keeps its
+                alignment (not checked).
+            canary: the value that the zones hold, as ``fit`` makes it of the tensor's dtype.
         """
         size, stride = values.shape, values.stride()
         shift = int(values.storage_offset()) % 64
@@ -89,7 +90,7 @@ class Guarded:
         return result
 
     def check(self) -> None:
-        """Raise AssertionError if something was written outside of the tensor, or between its rows.
+        """Raise AssertionError if something was written outside of the tensor or between elements.
 
         Raises:
             AssertionError: if a byte of ``whole`` that is no part of ``view`` has changed.
@@ -154,11 +155,13 @@ def allocations(
 
     Args:
         fill: the value that the tensors hold at first, as ``fit`` makes it of their dtype.
-        zone: the number of elements before and behind each tensor.
-        canary: the value that the zones hold.
+        zone: the number of elements before and behind each tensor; a multiple of 64 keeps its
+            alignment (not checked).
+        canary: the value that the zones hold, as ``fit`` makes it of their dtype.
 
     Yields:
-        A list that collects a ``Guarded`` for each allocation; call ``check`` on each.
+        A list, empty at first, to which each allocation appends its ``Guarded``. The zones are not
+        checked here: call ``check`` on each.
     """
     made: list[Guarded] = []
 

@@ -86,7 +86,8 @@ class TrainConfig:
         FILE: the name of the file in the run's folder that holds the settings as JSON.
         steps: the number of steps of the whole run, those before a resume included; at least 1.
         data: the path of the images, a str; kept as a note, not opened here.
-        init: the model folder whose network and weights the run starts from; "" for a new network.
+        init: the path of the model folder whose network and weights the run starts from, a str; ""
+            for a new network. It is not opened here.
         batch_size: the number of images in a step, over all processes; at least 1, a multiple of
             accumulate.
         accumulate: the number of equal parts, at least 1, of a batch that are computed in turn to
@@ -269,14 +270,14 @@ class TrainConfig:
 
     @property
     def weighting_gamma(self) -> float | None:
-        """The gamma of the loss weighting (min_snr or p2), or None for the others."""
+        """min_snr_gamma or p2_gamma, a float, if loss_weighting is min_snr or p2, else None."""
         return {"min_snr": self.min_snr_gamma, "p2": self.p2_gamma}.get(self.loss_weighting)
 
     def part_of(self, processes: int) -> int:
         """Return the number of images of a batch that each process takes: batch_size / processes.
 
         Args:
-            processes: the number of processes that train.
+            processes: the number of processes that train, at least 1 (not checked).
 
         Raises:
             ValueError: if batch_size is not a multiple of processes times accumulate.
@@ -302,7 +303,8 @@ class TrainConfig:
         """Return the learning rate of a step: linear warm-up, times half a cosine if so scheduled.
 
         Args:
-            step: the number of the step, from 0; step 0 already has learning_rate / warmup_steps.
+            step: the number of the step, from 0 (not checked); step 0 already has
+                learning_rate / warmup_steps, or learning_rate without a warm-up.
         """
         rate = self.learning_rate * min(1.0, (step + 1) / max(self.warmup_steps, 1))
         if self.lr_schedule == "cosine":

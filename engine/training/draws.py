@@ -35,10 +35,10 @@ class Draws:
     returns a CPU tensor of n entries, one for each key.
 
     Args:
-        config: the settings of the run; batch_size and seed, and those of flips, timesteps and
-            label dropout, are read.
-        count: the number of images in the data, at least 1.
-        rank: the number of this process, 0..size-1.
+        config: the settings of the run; batch_size, accumulate and seed, and those of flips,
+            timesteps and label dropout, are read.
+        count: the number of images in the data, at least 1 (not checked).
+        rank: the number of this process, 0..size-1 (not checked).
         size: the number of processes; each draws an equal part of every batch.
 
     Attributes:
@@ -58,7 +58,7 @@ class Draws:
         They are consecutive: the whole batch has step batch_size to (step + 1) batch_size - 1.
 
         Args:
-            step: the number of the step, from 0.
+            step: the number of the step, from 0 (not checked).
 
         Raises:
             ValueError: if batch_size is not a multiple of the number of processes times accumulate.

@@ -22,8 +22,8 @@ class Ema:
     Args:
         parameters: the weights by name, float32, all on one device, at least one; they are read at
             every `update`.
-        half_lives: the half-lives h in steps, above 0, all different: of a constant change of the
-            weights the average has made half after h steps.
+        half_lives: the half-lives h in steps, above 0, all different (not checked). If the weights
+            jump once and then stay, the average has gone half of the way after h steps.
 
     Attributes:
         weights: a dictionary from half-life to a dictionary from the parameter's name to its

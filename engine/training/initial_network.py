@@ -20,7 +20,8 @@ def initial_network(config: TrainConfig, data: ImageSource) -> UNet:
     Args:
         config: the settings of the run. If ``init`` names a model folder, its network is loaded;
             otherwise a new one is built, with random weights from the run's seed.
-        data: the images, whose shape (C, H, W) and number of classes the network must fit.
+        data: the images, whose shape (C, H, W) and number of classes K the network must fit: it has
+            K + 1 class embeddings, the last for dropped labels, or none without classes.
 
     Raises:
         ValueError: if the settings make no network for images of this shape.

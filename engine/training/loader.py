@@ -80,17 +80,19 @@ class Loader:
 
     Args:
         source: the images and labels.
-        draws: the random choices of the run. If ``ahead`` is above 0 they are made in the loader's
-            thread, one step at a time and in the order of steps.
+        draws: the random choices of the run (which images, mirrored or not, timesteps, dropped
+            labels). If ``ahead`` is above 0 they are made in the loader's thread, one step at a
+            time and in the order of steps.
         start: the number of the first step, from 0.
-        device: the device that batches are copied to: "auto", "cpu", "cuda", "cuda:N" or a
-            torch.device.
+        device: the device that batches are copied to: "cpu", "cuda", "cuda:N", a torch.device, or
+            "auto" for CUDA where there is a GPU, else the CPU.
         ahead: the number of batches that are fetched while one is trained on; with 0 there is no
             thread, and ``next`` itself fetches.
 
     Attributes:
-        step: the number of the step whose batch ``next`` returns.
-        wait_seconds: the total time that ``next`` has waited for batches, in seconds.
+        step: the number of the step whose batch ``next`` returns, an int; at first ``start``.
+        wait_seconds: the total time that ``next`` has waited for batches, in seconds, a float; at
+            first 0. With ``ahead`` 0 it is the time of fetching.
 
     Raises:
         ValueError: if ``start`` or ``ahead`` is below 0 or no integer, or the device cannot be

@@ -27,6 +27,9 @@ class Progress:
         steps: the number of steps at which it ends.
         batch_size: the number of images in a step, over all processes.
         shown: whether a progress bar is shown; the log is written in either case.
+
+    Attributes:
+        out, batch_size: the arguments.
     """
 
     def __init__(self, out: Path, step: int, steps: int, batch_size: int, shown: bool) -> None:

@@ -40,7 +40,8 @@ class State:
             name.
         config: the settings that the run had, as `TrainConfig.to_dict` returns them.
         data: the fingerprint of the data, "sha256:..." (`ImageSource.fingerprint`).
-        machine: what else the last bits of a step depend on, as `machine` returns it.
+        machine: what else the last bits of a step depend on, by name, such as "device", "torch"
+            and "processes" (the function `machine` returns it).
     """
 
     step: int
@@ -61,7 +62,7 @@ def machine(device: torch.device, compiled: bool, processes: int) -> dict[str, A
     Returns:
         By key: "device" ("cpu" or "cuda"), "torch" (its version), on CUDA "card" (the GPU's name),
         on the CPU "threads" (the number of torch's threads) and "instructions" (the instruction
-        set, such as "AVX2"), "compiled" and "processes".
+        set, such as "AVX2"), "compiled" (a bool) and "processes" (an int).
     """
     where: dict[str, Any] = {"device": device.type, "torch": torch.__version__}
     if device.type == "cuda":
@@ -213,8 +214,9 @@ def report_machine(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Log a warning that names where this machine differs from the one that wrote a state.
 
     Args:
-        there: the machine that wrote the state, as `machine` returns it.
-        here: this machine, in the same form.
+        there: facts of the machine that wrote the state by name, such as "device", "torch" and
+            "processes", as `machine` returns them.
+        here: those of this machine.
     """
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     if names:

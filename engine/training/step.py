@@ -63,7 +63,7 @@ class TrainStep:
             flashddpm.kernels on CUDA, kernels.reference on the CPU.
         noising: float32 [T, 2] on the device, the coefficients of x_0 and of eps in x_t.
         targets: float32 [T, columns] on the device, the table of the loss, as `target_rows` or, if
-            the variance is learned, `hybrid_rows` returns it.
+            the variance is learned, `hybrid_rows` returns it; one row for each timestep.
         params: the trained parameters by name, float32.
         ema: the averages of the parameters, an `Ema`.
         optimizer: the torch.optim.AdamW of the parameters, without weight decay.
@@ -150,15 +150,16 @@ class TrainStep:
         return found
 
     def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Copy a state into the step's own tensors, in place: a graph knows their addresses.
+        """Copy a run's state into the tensors of this object, in place: a CUDA graph reads them.
 
         Args:
-            tensors: tensors of the same names and shapes as those that `tensors` returns.
-            step: the number of steps that they have been through, for AdamW's bias correction.
+            tensors: weights, averages and moments, of the names and shapes that `tensors` returns,
+                on any device; further names are ignored.
+            step: the number of steps that the state has been through, for AdamW's bias correction.
 
         Raises:
             KeyError: if a name is missing.
-            RuntimeError: if a shape does not fit.
+            RuntimeError: if a shape cannot be broadcast to that of the tensor it is copied into.
         """
         for name, own in self.tensors().items():
             own.copy_(tensors[name])
@@ -178,11 +179,12 @@ class TrainStep:
         """Return the mean loss of a batch, a float32 scalar with its graph for the backward pass.
 
         It is the hybrid loss (with a term of the variational bound) if the variance is learned,
-        else the weighted penalty of the network's error. The network runs
-        under bfloat16 autocast if the settings say so.
+        else the weighted penalty of the network's error. The network runs under bfloat16 autocast
+        if ``config.precision`` is "bfloat16".
 
         Args:
-            batch: the images with their timesteps, noise and labels, on the network's device.
+            batch: the images with their timesteps, labels, and seeds and keys of their noise, on
+                the network's device.
         """
         x0, t, seeds, keys, labels = batch
         config = self.config

@@ -65,7 +65,7 @@ class Trainer:
             always has K + 1 class embeddings: number K, the null class, replaces dropped labels,
             and is not trained if label_dropout is 0.
         out: the folder of the run, OUT; it is made when something is written.
-        device: "auto", "cpu", "cuda" or "cuda:N".
+        device: "cpu", "cuda" or "cuda:N", or "auto" for CUDA where there is a GPU, else the CPU.
         compile: whether the network is compiled: True, False, or "auto", which is True on CUDA.
         world: the processes that train; each takes an equal part of every batch, and the first
             writes. None for one process.

@@ -86,7 +86,7 @@ def compile_kernel(
         signature: the type of each runtime argument by its name, "*fp32:16" for a pointer to
             float32 (or an int type) that is divisible by 16, or "fp32", "i32".
         constants: the value of each constexpr argument, or of an int argument that is 1.
-        arch: the compute capability times 10: 80, 90 or 100.
+        arch: the compute capability times 10: 80, 90 or 100; not checked.
         options: options of the compiler and launch, such as {"num_warps": 2}.
 
     Raises:
@@ -124,8 +124,8 @@ def compile_for(kernel: Kernel, dtype: str, arch: int) -> Compiled:
 
     Args:
         kernel: the variant's record.
-        dtype: the dtype of the images, "fp32", "fp16" or "bf16".
-        arch: the compute capability times 10: 80, 90 or 100.
+        dtype: the dtype of the images, "fp32", "fp16" or "bf16"; not checked.
+        arch: the compute capability times 10: 80, 90 or 100; not checked.
 
     Raises:
         RuntimeError: if TRITON_INTERPRET is set, since the interpreter compiles nothing.

@@ -19,14 +19,17 @@ def vlb_terms(
     """Return a term of the variational bound and the errors of x_0 and eps of each image.
 
     (Equations S9 and S10 of docs/math.md; Ho et al. 2020, eq. 5 and 13.) The error of the network's
-    output is e = out - (k0 x0 + k1 eps). The predicted x_0 is then off by f = x0_out e, clipped,
-    and the predicted eps by eps_out e. With d = offset + slope v, the log variance of the model
-    over the posterior's, and s = gain f, the term is
+    output is e = out - (k0 x0 + k1 eps). The predicted x_0 is then off by f = x0_out e (where clip
+    is not 0, clipped so that x_0 + f is in [-clip, clip]), and the predicted eps by eps_out e. Each
+    image's coefficients are its row of ``rows``, of which k0 is the column x0 and k1 eps. With d =
+    offset + slope v, the log variance of the model over the posterior's, and s = gain f, the term
+    is
 
         (d - 1 + exp(-d) (1 + s^2)) / 2     (the divergence of two normals)
 
     or, where half_bin is not 0, -ln of the probability of x0's bin, s +- half_bin, under a normal
-    of mean 0 and deviation exp(d / 2); bins of the first and the last pixel value are open.
+    of mean 0 and deviation exp(d / 2); bins of the first and the last pixel value (|x0| > 0.999)
+    are open.
 
     A float64 ``out`` is computed in float64; the probabilities of bins always are. The result has
     no gradient. Arguments are not checked.

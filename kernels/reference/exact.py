@@ -43,7 +43,8 @@ def horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
     Args:
         x: float32, any shape.
-        coefficients: the polynomial's coefficients, highest power first, at least two.
+        coefficients: the polynomial's coefficients, highest power first, at least two
+            (IndexError for fewer).
     """
     y = x * coefficients[0] + coefficients[1]
     for c in coefficients[2:]:

@@ -55,7 +55,7 @@ def combine(cond: Tensor, uncond: Tensor, guidance: Tensor) -> Tensor:
     Args:
         cond, uncond: [S, C, H, W], the conditional and unconditional outputs, float32, float16 or
             bfloat16.
-        guidance: the guidance weight w, float32, [S] or a single element for all.
+        guidance: the guidance weight w, float32, [S] or a single element for all; any value.
 
     Returns:
         float32 [S, C, H, W].
@@ -105,7 +105,7 @@ def quantile(values: Tensor, q: float) -> Tensor:
 
     Args:
         values: float32 [S, n], n >= 1.
-        q: the quantile in (0, 1].
+        q: the quantile in (0, 1]; the range is not checked.
 
     Raises:
         IndexError: if n is 0.

@@ -98,17 +98,20 @@ def diffusion_loss_backward(
     """Return the gradient of ``diffusion_loss`` for ``out``: (w d_loss / n) l'(out - target).
 
     n is the number of elements of an image, the target is k0 x0 + k1 eps with (k0, k1, w) =
-    rows[t], and l' is the derivative of the penalty. The arguments after the first are those of
-    ``diffusion_loss``. None is checked.
+    rows[t], and l' is the derivative of the penalty l. A float64 ``out`` is computed in float64.
+    Arguments are not checked: another name of a loss counts as "huber".
 
     Args:
-        d_loss: float32 [B], the gradient with respect to the loss of each image.
+        d_loss: float32 or float64 [B], the gradient with respect to the loss of each image.
         out: the network's output, [B, C, H, W], float32, float16, bfloat16 or float64.
-        x0: the clean images, [B, C, H, W].
+        x0: the clean images, [B, C, H, W], float32, float16 or bfloat16.
         t: int64 [B], the row of ``rows`` of each image, in [0, T).
-        seeds, keys: int64 [B], the seed and key of each image's noise eps.
-        rows: float32 [T, at least 3], whose first columns are k0, k1 and w.
-        loss: the penalty, "mse", "l1" or "huber".
+        seeds, keys: int64 [B], the seed of each image's noise eps and its key (the upper 64 bits of
+            the noise counter).
+        rows: float32 [T, at least 3], whose first columns are the factors k0 and k1 of the target
+            and the weight w.
+        loss: the penalty of an error e: "mse" (e^2), "l1" (|e|) or "huber" (e^2 / 2 where |e| <=
+            delta, delta (|e| - delta / 2) beyond).
         delta: the |error| where "huber" turns from a parabola to a line; above 0.
 
     Returns:
@@ -179,7 +182,7 @@ def hybrid_loss(
         seeds, keys: int64 [B], the noise seeds and keys (the upper 64 bits of the noise counter)
             that ``add_noise`` got, with Purpose.TRAINING.
         rows: float32 [T, len(LossColumn)], the coefficients of each timestep, a column for each
-            ``LossColumn``: w is the column weight, b bound_weight.
+            ``LossColumn``: k0 is the column x0, k1 eps, w weight, b bound_weight.
         loss: the penalty l of an error e: "mse" (e^2), "l1" (|e|) or "huber" (e^2 / 2 where |e| <=
             delta, delta (|e| - delta / 2) beyond).
         delta: the |e| where "huber" turns from a parabola to a line; above 0.
@@ -258,17 +261,21 @@ def hybrid_loss_backward(
 ) -> Tensor:
     """Return the gradient of ``hybrid_loss`` for ``out``.
 
-    The first C channels have that of the penalty, the second, v, that of the bound's term.
-    The arguments after the first are those of ``hybrid_loss``. None is checked.
+    The first C channels (the prediction) have the gradient of the penalty, the second C (v, which
+    sets the variance) that of the bound's term. A float64 ``out`` is computed in float64. Arguments
+    are not checked: another name of a loss counts as "huber".
 
     Args:
-        d_loss: float32 [B], the gradient with respect to the loss of each image.
+        d_loss: float32 or float64 [B], the gradient with respect to the loss of each image.
         out: the network's output, [B, 2C, H, W], float32, float16, bfloat16 or float64.
-        x0: the clean images, [B, C, H, W], in [-1, 1].
+        x0: the clean images, [B, C, H, W], float32, float16 or bfloat16, in [-1, 1].
         t: int64 [B], the row of ``rows`` of each image, in [0, T).
-        seeds, keys: int64 [B], the seed and key of each image's noise eps.
-        rows: float32 [T, len(LossColumn)], the coefficients of each timestep.
-        loss: the penalty, "mse", "l1" or "huber".
+        seeds, keys: int64 [B], the seed of each image's noise eps and its key (the upper 64 bits of
+            the noise counter).
+        rows: float32 [T, len(LossColumn)], the coefficients of each timestep, a column for each
+            ``LossColumn``.
+        loss: the penalty of an error e: "mse" (e^2), "l1" (|e|) or "huber" (e^2 / 2 where |e| <=
+            delta, delta (|e| - delta / 2) beyond).
         delta: the |error| where "huber" turns from a parabola to a line; above 0.
 
     Returns:
