@@ -115,7 +115,7 @@ def grouped(
 
     Args:
         tensors: the tensors of ``FLAT`` in its order; the last one, noise, may be None.
-            Neither their number nor their kind is checked.
+            Fewer raise IndexError or TypeError, more are ignored; kinds are not checked.
 
     Returns:
         The state, the network's output, the slots, the statistics, the table, and the noise or

@@ -107,7 +107,8 @@ def close(actual: Tensor, r64: Tensor, terms: Tensor, n: int) -> None:
         actual: the result, float32, float16 or bfloat16, of any shape and on any device.
         r64: float64 on the CPU, of the same shape, finite: the reference's result in float64.
         terms: real, on the CPU, of the same shape: the sums of the absolute values of the terms
-        added. n: the number of roundings on the longest path of the computation.
+            added.
+        n: the number of roundings on the longest path of the computation.
 
     Raises:
         AssertionError: if an element is further off, or not finite.

@@ -232,7 +232,7 @@ class Trial:
 
     @functools.cached_property
     def exact(self) -> Results:
-        """The reference's results from these cast to float64, a dict of CPU tensors by name."""
+        """The reference's results from arguments in float64, a dict of CPU tensors by name."""
         return self.in_float64(self.subject.build(self.case, "cpu"))
 
     def in_float64(self, args: Arguments) -> Results:
