@@ -240,9 +240,9 @@ class Executor:
     def take_step(
         self, slots: Slots, compiled: bool, stats: bool, fractional: bool = False
     ) -> Tensor:
-        """Take one step of every slot; return the network's output, [L, C or 2C, H, W].
+        """Take one step of every slot; return the network's output for its L lanes (evaluations).
 
-        Read it before the next step. Slots may be on any rows (steps of their plans). Raises
+        It is [L, C or 2C, H, W] in the network's dtype; the next step overwrites it. Raises
         ValueError for an output of a wrong shape, CompilationError if compile=True fails.
 
         Args:

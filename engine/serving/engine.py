@@ -260,7 +260,9 @@ class Engine:
         return {**self._scheduler.metrics(), "graph_bytes": self.sampler.executor.graphs.bytes}
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Wait until every request submitted so far has ended.
+        """Wait until every request submitted so far has ended: completed, failed or cancelled.
+
+        A callback of the engine must not call it, for its own request would be waited for.
 
         Args:
             timeout: the longest wait in seconds, None for no limit; an engine without a thread of

@@ -110,6 +110,8 @@ class TrainStep:
     def network(self) -> Any:
         """The network as a training step calls it: a callable (x_t, t, labels) -> out.
 
+        x_t is float32 [B, C, H, W], t int64 [B], labels int64 [B] or None; out [B, C or 2C, H, W].
+
         It is made at first use: compiled if ``compile``, with gradients averaged over processes if
         ``parallel``, and else the network itself.
         """
