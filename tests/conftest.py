@@ -126,7 +126,7 @@ def tiny_sampler(tiny_unet):
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter() -> Iterator[None]:
-    """Run interpreted kernels in a third of the time, to the same bits."""
+    """Run interpreted kernels faster, to the same bits."""
     if rules.INTERPRETED:
         from flashddpm.kernels.checks import interpreter
 

@@ -31,7 +31,7 @@ from flashddpm.sampling import inputs
 from flashddpm.sampling.sampler import Sampler
 
 KEYS = 2**32
-"""The noise key (second word of the noise counter) of image i at timestep t is t * KEYS + i."""
+"""The noise key (upper 64 bits of the noise counter) of image i at timestep t is t * KEYS + i."""
 
 
 @dataclass(frozen=True)

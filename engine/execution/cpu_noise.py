@@ -25,7 +25,7 @@ NOISE_BYTES = 16 << 20
 Draw = Callable[[Tensor, Tensor, tuple[int, int, int], int], Tensor]
 """Called with (seeds int64 [B], keys int64 [B], (C, H, W), purpose), returns float32 [B, C, H, W].
 
-A key is a word of the noise's counter, which tells steps apart; so does purpose for uses.
+A key is the upper 64 bits of the noise's counter, and tells steps apart, as purpose tells uses.
 """
 
 
@@ -50,7 +50,7 @@ class CompiledNoise:
 
         Args:
             seeds: int64 [B], the seed of each image's noise.
-            keys: int64 [B], the key (a word of the noise's counter) of each image's step.
+            keys: int64 [B], the key (upper 64 bits of the counter) of each image's step.
             shape: (C, H, W) of one image.
             purpose: what the noise is for, a number of `flashddpm.kernels.tables.Purpose`.
 

@@ -149,7 +149,7 @@ class Executor:
         slots.state.nonfinite[which] = 0
 
     def draw(self, seeds: Sequence[int], key: int, purpose: Purpose) -> Tensor:
-        """Return the noise of B seeds at a key (a word of its counter), float32 [B, C, H, W]."""
+        """Return the noise of B seeds at a key (64 bits of its counter), float32 [B, C, H, W]."""
         seed = send(host.ints(seeds), self.device)
         return self.ops.philox(seed, torch.full_like(seed, key), self.shape, purpose)
 

@@ -166,7 +166,7 @@ class Sampler(Loadable):
 
         Args:
             seeds: one integer in [-2^63, 2^64), B of them, or a tensor of B integers.
-            key: the step's noise key (a word of the noise's counter), a signed 64-bit integer. It
+            key: the step's noise key (upper 64 bits of the counter), a signed 64-bit integer. It
                 is the step's timestep, cut to an integer, for timesteps that do not repeat
                 (``Plan.noise_keys``).
 

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the interpreter is off"
 
 @pytest.fixture
 def tritons_own(monkeypatch):
-    """Undo what the session replaces."""
+    """Undo what the session replaces; whatever the version of Triton, replace it then."""
+    monkeypatch.setattr(triton, "__version__", f"{interpreter.TRIED[-1]}.0")
     options = tritons.InterpreterOptions()
     monkeypatch.setattr(tritons.InterpretedFunction, "__call__", interpreter._original_call)
     monkeypatch.setattr(tritons, "_get_np_dtype", interpreter._original_dtype)
@@ -55,6 +56,13 @@ def test_what_is_replaced_is_put_back(tritons_own):
         assert all(a is not b for a, b in zip(replaced(), before, strict=True))
         raise KeyError
     assert all(a is b for a, b in zip(replaced(), before, strict=True))
+
+
+def test_a_version_that_was_not_tried_is_left_alone(tritons_own, monkeypatch):
+    before = tritons.InterpretedFunction.__call__, tritons._get_np_dtype
+    monkeypatch.setattr(triton, "__version__", "9.9.0")
+    with interpreter.quick():
+        assert before == (tritons.InterpretedFunction.__call__, tritons._get_np_dtype)
 
 
 @triton.jit
