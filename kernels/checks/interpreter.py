@@ -25,7 +25,7 @@ TRIED = ("3.7", "3.8")
 """The versions of Triton, "MAJOR.MINOR", with which results were compared."""
 
 _original_call = interpreter.InterpretedFunction.__call__
-_original_dtype = getattr(interpreter, "_get_np_dtype", None)
+_original_dtype: Any = getattr(interpreter, "_get_np_dtype", None)
 _numpy_dtypes: dict[str, Any] = {}
 """The NumPy dtypes by the name of a Triton scalar or pointer type."""
 
